@@ -1,0 +1,1 @@
+"""DreamBooth in JAX: personalise a text-to-image cascade with a few images of one subject."""

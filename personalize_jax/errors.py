@@ -1,0 +1,8 @@
+"""The one error that a user's input can raise."""
+
+
+class UserError(ValueError):
+    """Input that cannot be used; its message is one sentence: what was given, what was expected, what to do.
+
+    Commands print the message alone and exit with status 2.
+    """
