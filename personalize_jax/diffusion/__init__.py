@@ -1,0 +1,1 @@
+"""The mathematics of diffusion: functions of arrays, no networks."""

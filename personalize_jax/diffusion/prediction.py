@@ -1,0 +1,97 @@
+"""What a network predicts, and how each prediction becomes (x0, eps); nothing else converts between them."""
+
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+Prediction = Literal["eps", "v", "x0"]
+Weighting = Literal["none", "min_snr"]
+
+
+def per_picture(value: ArrayLike, x: Array) -> Array:
+    """Gives a [B] value trailing axes of length 1 to broadcast over x [B, ...]; a scalar is left as it is."""
+    value = jnp.asarray(value)
+    return value.reshape(value.shape + (1,) * (x.ndim - 1)) if value.ndim else value
+
+
+def add_noise(x0: Array, eps: Array, alpha: ArrayLike, sigma: ArrayLike) -> Array:
+    """A sample of q(z_t | x0): z_t = alpha x0 + sigma eps.
+
+    Args:
+        x0: [B, ...] clean pictures in [-1, 1].
+        eps: standard normal noise of x0's shape.
+        alpha: scale of the picture, scalar or [B].
+        sigma: scale of the noise, scalar or [B].
+    """
+    return per_picture(alpha, x0) * x0 + per_picture(sigma, x0) * eps
+
+
+def target(kind: Prediction, x0: Array, eps: Array, alpha: ArrayLike, sigma: ArrayLike) -> Array:
+    """What a network of this kind should answer to alpha x0 + sigma eps; v = alpha eps - sigma x0.
+
+    Args:
+        kind: "eps", "v" (Salimans & Ho 2022, section 4) or "x0".
+        x0: [B, ...] clean pictures in [-1, 1].
+        eps: the noise that was added, of x0's shape.
+        alpha: scale of the picture, scalar or [B].
+        sigma: scale of the noise, scalar or [B].
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    _check_choice("prediction", kind, Prediction)
+    if kind == "eps":
+        return eps
+    if kind == "x0":
+        return x0
+    return per_picture(alpha, x0) * eps - per_picture(sigma, x0) * x0
+
+
+def to_x0_eps(kind: Prediction, output: Array, z_t: Array, alpha: ArrayLike, sigma: ArrayLike) -> tuple[Array, Array]:
+    """(x0_hat, eps_hat) from a network's output; alpha x0_hat + sigma eps_hat = z_t for every kind.
+
+    Args:
+        kind: what the output predicts; "eps" needs alpha > 0, "x0" needs sigma > 0.
+        output: [B, ...] the network's answer.
+        z_t: the noisy input, of the output's shape.
+        alpha: scale of the picture in z_t, scalar or [B].
+        sigma: scale of the noise in z_t, scalar or [B].
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    _check_choice("prediction", kind, Prediction)
+    alpha, sigma = per_picture(alpha, z_t), per_picture(sigma, z_t)
+    if kind == "eps":
+        return (z_t - sigma * output) / alpha, output
+    if kind == "x0":
+        return output, (z_t - alpha * output) / sigma
+    return alpha * z_t - sigma * output, sigma * z_t + alpha * output
+
+
+def loss_weight(kind: Prediction, logsnr: ArrayLike, weighting: Weighting = "none", gamma: float = 5.0) -> Array:
+    """Weight of the squared error between a network's output and its `target`, of logsnr's shape.
+
+    "none" is 1 in the network's own space. "min_snr" is min(snr, gamma) in x0 space (Hang et al. 2023): squared
+    errors in eps are snr times, in v snr + 1 times those in x0, hence the division.
+
+    Raises:
+        ValueError: unknown kind or weighting, or gamma not above 0.
+    """
+    _check_choice("prediction", kind, Prediction)
+    _check_choice("weighting", weighting, Weighting)
+    if gamma <= 0:
+        raise ValueError(f"gamma is {gamma}; give a signal-to-noise ratio above 0, such as 5.")
+    snr = jnp.exp(jnp.asarray(logsnr))
+    if weighting == "none":
+        return jnp.ones_like(snr)
+    if kind == "eps":
+        return jnp.minimum(1.0, gamma / snr)
+    return jnp.minimum(snr, gamma) / (snr + 1 if kind == "v" else 1.0)
+
+
+def _check_choice(what: str, given: str, choices: object) -> None:
+    if given not in get_args(choices):
+        raise ValueError(f"{what} is {given!r}; give one of {', '.join(get_args(choices))}.")
