@@ -1,0 +1,85 @@
+"""The class noun of a subject: given by the user, or read off the images by a classifier (spec. [0053], [0075])."""
+
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from personalize_jax.errors import UserError
+from personalize_jax.subject.images import SubjectImage
+
+MAX_CHARACTERS = 40
+
+# uint8 [N, R, R, 3] -> K nouns and their probabilities per image, [N, K]: what an image classifier offers, and an
+# open-vocabulary detector too, by its best score for each noun asked for.
+Classifier = Callable[[np.ndarray], tuple[list[str], np.ndarray]]
+
+
+class ClassNoun(NamedTuple):
+    """What kind of thing the subject is ("dog"), how sure that is (in [0, 1]; 1 when given), and who said so."""
+
+    noun: str
+    score: float
+    source: Literal["given", "classifier"]
+
+
+def determine(
+    images: Sequence[SubjectImage],
+    given: str | None,
+    classifier: Classifier | None = None,
+    known_nouns: Sequence[str] | None = None,
+    threshold: float = 0.6,
+) -> ClassNoun:
+    """Finds the class noun of the subject in the images; a given one wins over the classifier.
+
+    All images show one subject, so the classifier's evidence is pooled: p_k is proportional to
+    exp(mean_n log p_nk), the geometric mean over the N images.
+
+    Args:
+      images: The N images of the subject.
+      given: The noun that the user gave, if any; returned in lower case with single spaces.
+      classifier: Names the subject when no noun is given.
+      known_nouns: The nouns that the pretrained cascade knows; None where it knows any.
+      threshold: The least pooled probability in [0, 1] with which the classifier's noun is accepted.
+
+    Raises:
+      UserError: The given noun cannot be used, or there is none and the classifier is missing or unsure.
+    """
+    if given is not None:
+        return ClassNoun(_checked(given, known_nouns), 1.0, "given")
+    if classifier is None:
+        raise UserError("no class noun was given and no classifier is at hand; name the subject's kind by --class_noun")
+    nouns, scores = _pool(*classifier(np.stack([image.pixels for image in images])))
+    if scores[0] < threshold:
+        guesses = ", ".join(f"{noun} ({score:.2f})" for noun, score in zip(nouns[:3], scores, strict=False))
+        raise UserError(
+            f"the classifier is not sure what the images show (best guesses: {guesses}; "
+            f"{threshold:.2f} is needed); name it by --class_noun"
+        )
+    return ClassNoun(_checked(nouns[0], known_nouns), float(scores[0]), "classifier")
+
+
+def _pool(nouns: list[str], probabilities_NK: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Nouns and pooled probabilities, the likeliest first."""
+    log_p_K = np.log(np.maximum(probabilities_NK, 1e-12)).mean(axis=0)
+    p_K = np.exp(log_p_K - log_p_K.max())
+    p_K /= p_K.sum()
+    order_K = np.argsort(-p_K, kind="stable")
+    return [nouns[k] for k in order_K], p_K[order_K]
+
+
+def _checked(given: str, known_nouns: Sequence[str] | None) -> str:
+    noun = " ".join(given.lower().split())
+    # Brackets are kept for the identifier's placeholder, "[V]".
+    if not noun or len(noun) > MAX_CHARACTERS or not noun.isprintable() or any(bracket in noun for bracket in "[]"):
+        raise UserError(
+            f"the class noun {given[: 2 * MAX_CHARACTERS]!r} cannot be used; give a plain noun of 1 to "
+            f"{MAX_CHARACTERS} characters without brackets, such as 'dog'"
+        )
+    if known_nouns is not None and noun not in known_nouns:
+        closest = difflib.get_close_matches(noun, known_nouns, n=len(known_nouns), cutoff=0.0)
+        raise UserError(
+            f"the class noun {noun!r} is unknown to this pretrained cascade; choose one of: {', '.join(closest)}"
+        )
+    return noun

@@ -1,0 +1,219 @@
+"""Image files of one subject -> square RGB pixels.
+
+What cannot be used is refused from the file's header where the header tells, so that no image is decoded in vain
+and no small file can ask for gigabytes of memory.
+"""
+
+import hashlib
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from absl import logging
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+
+from personalize_jax.errors import UserError
+
+MAX_IMAGES = 20
+MAX_PIXELS = 100_000_000
+MIN_SIDE = 16
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+
+Box = tuple[int, int, int, int]
+
+# What Pillow's decoders raise on damaged bytes, beside OSError.
+_DAMAGE = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error)
+
+_TURN_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class SubjectImage(NamedTuple):
+    """One image of the subject: its file, the SHA-256 of that file (hex), and its pixels, uint8 [R, R, 3] sRGB."""
+
+    path: Path
+    sha256: str
+    pixels: np.ndarray
+
+
+def load_images(
+    source: Path | Sequence[Path], resolution: int, boxes: Sequence[Box | None] | None = None
+) -> list[SubjectImage]:
+    """Reads the images of one subject, each cropped to a square without distortion and resized with antialiasing.
+
+    Images are turned upright by their EXIF orientation, and converted to sRGB where they embed a colour profile.
+    Transparency is composited over white, so that a cut-out subject stands before a plain background; 16 bits a
+    channel become 8 by scaling, not by clipping.
+
+    Args:
+      source: A folder, of which every JPEG, PNG and WebP file is read in order of name (hidden files are skipped, files
+        of other kinds named in a warning); or one file, or several, read in the given order.
+      resolution: R, the side of the returned images in pixels.
+      boxes: One (left, top, right, bottom) per image, in pixels of the upright image, or None for all of it. The crop
+        is the smallest square around the box's centre that holds the box, moved inside the image, or the largest
+        that the image has. Without boxes: the centre square.
+
+    Returns:
+      1 to 20 images.
+
+    Raises:
+      UserError: No image or too many, or one that is missing, unreadable, damaged, animated, too small or too large.
+    """
+    if resolution < 1:
+        raise ValueError(f"resolution is {resolution}; a positive number of pixels was expected")
+    paths = _list_files(source)
+    if len(paths) > MAX_IMAGES:
+        raise UserError(
+            f"{len(paths)} images were given, at most {MAX_IMAGES} are expected; keep the sharpest and most varied ones"
+        )
+    if boxes is None:
+        boxes = [None] * len(paths)
+    if len(boxes) != len(paths):
+        raise UserError(f"{len(boxes)} boxes were given for {len(paths)} images; give one box, or None, for each image")
+    return [_load_image(path, resolution, box) for path, box in zip(paths, boxes, strict=True)]
+
+
+def _list_files(source: Path | Sequence[Path]) -> list[Path]:
+    if not isinstance(source, str | Path):
+        if not source:
+            raise UserError("no images were given; name a folder or 1 to 20 JPEG, PNG or WebP files")
+        return [Path(path) for path in source]
+    folder = Path(source)
+    if not folder.is_dir():
+        if folder.exists():
+            return [folder]
+        raise UserError(f"{folder} does not exist; name a folder or 1 to 20 JPEG, PNG or WebP files")
+    try:
+        visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be read ({error.strerror}); check its permissions") from error
+    images = [path for path in visible if path.suffix.lower() in SUFFIXES]
+    ignored = ", ".join(path.name for path in visible if path not in images)
+    if not images:
+        raise UserError(
+            f"{folder} holds no images{f' (only {ignored})' if ignored else ''}; "
+            "put 1 to 20 JPEG, PNG or WebP files of the subject there"
+        )
+    if ignored:
+        logging.warning("Ignored in %s, being neither JPEG, PNG nor WebP: %s", folder, ignored)
+    return images
+
+
+def _load_image(path: Path, resolution: int, box: Box | None) -> SubjectImage:
+    if not path.is_file():  # also keeps devices and pipes from being read for ever
+        what = "is not a file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {what}; name a JPEG, PNG or WebP file, or one folder of them")
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions, or leave it out") from error
+    with file, _open_image(path, file) as image:
+        pixels = _square_pixels(path, image, resolution, box)
+        file.seek(0)
+        return SubjectImage(path, hashlib.file_digest(file, "sha256").hexdigest(), pixels)
+
+
+def _open_image(path: Path, file: BinaryIO) -> Image.Image:
+    """Reads the header, whatever the file is called, and refuses what should not be decoded."""
+    too_large = f"{path} has more than {MAX_PIXELS // 10**6} megapixels, the most that is read; scale it down first"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is the one that counts
+            image = Image.open(file, formats=("JPEG", "PNG", "WEBP"))
+    except Image.DecompressionBombError as error:
+        raise UserError(too_large) from error
+    except UnidentifiedImageError as error:
+        raise UserError(
+            f"{path} is not a JPEG, PNG or WebP image, whatever its name says; convert it or leave it out"
+        ) from error
+    except _DAMAGE as error:
+        raise UserError(f"{path} is damaged ({error}); copy it again from its source, or leave it out") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise UserError(too_large)
+    # Phone cameras write MPO: a JPEG followed by a preview or depth map, of which the first frame is the photo.
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise UserError(f"{path} is an animation of {image.n_frames} frames, a still image is expected; export a frame")
+    return image
+
+
+def _square_pixels(path: Path, image: Image.Image, resolution: int, box: Box | None) -> np.ndarray:
+    """The crop of an opened image as uint8 [R, R, 3]."""
+    orientation = _orientation(image)
+    width, height = image.size if orientation < 5 else image.size[::-1]
+    left, top, side = _square(path, (width, height), box)
+    # A JPEG decodes straight to 1/2, 1/4 or 1/8 of its size; twice the wanted one is kept for the resampling filter.
+    reduction = 2 * resolution / side
+    if reduction < 1:
+        image.draft(None, (max(1, round(image.width * reduction)), max(1, round(image.height * reduction))))
+    try:
+        image.load()
+        profile = image.info.get("icc_profile")
+        image = _flatten(image)
+    except _DAMAGE as error:
+        raise UserError(f"{path} is damaged ({error}); copy it again from its source, or leave it out") from error
+    if orientation in _TURN_UPRIGHT:
+        image = image.transpose(_TURN_UPRIGHT[orientation])
+    scale_x, scale_y = image.width / width, image.height / height
+    crop = (left * scale_x, top * scale_y, (left + side) * scale_x, (top + side) * scale_y)
+    image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=crop, reducing_gap=3.0)
+    return np.array(_to_srgb(path, image, profile))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except _DAMAGE:  # photographs with broken EXIF blocks are common, and their pixels are sound
+        return 1
+    return orientation if orientation in _TURN_UPRIGHT else 1
+
+
+def _square(path: Path, size: tuple[int, int], box: Box | None) -> tuple[float, float, int]:
+    """The (left, top, side) of the square crop around a box, in pixels of the upright image."""
+    width, height = size
+    left, top, right, bottom = box if box is not None else (0, 0, width, height)
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise UserError(
+            f"the box {tuple(box)} does not lie inside {path}, which is {width}x{height}; "
+            "give left, top, right, bottom in pixels"
+        )
+    side = min(max(right - left, bottom - top), width, height)
+    if side < MIN_SIDE:
+        given = f"is {width}x{height} pixels" if box is None else f"is cropped to {side}x{side} pixels"
+        raise UserError(f"{path} {given}, at least {MIN_SIDE}x{MIN_SIDE} are expected; use a larger image or box")
+    x = min(max((left + right - side) / 2, 0), width - side)
+    y = min(max((top + bottom - side) / 2, 0), height - side)
+    return x, y, side
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """Brings any mode to L, RGB or CMYK at 8 bits; the last two stay apart until the colour profile is applied."""
+    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow's own conversion would clip at 255
+        return Image.fromarray(np.round(np.asarray(image, np.float32) / 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.mode in ("L", "RGB", "CMYK"):
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _to_srgb(path: Path, image: Image.Image, profile: bytes | None) -> Image.Image:
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError, ValueError):
+            logging.warning("The colour profile in %s does not fit the image; its colours are taken as sRGB.", path)
+    return image.convert("RGB")
