@@ -30,7 +30,7 @@ class Sampler(NamedTuple):
 
 
 def posterior(schedule: Schedule, z_t: Array, x0: Array, t: Array, s: Array) -> tuple[Array, Array]:
-    """Mean and variance of q(z_s | z_t, x0), s < t (Kingma et al. 2021, eq. 25-28; Ho et al. 2020, eq. 7).
+    """Mean and variance of q(z_s | z_t, x0), s < t (Kingma et al. 2021, App. A; Ho et al. 2020, eq. 7).
 
     Args:
         schedule: the forward process.

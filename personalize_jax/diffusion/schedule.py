@@ -48,7 +48,7 @@ class Schedule:
 
 
 def cosine(shift: float = 0.0, logsnr_min: float = -15.0, logsnr_max: float = 15.0) -> Schedule:
-    """Cosine schedule, logsnr = -2 log tan(pi t / 2) + shift (Nichol & Dhariwal 2021; Hoogeboom et al. 2023, App. A).
+    """Cosine schedule, logsnr = -2 log tan(pi t / 2) + shift (Nichol & Dhariwal 2021; Hoogeboom et al. 2023).
 
     Args:
         shift: added to logsnr after the limits; 2 log(64 / 256) moves a schedule made for 64 pixels to 256.
@@ -64,7 +64,7 @@ def cosine(shift: float = 0.0, logsnr_min: float = -15.0, logsnr_max: float = 15
 
 
 def linear() -> Schedule:
-    """Imagen's and VDM's linear schedule, logsnr = -log(expm1(1e-4 + 10 t^2)) (Saharia et al. 2022, App. F)."""
+    """DDPM's linear betas in continuous time, logsnr = -log(expm1(1e-4 + 10 t^2)) (Kingma et al. 2021)."""
     return Schedule(_linear_logsnr)
 
 

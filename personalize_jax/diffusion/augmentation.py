@@ -1,0 +1,62 @@
+"""The low-resolution picture that conditions a super-resolution network: made, enlarged and noised.
+
+Pixels are areas: pixel i of n covers [i / n, (i + 1) / n]. `downsample` averages over areas and `upsample`
+interpolates between their centres (PyTorch's align_corners=False), so that neither shifts the picture.
+"""
+
+import jax
+from jax import Array
+from jax.typing import ArrayLike
+
+from personalize_jax.diffusion.prediction import add_noise
+from personalize_jax.diffusion.schedule import Schedule
+
+
+def downsample(x_BHWC: Array, size: int) -> Array:
+    """[B, size, size, C] pictures by averaging over blocks of pixels.
+
+    Raises:
+        ValueError: the pictures' sides are not multiples of size.
+    """
+    batch, height, width, channels = x_BHWC.shape
+    if size < 1 or height % size or width % size:
+        raise ValueError(f"Pictures of {height}x{width} cannot be averaged to {size}x{size}; give a common divisor.")
+    return x_BHWC.reshape(batch, size, height // size, size, width // size, channels).mean((2, 4))
+
+
+def upsample(low_BHWC: Array, size: int) -> Array:
+    """[B, size, size, C] pictures by bilinear interpolation; the border's half pixel repeats the edge.
+
+    Raises:
+        ValueError: size is below the pictures' sides.
+    """
+    batch, height, width, channels = low_BHWC.shape
+    if size < max(height, width):
+        raise ValueError(f"Pictures of {height}x{width} cannot be enlarged to {size}x{size}; use downsample.")
+    return jax.image.resize(low_BHWC, (batch, size, size, channels), "bilinear", antialias=False)
+
+
+def sample_levels(key: Array, batch: int, low: float = 0.0, high: float = 1.0) -> Array:
+    """[batch] float32 noise levels, uniform in [low, high].
+
+    Raises:
+        ValueError: the range is not within [0, 1].
+    """
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"The range of levels is [{low}, {high}]; give 0 <= low <= high <= 1.")
+    return jax.random.uniform(key, (batch,), minval=low, maxval=high)
+
+
+def augment(schedule: Schedule, low_BHWC: Array, level_B: ArrayLike, noise: Array) -> Array:
+    """Noise-conditioning augmentation (Ho et al. 2022; Saharia et al. 2022, section 2.4; specification [0093]).
+
+    Args:
+        schedule: of the augmentation, apart from the network's own.
+        low_BHWC: (upsampled) low-resolution pictures in [-1, 1].
+        level_B: a time of the schedule in [0, 1], scalar or [B]; the network is told it too.
+        noise: standard normal noise of low_BHWC's shape.
+
+    Returns:
+        alpha_level low + sigma_level noise.
+    """
+    return add_noise(low_BHWC, noise, schedule.alpha(level_B), schedule.sigma(level_B))
