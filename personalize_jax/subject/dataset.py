@@ -105,11 +105,13 @@ def read_dataset(directory: Path) -> SubjectDataset:
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); delete {directory} and make the dataset again") from error
     try:
-        class_noun = ClassNoun(manifest["class_noun"], manifest["class_score"], manifest["class_source"])
+        class_noun = ClassNoun(str(manifest["class_noun"]), float(manifest["class_score"]), manifest["class_source"])
         identifier = Identifier(
-            manifest["identifier"], tuple(manifest["token_ids"]), tuple(int(n) for n in manifest["token_counts"])
+            str(manifest["identifier"]),
+            tuple(int(i) for i in manifest["token_ids"]),
+            tuple(int(n) for n in manifest["token_counts"]),
         )
-        entries = [(entry["file"], entry["sha256"], entry["label"]) for entry in manifest["images"]]
+        entries = [(entry["file"], entry["sha256"], str(entry["label"])) for entry in manifest["images"]]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} does not describe a subject ({error!r}); delete {directory} and make the dataset again"

@@ -166,7 +166,11 @@ class Registry:
             return [
                 Subject(
                     entry["name"],
-                    Identifier(entry["identifier"], tuple(entry["token_ids"]), tuple(entry["token_counts"])),
+                    Identifier(
+                        entry["identifier"],
+                        tuple(int(i) for i in entry["token_ids"]),
+                        tuple(int(n) for n in entry["token_counts"]),
+                    ),
                     entry["class_noun"],
                     entry["run_directory"],
                 )

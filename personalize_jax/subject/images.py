@@ -6,6 +6,7 @@ and no small file can ask for gigabytes of memory.
 
 import hashlib
 import io
+import math
 import struct
 import warnings
 import zlib
@@ -153,10 +154,7 @@ def _square_pixels(path: Path, image: Image.Image, resolution: int, box: Box | N
     orientation = _orientation(image)
     width, height = image.size if orientation < 5 else image.size[::-1]
     left, top, side = _square(path, (width, height), box)
-    # A JPEG decodes straight to 1/2, 1/4 or 1/8 of its size; twice the wanted one is kept for the resampling filter.
-    reduction = 2 * resolution / side
-    if reduction < 1:
-        image.draft(None, (max(1, round(image.width * reduction)), max(1, round(image.height * reduction))))
+    scale = _shrink_while_decoding(image, 2 * resolution / side)  # twice what is wanted, for the resampling filter
     try:
         image.load()
         profile = image.info.get("icc_profile")
@@ -165,10 +163,21 @@ def _square_pixels(path: Path, image: Image.Image, resolution: int, box: Box | N
         raise UserError(f"{path} is damaged ({error}); copy it again from its source, or leave it out") from error
     if orientation in _TURN_UPRIGHT:
         image = image.transpose(_TURN_UPRIGHT[orientation])
-    scale_x, scale_y = image.width / width, image.height / height
-    crop = (left * scale_x, top * scale_y, (left + side) * scale_x, (top + side) * scale_y)
+    crop = (left * scale, top * scale, (left + side) * scale, (top + side) * scale)
     image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=crop, reducing_gap=3.0)
     return np.array(_to_srgb(path, image, profile))
+
+
+def _shrink_while_decoding(image: Image.Image, least: float) -> float:
+    """Lets a JPEG decode straight to 1/2, 1/4 or 1/8 of its size, not below `least`; returns the scale in effect."""
+    if least >= 1:
+        return 1.0
+    width = image.width
+    drafted = image.draft(None, (math.ceil(width * least), math.ceil(image.height * least)))
+    if drafted is None:  # other formats only decode in full
+        return 1.0
+    _, (_, _, exact_width, _) = drafted  # image.width is this rounded up
+    return exact_width / width
 
 
 def _orientation(image: Image.Image) -> int:
