@@ -42,9 +42,9 @@ def posterior(schedule: Schedule, z_t: Array, x0: Array, t: Array, s: Array) -> 
     Returns:
         The mean, of z_t's shape, and the scalar variance.
     """
-    keep = jnp.exp(schedule.logsnr(t) - schedule.logsnr(s))
-    mean = schedule.alpha(s) * (keep / schedule.alpha(t) * z_t + (1 - keep) * x0)
-    return mean, _new_noise(schedule, t, s) * schedule.sigma(s) ** 2
+    old, new = _noise_shares(schedule, t, s)
+    mean = schedule.alpha(s) * (old / schedule.alpha(t) * z_t + new * x0)
+    return mean, new * schedule.sigma(s) ** 2
 
 
 def ancestral(schedule: Schedule, variance: Literal["small", "large"] = "small") -> Sampler:
@@ -63,8 +63,8 @@ def ancestral(schedule: Schedule, variance: Literal["small", "large"] = "small")
 
     def step(carry: None, z_t: Array, x0_hat: Array, t: Array, s: Array, noise: Array) -> tuple[None, Array]:
         mean, posterior_variance = posterior(schedule, z_t, x0_hat, t, s)
-        forward_variance = _new_noise(schedule, t, s) * schedule.sigma(t) ** 2
-        std = jnp.sqrt(posterior_variance if variance == "small" else forward_variance)
+        _, new = _noise_shares(schedule, t, s)
+        std = jnp.sqrt(posterior_variance if variance == "small" else new * schedule.sigma(t) ** 2)
         return carry, _clean_at_zero(s, mean + std * noise, x0_hat)
 
     return Sampler(lambda x_T: None, step)
@@ -85,8 +85,9 @@ def ddim(schedule: Schedule, eta: float = 0.0) -> Sampler:
 
     def step(carry: None, z_t: Array, x0_hat: Array, t: Array, s: Array, noise: Array) -> tuple[None, Array]:
         _, eps_hat = to_x0_eps("x0", x0_hat, z_t, schedule.alpha(t), schedule.sigma(t))
-        fresh = eta**2 * _new_noise(schedule, t, s)  # share of z_s's noise variance that is drawn anew
-        eps = jnp.sqrt(1 - fresh) * eps_hat + jnp.sqrt(fresh) * noise
+        old, new = _noise_shares(schedule, t, s)
+        # The first root is that of 1 - eta^2 new, without its cancellation when almost all noise is new.
+        eps = jnp.sqrt(1 - eta**2 + eta**2 * old) * eps_hat + eta * jnp.sqrt(new) * noise
         return carry, _clean_at_zero(s, schedule.alpha(s) * x0_hat + schedule.sigma(s) * eps, x0_hat)
 
     return Sampler(lambda x_T: None, step)
@@ -135,7 +136,7 @@ def sample(denoise: Denoise, sampler: Sampler, ts: Array, keys_B: Array, shape: 
     """Draws a batch of pictures; a picture depends on its own key, not on its neighbours or the size of the batch.
 
     Args:
-        denoise: (z_t [B, *shape], scalar t) -> x0_hat [B, *shape].
+        denoise: (z_t [B, *shape], scalar t) -> x0_hat [B, *shape], float32 as z_t is.
         sampler: the method.
         ts: [steps + 1] decreasing times, as `timesteps` gives them; a discrete schedule of N needs steps <= N.
         keys_B: one random key a picture, used for nothing else.
@@ -161,9 +162,10 @@ def _noise(keys_B: Array, i: int | Array, shape: tuple[int, ...]) -> Array:
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), shape))(keys_B)
 
 
-def _new_noise(schedule: Schedule, t: Array, s: Array) -> Array:
-    """sigma_{t|s}^2 / sigma_t^2, the share of z_t's noise variance that is newer than s; in [0, 1]."""
-    return -jnp.expm1(schedule.logsnr(t) - schedule.logsnr(s))
+def _noise_shares(schedule: Schedule, t: Array, s: Array) -> tuple[Array, Array]:
+    """Shares of z_t's noise variance from before and after s < t; the second is sigma_{t|s}^2 / sigma_t^2."""
+    change = schedule.logsnr(t) - schedule.logsnr(s)
+    return jnp.exp(change), -jnp.expm1(change)  # each by itself: both may be far below 1
 
 
 def _clean_at_zero(s: Array, z_s: Array, x0_hat: Array) -> Array:

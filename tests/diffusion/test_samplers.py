@@ -1,0 +1,234 @@
+"""Samplers against data whose denoiser, marginals and probability-flow ODE are known in closed form.
+
+Every pixel of the data is independent: a Gaussian N(MEAN, STD^2), or a mixture of narrow Gaussians.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.scipy.stats import norm
+
+from personalize_jax.diffusion.samplers import (
+    Sampler,
+    ancestral,
+    ddim,
+    dpm_solver_pp,
+    initial_noise,
+    posterior,
+    sample,
+    timesteps,
+)
+from personalize_jax.diffusion.schedule import cosine, discrete, linear, squaredcos_betas
+
+MEAN, STD = 0.4, 0.3
+CENTRES, SHARES, WIDTH = jnp.array([-0.8, 0.1, 0.9]), jnp.array([0.5, 0.2, 0.3]), 0.1
+SCHEDULES = {"cosine": cosine(), "linear": linear(), "squaredcos": discrete(squaredcos_betas())}
+SAMPLERS = {
+    "ancestral_small": ancestral,
+    "ancestral_large": lambda schedule: ancestral(schedule, "large"),
+    "ddim": ddim,
+    "ddim_half": lambda schedule: ddim(schedule, eta=0.5),
+    "dpm_solver_pp": dpm_solver_pp,
+}
+
+
+def gaussian_denoiser(schedule, mean=MEAN, std=STD):
+    """E[x | z_t] for x ~ N(mean, std^2)."""
+
+    def denoise(z_t, t):
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        return mean + alpha * std**2 / (alpha**2 * std**2 + sigma**2) * (z_t - alpha * mean)
+
+    return denoise
+
+
+def mixture_denoiser(schedule):
+    """E[x | z_t] for x ~ sum_k SHARES_k N(CENTRES_k, WIDTH^2)."""
+
+    def denoise(z_t, t):
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        variance = alpha**2 * WIDTH**2 + sigma**2
+        distance = z_t[..., None] - alpha * CENTRES
+        share = jax.nn.softmax(jnp.log(SHARES) - distance**2 / (2 * variance))
+        return jnp.sum(share * (CENTRES + alpha * WIDTH**2 / variance * distance), -1)
+
+    return denoise
+
+
+def mixture_cdf(schedule, z_t, t):
+    """P(z <= z_t) at time t; the ODE in one dimension carries every point along at its own quantile."""
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    return jnp.sum(SHARES * norm.cdf(z_t[..., None], alpha * CENTRES, jnp.sqrt(alpha**2 * WIDTH**2 + sigma**2)), -1)
+
+
+def draw(denoise, sampler, ts, pictures=256, shape=(8, 8, 1), seed=0):
+    keys_B = jax.random.split(jax.random.key(seed), pictures)
+    return jax.jit(lambda keys_B: sample(denoise, sampler, ts, keys_B, shape))(keys_B)
+
+
+def solve(denoise, sampler, times, z):
+    """What the sampler makes of z along each list of times, without noise; compiled once for all lengths."""
+
+    @jax.jit
+    def step(carry, z_t, t, s):
+        return sampler.step(carry, z_t, denoise(z_t, t), t, s, jnp.zeros_like(z_t))
+
+    results = []
+    for ts in times:
+        carry, z_t = sampler.init(z), z
+        for t, s in zip(ts[:-1], ts[1:], strict=True):
+            carry, z_t = step(carry, z_t, t, s)
+        results.append(z_t)
+    return results
+
+
+def measured_orders(errors):
+    """Orders of convergence from errors at doubled numbers of steps."""
+    return np.log2(np.divide(errors[:-1], errors[1:]))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize(("t", "s"), [(1.0, 0.9), (0.7, 0.3), (0.2, 0.01)])
+def test_posterior_composes_to_the_forward_process(schedule, t, s):
+    x0, z_t = jnp.array([0.3]), jnp.array([0.3 * schedule.alpha(t)])
+    mean, variance = posterior(schedule, z_t, x0, t, s)
+    np.testing.assert_allclose(mean, schedule.alpha(s) * x0, rtol=1e-5)  # E[z_s | x]
+    slope = (posterior(schedule, z_t + 1, x0, t, s)[0] - mean)[0]
+    sigma_t, sigma_s = schedule.sigma(t), schedule.sigma(s)
+    np.testing.assert_allclose(slope**2 * sigma_t**2 + variance, sigma_s**2, rtol=1e-4)  # Var[z_s | x]
+    covariance = schedule.alpha(t) / schedule.alpha(s) * sigma_s**2  # as z_t = alpha_{t|s} z_s + new noise
+    np.testing.assert_allclose(slope * sigma_t**2, covariance, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "schedule"),
+    [
+        *((sampler, "cosine") for sampler in SAMPLERS),
+        ("ancestral_small", "linear"),
+        ("ancestral_small", "squaredcos"),
+        ("dpm_solver_pp", "linear"),
+        ("dpm_solver_pp", "squaredcos"),
+    ],
+)
+def test_gaussian_data_is_recovered(sampler, schedule):
+    schedule = SCHEDULES[schedule]
+    x = draw(gaussian_denoiser(schedule), SAMPLERS[sampler](schedule), timesteps(400))
+    assert x.mean() == pytest.approx(MEAN, abs=0.01)
+    assert x.std() == pytest.approx(STD, rel=0.04)
+
+
+@pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
+def test_mixture_data_is_recovered(make):
+    schedule = cosine()
+    x = draw(mixture_denoiser(schedule), make(schedule), timesteps(100))
+    nearest = np.abs(np.asarray(x)[..., None] - CENTRES).argmin(-1)
+    shares = [(nearest == k).mean() for k in range(len(CENTRES))]
+    np.testing.assert_allclose(shares, SHARES, atol=0.02)
+    np.testing.assert_allclose([x[nearest == k].mean() for k in range(len(CENTRES))], CENTRES, atol=0.02)
+
+
+def test_ancestral_variances_bracket_the_truth():
+    """The posterior's variance is a lower bound on the reverse step's, the forward step's an upper bound."""
+    schedule = cosine()
+    small, large = (
+        draw(gaussian_denoiser(schedule), ancestral(schedule, variance), timesteps(20)).std()
+        for variance in ("small", "large")
+    )
+    assert small < STD < large
+
+
+@pytest.mark.parametrize(("variance", "std"), [("small", 0.0), ("large", 1.0)])
+def test_each_ancestral_variance_is_exact_for_its_own_data(variance, std):
+    schedule = cosine()
+    t, s = jnp.float32(0.8), jnp.float32(0.3)
+    z_t = jnp.linspace(-2, 2, 5)[None]
+    x0_hat = gaussian_denoiser(schedule, 0.0, std)(z_t, t)
+    step = ancestral(schedule, variance).step
+    _, middle = step(None, z_t, x0_hat, t, s, jnp.zeros_like(z_t))
+    _, above = step(None, z_t, x0_hat, t, s, jnp.ones_like(z_t))
+    marginal = [schedule.alpha(u) ** 2 * std**2 + schedule.sigma(u) ** 2 for u in (t, s)]
+    slope = (middle[0, -1] - middle[0, 0]) / 4
+    np.testing.assert_allclose(slope**2 * marginal[0] + (above - middle)[0, 0] ** 2, marginal[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_ddim_with_eta_one_is_ancestral(schedule):
+    z_t, x0_hat, noise = jax.random.normal(jax.random.key(3), (3, 2, 8, 8, 3))
+    for t, s in ((1.0, 0.96), (0.5, 0.45), (0.04, 0.02), (0.02, 0.0)):
+        arguments = (None, z_t, x0_hat, jnp.float32(t), jnp.float32(s), noise)
+        _, expected = ancestral(schedule).step(*arguments)
+        _, z_s = ddim(schedule, eta=1.0).step(*arguments)
+        np.testing.assert_allclose(z_s, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("schedule", [cosine(), linear()], ids=["cosine", "linear"])
+@pytest.mark.parametrize(("make", "order"), [(ddim, 1), (dpm_solver_pp, 2)], ids=["ddim", "dpm_solver_pp"])
+def test_convergence_order_on_a_mixture(make, order, schedule):
+    start, end = 0.7, 0.25
+    z = jnp.linspace(-2, 2, 401)
+    times = [np.linspace(start, end, steps + 1, dtype=np.float32) for steps in (16, 32, 64)]
+    ends = solve(mixture_denoiser(schedule), make(schedule), times, z)
+    errors = [jnp.abs(mixture_cdf(schedule, z_s, end) - mixture_cdf(schedule, z, start)).mean() for z_s in ends]
+    np.testing.assert_allclose(measured_orders(errors), order, atol=0.3)
+
+
+@pytest.mark.parametrize(("make", "order"), [(ddim, 1), (dpm_solver_pp, 2)], ids=["ddim", "dpm_solver_pp"])
+def test_convergence_order_on_a_gaussian(make, order):
+    schedule, start, end = cosine(), 0.8, 0.2
+    spread = [jnp.sqrt(schedule.alpha(t) ** 2 * STD**2 + schedule.sigma(t) ** 2) for t in (start, end)]
+    z = jnp.linspace(-2, 2, 9)
+    exact = schedule.alpha(end) * MEAN + spread[1] / spread[0] * (z - schedule.alpha(start) * MEAN)
+    times = [np.linspace(start, end, steps + 1, dtype=np.float32) for steps in (8, 16, 32, 64)]
+    ends = solve(gaussian_denoiser(schedule), make(schedule), times, z)
+    np.testing.assert_allclose(measured_orders([jnp.abs(z_s - exact).max() for z_s in ends]), order, atol=0.2)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
+def test_the_step_to_zero_returns_the_prediction(make, schedule):
+    z_t, x0_hat, noise = jax.random.normal(jax.random.key(3), (3, 2, 4, 4, 3))
+    sampler = make(schedule)
+    _, x = sampler.step(sampler.init(z_t), z_t, x0_hat, jnp.float32(0.1), jnp.float32(0.0), noise)
+    np.testing.assert_array_equal(x, x0_hat)
+
+
+@pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
+def test_any_number_of_steps_in_discrete_time(make):
+    schedule = discrete(squaredcos_betas(10))
+    times = [timesteps(steps) for steps in (1, 10, 25)]
+    for x in solve(gaussian_denoiser(schedule), make(schedule), times, jnp.linspace(-2, 2, 9)):
+        assert np.all(np.isfinite(x))
+
+
+@pytest.mark.parametrize("make", [ancestral, dpm_solver_pp])
+def test_a_picture_depends_on_its_own_key_only(make):
+    schedule, keys_B = cosine(), jax.random.split(jax.random.key(5), 6)
+    run = jax.jit(lambda keys_B: sample(mixture_denoiser(schedule), make(schedule), timesteps(8), keys_B, (4, 4, 3)))
+    together = run(keys_B)
+    np.testing.assert_array_equal(run(keys_B[::-1])[::-1], together)
+    np.testing.assert_allclose(run(keys_B[2:3])[0], together[2], atol=1e-6)
+    assert len({picture.tobytes() for picture in np.asarray(together)}) == 6
+
+
+def test_every_draw_of_noise_is_independent():
+    walk = Sampler(lambda x_T: None, lambda carry, z_t, x0_hat, t, s, noise: (carry, z_t + noise))
+    x = draw(lambda z_t, t: z_t, walk, timesteps(15))
+    assert x.var() == pytest.approx(16, rel=0.05)
+
+
+def test_initial_noise_is_standard_normal():
+    noise = initial_noise(jax.random.split(jax.random.key(0), 64), (16, 16, 3))
+    assert noise.shape == (64, 16, 16, 3)
+    assert noise.mean() == pytest.approx(0, abs=0.02) and noise.std() == pytest.approx(1, abs=0.02)
+
+
+def test_timesteps_run_evenly_from_noise_to_clean():
+    np.testing.assert_allclose(timesteps(4), [1, 0.75, 0.5, 0.25, 0], rtol=1e-6)
+    np.testing.assert_array_equal(timesteps(1), [1, 0])
+
+
+def test_impossible_settings_are_refused():
+    for call in (lambda: timesteps(0), lambda: ddim(cosine(), eta=1.5), lambda: ancestral(cosine(), "medium")):
+        with pytest.raises(ValueError, match="give"):
+            call()
