@@ -51,8 +51,6 @@ def write_dataset(
     """
     if len({image.pixels.shape for image in images}) != 1:
         raise ValueError(f"{len(images)} images of one resolution were expected; load them in one call of load_images")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} already exists; read the dataset there, or choose another directory")
     label = f"a {identifier.text} {class_noun.noun}"
     pngs = [_encode_png(image.pixels) for image in images]
     manifest = {
@@ -75,6 +73,8 @@ def write_dataset(
     }
     temporary = directory.with_name(f".{directory.name}.tmp")  # a fixed name, so that a killed run leaves no heap
     try:
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise UserError(f"{directory} already exists; read the dataset there, or choose another directory")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for entry, png in zip(manifest["images"], pngs, strict=True):

@@ -89,23 +89,22 @@ def load_images(
 def _list_files(source: Path | Sequence[Path]) -> list[Path]:
     if not isinstance(source, str | Path):
         if not source:
-            raise UserError("no images were given; name a folder or 1 to 20 JPEG, PNG or WebP files")
+            raise UserError(f"no images were given; name a folder or 1 to {MAX_IMAGES} JPEG, PNG or WebP files")
         return [Path(path) for path in source]
     folder = Path(source)
-    if not folder.is_dir():
-        if folder.exists():
-            return [folder]
-        raise UserError(f"{folder} does not exist; name a folder or 1 to 20 JPEG, PNG or WebP files")
     try:
+        if not folder.is_dir():
+            return [folder]
         visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
-        raise UserError(f"the folder {folder} cannot be read ({error.strerror}); check its permissions") from error
+        raise UserError(f"{folder} cannot be read ({error.strerror}); check its name and permissions") from error
     images = [path for path in visible if path.suffix.lower() in SUFFIXES]
-    ignored = ", ".join(path.name for path in visible if path not in images)
+    others = [path.name for path in visible if path.suffix.lower() not in SUFFIXES]
+    ignored = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
     if not images:
         raise UserError(
             f"{folder} holds no images{f' (only {ignored})' if ignored else ''}; "
-            "put 1 to 20 JPEG, PNG or WebP files of the subject there"
+            f"put 1 to {MAX_IMAGES} JPEG, PNG or WebP files of the subject there"
         )
     if ignored:
         logging.warning("Ignored in %s, being neither JPEG, PNG nor WebP: %s", folder, ignored)
@@ -113,10 +112,10 @@ def _list_files(source: Path | Sequence[Path]) -> list[Path]:
 
 
 def _load_image(path: Path, resolution: int, box: Box | None) -> SubjectImage:
-    if not path.is_file():  # also keeps devices and pipes from being read for ever
-        what = "is not a file" if path.exists() else "does not exist"
-        raise UserError(f"{path} {what}; name a JPEG, PNG or WebP file, or one folder of them")
     try:
+        if not path.is_file():  # also keeps devices and pipes from being read for ever
+            what = "is not a file" if path.exists() else "does not exist"
+            raise UserError(f"{path} {what}; name a folder or 1 to {MAX_IMAGES} JPEG, PNG or WebP files")
         file = path.open("rb")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions, or leave it out") from error

@@ -265,6 +265,8 @@ def test_missing_folder_or_file(tmp_path):
     assert "does not exist" in refusal(tmp_path / "nowhere")
     assert "does not exist" in refusal([tmp_path / "nowhere.png"])
     assert "is not a file" in refusal([tmp_path])
+    assert "cannot be read" in refusal(tmp_path / ("long" * 100))
+    assert "cannot be read" in refusal([tmp_path / ("long" * 100)])
 
 
 def test_text_named_jpg(tmp_path):
