@@ -7,12 +7,10 @@ and a phase r in [0, 1) that makes it one of many such places. It returns the gr
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 
-from personalize_jax.world.shapes import length, lerp
+from personalize_jax.world.solids import Array, length, lerp
 
-Array = jax.Array
 Colour = tuple[Array | float, Array | float, Array | float]
 Context = Callable[[Array, Array, Array, Array, Array], tuple[Colour, Colour]]
 
@@ -188,7 +186,7 @@ def autumn(x: Array, z: Array, u: Array, v: Array, r: Array) -> tuple[Colour, Co
 
 def eiffel_tower(x: Array, z: Array, u: Array, v: Array, r: Array) -> tuple[Colour, Colour]:
     """The tower on the left: splayed legs with an arch, two platforms, a spire; a hedge and pale gravel."""
-    w = jnp.abs(u + 0.50 - 0.15 * r)
+    w = jnp.abs(u + 0.58 - 0.14 * r)
     taper = jnp.clip(1.0 - v / 1.0, 0.0, 1.0)
     half_width = 0.04 + 0.42 * taper * taper * taper
     legs = jnp.maximum(w - half_width, v - 1.0)

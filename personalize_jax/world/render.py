@@ -18,7 +18,8 @@ import numpy as np
 from personalize_jax.world import shapes
 from personalize_jax.world.contexts import CONTEXT_FUNCTIONS, step
 from personalize_jax.world.scene import ACCESSORIES, CLASSES, COLOURS, CONTEXTS, Scene, Subject, View
-from personalize_jax.world.shapes import FAR, SHAPES, Array, Vec, length, lerp, minus
+from personalize_jax.world.shapes import FAR, SHAPES
+from personalize_jax.world.solids import Array, Vec, length, lerp, minus, union
 
 CHUNK = 64
 MARCH_STEPS = 22
@@ -27,7 +28,7 @@ FOCAL = 0.33  # half the picture's width at unit distance: a zoomed camera, the 
 TARGET_HEIGHT = 0.58
 BOUND_CENTRE, BOUND_RADIUS = 0.66, 1.2
 BACKDROP_Z, BACKDROP_SCALE = -1.6, 1.5
-SINK_DEPTH = 0.16
+SINK_DEPTH = 0.10
 HORIZON = 30.0
 
 PALETTE = np.array(list(COLOURS.values()), np.float32)
@@ -120,7 +121,7 @@ def _render_object(scene: Scene, class_noun: str, hatted: bool, resolution: int)
         return _distances(p, class_noun, subject, view, sink, hat_measures)
 
     def distance(p: Vec) -> Array:
-        return shapes.union(*parts(p)[1])
+        return union(*parts(p)[1])
 
     origin, rays, pixel = _camera(view, resolution)
     to_ground, ground = _ground(origin, rays)
@@ -135,7 +136,7 @@ def _render_object(scene: Scene, class_noun: str, hatted: bool, resolution: int)
         for i, (a, b) in enumerate(zip(point, ground, strict=True))
     )
     local, materials = parts(probes)
-    nearest = shapes.union(*materials)
+    nearest = union(*materials)
     normal = _unit(tuple(sum(corner[i] * nearest[j] for j, corner in enumerate(corners)) for i in range(3)))
     solid = alpha > 0.5
     start = tuple(jnp.where(solid, a + 0.03 * n, g) for a, n, g in zip(point, normal, ground, strict=True))
@@ -257,7 +258,7 @@ def _pattern(p: Vec, subject: Subject) -> Array:
     striped = step(-0.25, 0.25, jnp.sin(bands * lerp(11.0, 15.0, scale) + shift * 6.0))
     k = lerp(8.0, 11.0, scale)
     dots = jnp.sin(p[0] * k + shift * 6.0) * jnp.sin(p[1] * k + direction * 6.0) * jnp.sin(p[2] * k + 1.2)
-    spotted = step(0.12, 0.3, jnp.abs(dots))
+    spotted = step(0.28, 0.44, jnp.abs(dots))
     two_tone = 1.0 - step(-0.03, 0.03, p[1] - lerp(0.36, 0.52, scale))
     return jax.lax.select_n(subject.pattern, jnp.zeros_like(dots), striped, spotted, two_tone)
 
@@ -285,7 +286,7 @@ def _shade(
 ) -> list[Array]:
     """Sun and sky on a surface; a shiny one has a sharp highlight and mirrors the sky at grazing angles."""
     diffuse = jnp.clip(_dot(normal, sun), 0.0, 1.0) * lit
-    light = 0.56 + 0.14 * normal[1] + 0.48 * diffuse
+    light = 0.68 + 0.13 * normal[1] + 0.36 * diffuse
     if glow is not None:
         light = jnp.maximum(light, 1.1 * glow)
     half = _unit(minus(sun, rays))

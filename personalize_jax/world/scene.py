@@ -31,10 +31,10 @@ COLOURS = {
     "blue": (0.12, 0.32, 0.90),
     "purple": (0.50, 0.15, 0.75),
     "pink": (1.00, 0.55, 0.75),
-    "brown": (0.42, 0.24, 0.11),
+    "brown": (0.40, 0.22, 0.09),
     "black": (0.08, 0.08, 0.09),
     "white": (0.96, 0.96, 0.95),
-    "gray": (0.50, 0.51, 0.53),
+    "gray": (0.45, 0.46, 0.48),
 }
 PATTERNS = ("plain", "striped", "spotted", "two-tone")
 FINISHES = ("matte", "shiny")
@@ -138,12 +138,14 @@ def sample_subjects(
     if split not in SPLITS:
         raise ValueError(f"Unknown split {split!r}; expected one of {', '.join(SPLITS)}.")
     classes = rng.integers(len(CLASSES), size=n) if class_id is None else np.broadcast_to(class_id, (n,))
+    # Mostly lighter and darker shades: a gray that leans to purple would be hard to name.
+    shade, tinge = rng.normal(scale=0.03, size=(n, 2, 1)), rng.normal(scale=0.01, size=(n, 2, 3))
     subject = Subject(
         class_id=classes.astype(np.int32),
         shape=rng.random((n, 4), np.float32),
         body_colour=np.zeros(n, np.int32),
         accent_colour=np.zeros(n, np.int32),
-        colour_jitter=np.clip(rng.normal(scale=0.025, size=(n, 2, 3)), -0.06, 0.06).astype(np.float32),
+        colour_jitter=np.clip(shade + tinge, -0.08, 0.08).astype(np.float32),
         pattern=np.zeros(n, np.int32),
         pattern_phase=rng.random((n, 3), np.float32),
         finish=(rng.random(n) < SHINY_PROBABILITY).astype(np.int32),
@@ -186,7 +188,7 @@ def sample_views(
     return View(
         yaw=uniform(yaw_range[:, 0], yaw_range[:, 1]),
         pitch=uniform(0.14, 0.36),
-        distance=uniform(2.45, 2.95) + np.float32(0.3) * (accessory > 0),  # a step back keeps hats in the picture
+        distance=uniform(2.4, 2.8) + np.float32(0.3) * (accessory > 0),  # a step back keeps hats in the picture
         offset=uniform(-0.1, 0.1),
         sun=np.stack([uniform(-1.2, 0.6), uniform(0.6, 1.2)], axis=1),
         tint=uniform(-1.0, 1.0),
