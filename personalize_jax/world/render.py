@@ -143,7 +143,8 @@ def _render_object(scene: Scene, class_noun: str, hatted: bool, resolution: int)
     sun = _sun(view)
     lit = _shadow(distance, start, sun)
 
-    weights = jax.nn.softmax(jnp.stack([-m[4] for m in materials]) * (2.0 / (pixel * t)), axis=0)
+    # Borders between materials are softened by a fraction of a pixel: thin coats must hide what they cover.
+    weights = jax.nn.softmax(jnp.stack([-m[4] for m in materials]) * (10.0 / (pixel * t)), axis=0)
     albedo = _albedo(tuple(a[4] for a in local), weights, subject, class_noun, hat_measures)
     glow = weights[3] if class_noun == "candle" else None
     shaded = _shade(albedo, normal, rays, sun, lit, subject.finish, glow)

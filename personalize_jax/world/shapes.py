@@ -256,7 +256,7 @@ def can(p: Vec, s: Array) -> Parts:
     rims = union(ring(p, (0, top - 0.01, 0), radius - 0.04, 0.045), ring(p, (0, 0.04, 0), radius - 0.04, 0.045))
     return Parts(
         body=cylinder(p, (0, high, 0), radius, high, 0.05),
-        accent=cylinder(p, (0, high * lerp(0.85, 1.1, s[3]), 0), radius + 0.012, high * label, 0.01),
+        accent=cylinder(p, (0, high * lerp(0.85, 1.1, s[3]), 0), radius + 0.02, high * label, 0.01),
         dark=ellipsoid(p, (0.1, top + 0.01, 0), (0.13, 0.025, 0.08)),
         light=union(rims, cylinder(p, (0, top - 0.02, 0), radius - 0.05, 0.025, 0.01)),
     )
