@@ -1,0 +1,97 @@
+"""What the commands share: flags, devices, one-sentence errors, progress bars, the configuration kept with a run."""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from personalize_jax.errors import UserError
+from personalize_jax.pipeline.storage import write_text
+
+
+def run(main: Callable[[list[str]], None], required: Sequence[str]) -> None:
+    """Run a command: `UserError` and failures to write end it with one sentence and exit status 2.
+
+    Args:
+        main: the command.
+        required: names of the flags that must be given.
+    """
+
+    def guarded(argv: list[str]) -> None:
+        logging.getLogger("absl").setLevel(logging.WARNING)
+        _keep_compiled_programs()
+        try:
+            main(argv)
+        except UserError as error:
+            sys.exit(_fail(str(error)))
+        except OSError as error:
+            sys.exit(_fail(f"{error.filename or 'A file'} cannot be used: {error.strerror or error}."))
+
+    flags.mark_flags_as_required(required)
+    app.run(guarded)
+
+
+def record_config(config: ConfigDict, workdir: Path, may_change: Sequence[str] = ()) -> None:
+    """Keep the configuration in the run directory, or compare it with what the run began with.
+
+    Args:
+        config: of this call.
+        workdir: run directory, made if missing.
+        may_change: dotted keys in which a later call may differ.
+
+    Raises:
+        UserError: the directory belongs to a run with another configuration.
+    """
+    file = workdir / "config.json"
+    new = json.loads(config.to_json_best_effort())
+    if file.exists():
+        old = json.loads(file.read_text())
+        different = [key for key in sorted(_different_keys(old, new)) if key not in may_change]
+        if different:
+            raise UserError(
+                f"{workdir} was begun with another configuration (different: {', '.join(different[:5])}); "
+                "give the same configuration to go on, or another --workdir."
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(new, indent=2))
+
+
+@contextlib.contextmanager
+def steps_bar(description: str, total: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """A progress bar over steps; yields `progress(steps done, metrics)`."""
+    with tqdm(total=total, desc=description, unit="step", dynamic_ncols=True, mininterval=1.0) as bar:
+
+        def progress(step: int, metrics: dict[str, float]) -> None:
+            if bar.n == 0:
+                bar.initial = max(step - 1, 0)
+            bar.set_postfix({"loss": f"{metrics['loss']:.4f}"} if metrics else {}, refresh=False)
+            bar.update(step - bar.n)
+
+        yield progress
+
+
+def _keep_compiled_programs() -> None:
+    """Programs are compiled once for all runs, in the user's cache directory."""
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", os.path.join(home, "personalize_jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _different_keys(old: object, new: object, prefix: str = "") -> set[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = old.keys() | new.keys()
+        return set().union(*(_different_keys(old.get(k), new.get(k), f"{prefix}{k}.") for k in keys), set())
+    return set() if old == new else {prefix.rstrip(".")}
+
+
+def _fail(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2

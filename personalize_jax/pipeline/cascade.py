@@ -1,0 +1,163 @@
+"""The cascade as one object: prompts and seeds in, pictures out."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from personalize_jax.models.text_encoder import TextEncoder
+from personalize_jax.pipeline.stage import Params, Sampling, Stage
+from personalize_jax.pipeline.tokenizer import Tokenizer
+
+
+class Text(NamedTuple):
+    """Encoded captions: embeddings [B, L, D] and mask [B, L], True at tokens."""
+
+    embeddings: Array
+    mask: Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pipeline:
+    """Tokenizer, text encoder and stages with their parameters.
+
+    Attributes:
+        tokenizer: with the recorded token frequencies.
+        text_encoder: shared by all stages.
+        stages: in the order of sampling; each after the first enlarges what the one before it drew.
+        params: {"text_encoder": ..., stage name: ...}.
+        spec: the architectures as plain data, {"text_encoder": ..., "stages": [...]}.
+    """
+
+    tokenizer: Tokenizer
+    text_encoder: TextEncoder
+    stages: tuple[Stage, ...]
+    params: Params
+    spec: Mapping[str, Any]
+
+    def stage(self, name: str) -> Stage:
+        """The stage of that name."""
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def replace_params(self, **params: Params) -> "Pipeline":
+        """The same pipeline with some of its parameters replaced, by name."""
+        return dataclasses.replace(self, params={**self.params, **params})
+
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """Encode prompts with the text encoder."""
+        return Text(*encode_tokens(self.text_encoder, self.params["text_encoder"], self.tokenizer(prompts)))
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        batch_size: int = 16,
+        samplings: dict[str, Sampling] | None = None,
+        progress: Callable[[int], object] = lambda pictures: None,
+    ) -> list[np.ndarray]:
+        """Draw one picture for each prompt.
+
+        A picture is a function of its prompt and seed: neighbours, order and number of the others do not change it.
+
+        Args:
+            prompts: one a picture.
+            seeds: one a picture.
+            batch_size: pictures drawn at once; the last batch is filled up and cut.
+            samplings: overrides of the stages' own sampling, by stage name.
+            progress: called with the number of pictures that a stage has just finished.
+
+        Returns:
+            One uint8 array [N, H, W, 3] for each stage, low resolution first.
+        """
+        pictures: list[np.ndarray] = []
+        for stage in self.stages:
+            low = pictures[-1] if pictures else None
+            pictures.append(
+                self.sample_stage(stage, prompts, seeds, low, batch_size, (samplings or {}).get(stage.name), progress)
+            )
+        return pictures
+
+    def sample_stage(
+        self,
+        stage: Stage,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        low_res: np.ndarray | None = None,
+        batch_size: int = 16,
+        sampling: Sampling | None = None,
+        progress: Callable[[int], object] = lambda pictures: None,
+    ) -> np.ndarray:
+        """Draw from one stage; uint8 [N, H, W, 3].
+
+        Args:
+            stage: one of `stages`.
+            prompts: one a picture.
+            seeds: one a picture.
+            low_res: uint8 pictures of the stage before, for a super-resolution stage.
+            batch_size: pictures drawn at once.
+            sampling: in place of the stage's own.
+            progress: called with the number of pictures just finished.
+        """
+        if len(prompts) != len(seeds):
+            raise ValueError(
+                f"{len(prompts)} prompts and {len(seeds)} seeds were given; give one seed for each prompt."
+            )
+        text, null = self.encode(list(prompts)), self.encode([""])
+        drawn = []
+        for start in range(0, len(prompts), batch_size):
+            # A batch of constant size keeps one compiled program, and with it the same rounding for every picture.
+            rows = [min(start + i, len(prompts) - 1) for i in range(batch_size)]
+            keys = jnp.stack([_picture_key(seeds[row], self.stages.index(stage)) for row in rows])
+            batch = draw_pictures(
+                stage,
+                sampling or stage.sampling,
+                self.params[stage.name],
+                keys,
+                jax.tree.map(lambda a, rows=np.array(rows): a[rows], text),
+                jax.tree.map(lambda a: jnp.repeat(a, batch_size, 0), null),
+                None if low_res is None else low_res[rows],
+            )
+            kept = min(batch_size, len(prompts) - start)
+            drawn.append(np.asarray(batch)[:kept])
+            progress(kept)
+        return np.concatenate(drawn)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode_tokens(text_encoder: TextEncoder, params: Params, tokens_BL: Array) -> tuple[Array, Array]:
+    """Embeddings and mask of token ids."""
+    return text_encoder.apply({"params": params}, tokens_BL)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def draw_pictures(
+    stage: Stage,
+    sampling: Sampling,
+    params: Params,
+    keys_B: Array,
+    text: Text,
+    null_text: Text,
+    low_res: Array | None,
+) -> Array:
+    """`Stage.draw` from and to uint8 pictures, compiled."""
+    low = None if low_res is None else to_float(low_res)
+    return to_uint8(stage.draw(params, keys_B, text, null_text, sampling, low))
+
+
+def to_float(u: Array) -> Array:
+    """uint8 pictures as float32 in [-1, 1]."""
+    return u.astype(jnp.float32) / 127.5 - 1
+
+
+def to_uint8(x: Array) -> Array:
+    """Pictures in [-1, 1] as uint8, rounded."""
+    return jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+
+
+def _picture_key(seed: int, stage_index: int) -> Array:
+    return jax.random.fold_in(jax.random.key(seed), stage_index)

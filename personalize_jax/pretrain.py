@@ -1,0 +1,118 @@
+"""Pretrain one stage of the embedded cascade on the rendered world.
+
+    python -m personalize_jax.pretrain --config=configs/pretrain_world.py:base --workdir=runs/world_base
+
+Killed and started again it goes on from its last checkpoint; raising `--config.training.num_steps` prolongs it. The
+run directory ends up with `pipeline/`, the cascade up to this stage, for `personalize_jax.pipeline.load_pipeline`.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from personalize_jax import command
+from personalize_jax.models.text_encoder import TextEncoder
+from personalize_jax.pipeline import Pipeline, Stage, Tokenizer, load_pipeline, save_pipeline
+from personalize_jax.pipeline.storage import ASSETS
+from personalize_jax.training.examples import Examples, make_examples
+from personalize_jax.training.loop import train, trained_params
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/pretrain_world.py:base.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory.")
+
+
+def untrained_pipeline(config: ConfigDict) -> Pipeline:
+    """The cascade up to the stage to train: that stage random, the text encoder random or taken from a pipeline."""
+    key = jax.random.key(config.seed)
+    if config.pretrained:
+        before = load_pipeline(config.pretrained)
+    else:
+        tokenizer = Tokenizer.read(ASSETS / "world" / "tokenizer.json", config.text_encoder.max_length)
+        text_spec = {"vocab_size": tokenizer.size, **config.text_encoder}
+        encoder = TextEncoder(**text_spec)
+        tokens = np.ones((1, encoder.max_length), np.int32)
+        params = {"text_encoder": encoder.init(jax.random.fold_in(key, 0), tokens)["params"]}
+        before = Pipeline(tokenizer, encoder, (), params, {"text_encoder": text_spec, "stages": []})
+    spec = config.stage.to_dict()
+    stage = Stage.from_spec(spec)
+    return dataclasses.replace(
+        before,
+        stages=(*before.stages, stage),
+        params={**before.params, stage.name: stage.init_params(jax.random.fold_in(key, 1), before.text_encoder.width)},
+        spec={**before.spec, "stages": [*before.spec["stages"], spec]},
+    )
+
+
+def world_examples(pipeline: Pipeline, data: dict[str, np.ndarray]) -> Examples:
+    """The training set of the pipeline's last stage.
+
+    Args:
+        pipeline: for its tokenizer and the last stage's resolutions.
+        data: "image", uint8 [N, R, R, 4] with the object's mask as fourth channel, and "captions", K strings a picture.
+    """
+    stage = pipeline.stages[-1]
+    captions = data["captions"]
+    tokens = pipeline.tokenizer(captions.ravel().tolist()).reshape(*captions.shape, -1)
+    rgba = _downsample(data["image"], stage.resolution)
+    low_res = None if stage.low_resolution is None else _downsample(rgba[..., :3], stage.low_resolution)
+    return make_examples(rgba[..., :3], tokens, pipeline.tokenizer([""])[0], low_res, rgba[..., 3])
+
+
+def pretrain(config: ConfigDict, workdir: Path, data: dict[str, np.ndarray]) -> Pipeline:
+    """Train the stage and write the pipeline to `workdir/pipeline`.
+
+    Args:
+        config: of `configs/pretrain_world.py`.
+        workdir: run directory.
+        data: see `world_examples`.
+    """
+    pipeline = untrained_pipeline(config)
+    stage = pipeline.stages[-1]
+    start = {"text_encoder": pipeline.params["text_encoder"], "denoiser": pipeline.params[stage.name]}
+    with command.steps_bar(f"pretraining {stage.name}", config.training.num_steps) as progress:
+        state = train(
+            stage,
+            pipeline.text_encoder,
+            start,
+            {"instance": world_examples(pipeline, data)},
+            config.training,
+            config.seed,
+            workdir,
+            progress,
+        )
+    params = trained_params(state, start)
+    pipeline = pipeline.replace_params(**{"text_encoder": params["text_encoder"], stage.name: params["denoiser"]})
+    if state.token_counts is not None:
+        counts = np.array(state.token_counts, np.int64)
+        counts[sorted(pipeline.tokenizer.special_ids)] = 0  # padding is not processed
+        pipeline = dataclasses.replace(pipeline, tokenizer=dataclasses.replace(pipeline.tokenizer, counts=counts))
+    save_pipeline(pipeline, workdir / "pipeline")
+    return pipeline
+
+
+def main(_: list[str]) -> None:
+    """Render or read the data, train, save."""
+    from personalize_jax.world import dataset_builder
+
+    config, workdir = _CONFIG.value, Path(_WORKDIR.value)
+    command.record_config(config, workdir, may_change=("training.num_steps",))
+    data = dataset_builder.load(config.dataset.resolution, "train", config.dataset.count)
+    pretrain(config, workdir, data)
+
+
+def _downsample(u: np.ndarray, size: int) -> np.ndarray:
+    """Area averages of uint8 pictures [N, H, H, C], a block of pictures at a time to spare memory."""
+    factor = u.shape[1] // size
+    blocks = [
+        np.round(b.reshape(len(b), size, factor, size, factor, -1).mean((2, 4), dtype=np.float32)).astype(np.uint8)
+        for b in np.array_split(u, max(1, len(u) // 1000))
+    ]
+    return np.concatenate(blocks)
+
+
+if __name__ == "__main__":
+    command.run(main, required=("config", "workdir"))

@@ -1,0 +1,64 @@
+"""Checkpoints of the train state, written by orbax."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from personalize_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The last few train states of one stage, in one directory.
+
+    A checkpoint appears under its final name only when it is complete.
+    """
+
+    def __init__(self, directory: Path, keep: int = 2) -> None:
+        """Open a directory, made if missing.
+
+        Args:
+            directory: of the checkpoints.
+            keep: how many of the latest stay; two, so that one survives if the other is damaged.
+        """
+        self.directory = directory.absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, step: int, state: Any) -> None:
+        """Write in the background; the state may be donated as soon as this returns."""
+        self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def restore(self, abstract_state: Any) -> Any | None:
+        """The latest state that can be read, or None without any.
+
+        A damaged checkpoint is passed over with a warning.
+
+        Args:
+            abstract_state: shapes, dtypes and shardings of the state.
+
+        Raises:
+            UserError: there are checkpoints, but none can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                return self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+            except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
+                reason = str(error).splitlines()[0][:200]
+                logger.warning(
+                    "Checkpoint %d in %s cannot be read (%s); trying the one before.", step, self.directory, reason
+                )
+        if steps:
+            raise UserError(
+                f"None of the checkpoints {steps} in {self.directory} can be read; delete that folder to start this phase anew."
+            )
+        return None
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self._manager.wait_until_finished()
+        self._manager.close()

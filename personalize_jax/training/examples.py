@@ -1,0 +1,101 @@
+"""A training set that lives on the device, and batches drawn from it inside jit."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from personalize_jax.pipeline import Text
+from personalize_jax.pipeline.cascade import to_float
+
+
+class Examples(NamedTuple):
+    """A labelled set of N pictures and M captions.
+
+    Attributes:
+        image: uint8 [N, H, W, 3].
+        caption: int32 [N, K], rows of `tokens`: the captions of a picture, one of which is drawn each time.
+        tokens: int32 [M, L]; row 0 is the empty caption.
+        text: embeddings and mask of the M captions when the text encoder is frozen and they were computed once.
+        low_res: uint8 [N, h, w, 3], each picture at the resolution of the stage before (super-resolution only).
+        object_mask: uint8 [N, H, W], where the object is, for weighting the loss; or None.
+    """
+
+    image: Array
+    caption: Array
+    tokens: Array
+    text: Text | None = None
+    low_res: Array | None = None
+    object_mask: Array | None = None
+
+
+class Batch(NamedTuple):
+    """What a train step sees of a draw: B examples.
+
+    Attributes:
+        x: float32 [B, H, W, 3] in [-1, 1].
+        tokens: int32 [B, L].
+        text: embeddings and mask, or None when the step has to encode `tokens`.
+        low_res: float32 [B, h, w, 3] in [-1, 1], or None.
+        pixel_weight: float32 [B, H, W, 1], or None for 1 everywhere.
+    """
+
+    x: Array
+    tokens: Array
+    text: Text | None
+    low_res: Array | None
+    pixel_weight: Array | None
+
+
+def make_examples(
+    images: np.ndarray,
+    tokens_NKL: np.ndarray,
+    null_tokens_L: np.ndarray,
+    low_res: np.ndarray | None = None,
+    object_mask: np.ndarray | None = None,
+) -> Examples:
+    """Assemble a training set.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        tokens_NKL: K captions for each picture.
+        null_tokens_L: the empty caption.
+        low_res: see `Examples`.
+        object_mask: see `Examples`.
+    """
+    unique, index = np.unique(tokens_NKL.reshape(-1, tokens_NKL.shape[-1]), axis=0, return_inverse=True)
+    tokens_ML = np.concatenate([null_tokens_L[None], unique]).astype(np.int32)
+    caption_NK = index.reshape(tokens_NKL.shape[:2]).astype(np.int32) + 1
+    return Examples(images, caption_NK, tokens_ML, None, low_res, object_mask)
+
+
+def draw_batch(
+    examples: Examples, key: Array, batch_size: int, caption_dropout: float, object_weight: float = 0.0
+) -> Batch:
+    """Draw with replacement; traceable.
+
+    Args:
+        examples: the set.
+        key: used here alone.
+        batch_size: B.
+        caption_dropout: probability of the empty caption, in [0, 1]; it keeps the unconditional branch that guidance
+            needs.
+        object_weight: added to the loss weight of 1 on the object's pixels.
+    """
+    picture_key, caption_key, drop_key = jax.random.split(key, 3)
+    i_B = jax.random.randint(picture_key, (batch_size,), 0, examples.image.shape[0])
+    k_B = jax.random.randint(caption_key, (batch_size,), 0, examples.caption.shape[1])
+    drop_B = jax.random.bernoulli(drop_key, caption_dropout, (batch_size,))
+    m_B = jnp.where(drop_B, 0, examples.caption[i_B, k_B])
+    weight = None
+    if examples.object_mask is not None:
+        weight = 1 + object_weight * examples.object_mask[i_B][..., None].astype(jnp.float32) / 255
+    return Batch(
+        x=to_float(examples.image[i_B]),
+        tokens=examples.tokens[m_B],
+        text=None if examples.text is None else jax.tree.map(lambda a: a[m_B], examples.text),
+        low_res=None if examples.low_res is None else to_float(examples.low_res[i_B]),
+        pixel_weight=weight,
+    )

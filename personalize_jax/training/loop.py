@@ -1,0 +1,181 @@
+"""The training loop: the same for every stage, for pretraining and for personalisation."""
+
+import dataclasses
+import functools
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+from personalize_jax.errors import UserError
+from personalize_jax.models.text_encoder import TextEncoder
+from personalize_jax.pipeline import Stage
+from personalize_jax.pipeline.stage import Params
+from personalize_jax.training import sharding
+from personalize_jax.training.checkpoint import Checkpoints
+from personalize_jax.training.examples import Batch, Examples, draw_batch
+from personalize_jax.training.losses import Objective, personalization_loss
+from personalize_jax.training.optimizer import make_optimizer
+from personalize_jax.training.step import TrainState, init_state, make_train_step, make_train_steps
+from personalize_jax.training.trainable import merge, partition
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """How batches are drawn: examples of each half, and the share of captions left empty.
+
+    Attributes:
+        batch_size: of each half.
+        caption_dropout: share of empty captions by half.
+        object_weight: additional loss weight of the object's pixels, where masks are known.
+    """
+
+    batch_size: int
+    caption_dropout: dict[str, float]
+    object_weight: float
+
+    def __call__(self, examples: dict[str, Examples], key: Array) -> dict[str, Batch]:
+        """Draw a batch for each half, with a key of its own."""
+        keys = jax.random.split(key, len(examples))
+        return {
+            half: draw_batch(examples[half], k, self.batch_size, self.caption_dropout[half], self.object_weight)
+            for half, k in zip(sorted(examples), keys, strict=True)
+        }
+
+
+def train(
+    stage: Stage,
+    text_encoder: TextEncoder,
+    pretrained: Params,
+    examples: dict[str, Examples],
+    config: ConfigDict,
+    seed: int,
+    directory: Path,
+    progress: Callable[[int, dict[str, float]], object] = lambda step, metrics: None,
+) -> TrainState:
+    """Train one stage, from its last checkpoint in `directory` if there is one.
+
+    Args:
+        stage: what to train.
+        text_encoder: of the captions.
+        pretrained: {"denoiser": ..., "text_encoder": ...} to start from; the frozen copy is made of it.
+        examples: the set of each half, {"instance": ...} and with prior preservation {"prior": ...}.
+        config: keys of `configs.common.training()`.
+        seed: of all randomness in this training.
+        directory: for `checkpoints/` and `metrics.jsonl`.
+        progress: called after each dispatch with the number of steps done and the latest logged metrics.
+
+    Returns:
+        The state after `config.num_steps`.
+
+    Raises:
+        UserError: the loss is not finite, or the configuration does not fit.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    if config.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise UserError(
+            f"config batch_size is {config.batch_size} and the mesh splits it {mesh.shape['data'] * mesh.shape['fsdp']} "
+            "ways; give a multiple of that."
+        )
+    if config.num_steps % config.steps_per_dispatch:
+        raise UserError(
+            f"num_steps is {config.num_steps} and steps_per_dispatch {config.steps_per_dispatch}; give a multiple."
+        )
+    trained, frozen = partition(pretrained, config.trainable)
+    objective = Objective(config.weighting, config.prior.weight, config.prior.form, tuple(config.augmentation_levels))
+    if objective.prior_form == "frozen_prediction" and objective.prior_weight > 0:
+        frozen = pretrained
+    optimizer = make_optimizer(config.optimizer, config.num_steps)
+    vocabulary_size = text_encoder.vocab_size if "text_encoder" in trained else None
+    make_state = functools.partial(
+        init_state, optimizer=optimizer, ema=config.ema_decay > 0, vocabulary_size=vocabulary_size
+    )
+
+    abstract = jax.eval_shape(make_state, trained)
+    state_shardings = sharding.shardings(abstract, config.sharding, mesh)
+    frozen = jax.device_put(frozen, sharding.shardings(frozen, config.sharding, mesh))
+    examples = jax.device_put(examples, sharding.replicated(mesh))
+    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, state_shardings)
+    checkpoints = Checkpoints(directory / "checkpoints")
+    state = checkpoints.restore(abstract)
+    if state is None:
+        # Copied, since the state is donated and the caller keeps the pretrained parameters.
+        state = jax.jit(make_state, out_shardings=state_shardings)(jax.tree.map(np.array, trained))
+
+    draw = Draw(
+        config.batch_size,
+        {"instance": config.caption_dropout, "prior": config.prior.caption_dropout},
+        config.object_weight,
+    )
+    steps = make_train_steps(
+        make_train_step(
+            functools.partial(personalization_loss, stage, text_encoder, objective), optimizer, config.ema_decay
+        ),
+        lambda examples, key: sharding.shard_batch(draw(examples, key), mesh),
+        jax.random.key(seed),
+        config.steps_per_dispatch,
+    )
+    run = jax.jit(steps, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh)))
+    log = MetricsLog(directory / "metrics.jsonl", int(state.step))
+    saved = int(state.step)
+    while (step := int(state.step)) < config.num_steps:
+        state, metrics = run(state, frozen, examples)
+        step += config.steps_per_dispatch
+        last = step >= config.num_steps
+        if last or step % config.log_every < config.steps_per_dispatch:
+            log.write(step, metrics)
+        if last or step - saved >= config.checkpoint_every:
+            checkpoints.save(step, state)
+            saved = step
+        progress(step, log.latest)
+    checkpoints.close()
+    return state
+
+
+def trained_params(state: TrainState, pretrained: Params) -> Params:
+    """What to sample with: the averaged parameters, or the last ones without an average, completed by `pretrained`."""
+    return merge(state.params if state.ema is None else state.ema, pretrained)
+
+
+class MetricsLog:
+    """A JSONL file of metrics, one line a logged step, without repeats after a resume."""
+
+    def __init__(self, file: Path, start_step: int) -> None:
+        """Open a log; lines after `start_step`, from steps that will be done again, are dropped."""
+        self.file = file
+        self.latest: dict[str, float] = {}
+        self._time = time.monotonic()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if file.exists():
+            for line in file.read_text().splitlines(keepends=True):
+                if line.endswith("\n") and json.loads(line)["step"] <= start_step:
+                    kept.append(line)
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, file)
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Append a line.
+
+        Raises:
+            UserError: the loss is not a finite number.
+        """
+        self.latest = {name: float(value) for name, value in metrics.items()}
+        if not np.isfinite(self.latest["loss"]):
+            raise UserError(
+                f"The loss is {self.latest['loss']} at step {step}; the last checkpoint is kept: "
+                "lower config.training.optimizer.learning_rate and start again."
+            )
+        now = time.monotonic()
+        line = {"step": step, **self.latest, "seconds": round(now - self._time, 3)}
+        self._time = now
+        with self.file.open("a") as f:
+            f.write(json.dumps(line) + "\n")

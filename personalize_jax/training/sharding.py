@@ -1,0 +1,75 @@
+"""Where arrays live: a named mesh (data, fsdp, tensor) and rules from parameter paths to PartitionSpecs."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from personalize_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+
+def make_mesh(shape: Sequence[int]) -> Mesh:
+    """The mesh over this program's devices.
+
+    Args:
+        shape: sizes of data, fsdp and tensor; one of them may be -1 for "what remains".
+
+    Raises:
+        UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = np.array(jax.devices())
+    try:
+        return Mesh(devices.reshape(tuple(shape)), AXES)
+    except ValueError as error:
+        raise UserError(
+            f"config.mesh is {tuple(shape)} and there are {devices.size} devices; "
+            "give sizes of (data, fsdp, tensor) that multiply to that number, -1 for what remains."
+        ) from error
+
+
+def shardings(tree: Any, rules: Sequence[tuple[str, Sequence[str | None]]], mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf.
+
+    The same rules serve parameters, EMA and optimiser moments, since a path is searched, not matched from its start. A
+    dimension that its mesh axis does not divide stays whole.
+
+    Args:
+        tree: pytree of arrays or shapes.
+        rules: (regular expression, axis names from the *last* dimension backwards); the first found decides.
+        mesh: the mesh.
+
+    Raises:
+        UserError: a leaf with two dimensions or more that no rule matches.
+    """
+
+    def place(path: tuple, leaf: Any) -> NamedSharding:
+        if leaf.ndim < 2:
+            return NamedSharding(mesh, P())
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        axes = next((axes for pattern, axes in rules if re.search(pattern, name)), None)
+        if axes is None:
+            raise UserError(f"Parameter {name!r} matches no rule of config.sharding; add one, such as ('.*', ()).")
+        spec = [None] * leaf.ndim
+        for dimension, axis in zip(range(leaf.ndim - 1, -1, -1), axes, strict=False):
+            if axis is not None and leaf.shape[dimension] % mesh.shape[axis] == 0:
+                spec[dimension] = axis
+        return NamedSharding(mesh, P(*spec))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, P())
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Constrain every array of a batch to be split by its first axis; traceable."""
+    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH))
