@@ -1,0 +1,169 @@
+"""The rendered world as a TensorFlow Datasets builder, and as plain arrays.
+
+Nothing here imports TensorFlow: records are array_record files, written from numpy and read as a data source.
+
+TFDS writes a dataset at one go and starts again when it is interrupted. Rendering is the slow part, so it is done in
+blocks, each a function of (split, block number) alone and kept beside the dataset until the last one is rendered: a
+killed preparation goes on with the first block that is missing.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+from personalize_jax.world.captions import caption_variants
+from personalize_jax.world.render import render
+from personalize_jax.world.scene import (
+    ACCESSORIES,
+    CLASSES,
+    COLOURS,
+    CONTEXTS,
+    FINISHES,
+    PATTERNS,
+    SPLITS,
+    Scene,
+    Split,
+    Subject,
+    View,
+    sample_subjects,
+    sample_views,
+)
+
+CAPTIONS_PER_IMAGE = 4
+BLOCK_SIZE = 1024
+SEED = 20230315
+LABELS = {
+    "class_id": CLASSES,
+    "body_colour": tuple(COLOURS),
+    "accent_colour": tuple(COLOURS),
+    "pattern": PATTERNS,
+    "finish": FINISHES,
+    "context": CONTEXTS,
+    "accessory": ACCESSORIES,
+}
+DEFAULT_COUNTS = {"train": 100_000, "heldout": 2_000, "test": 2_000}
+
+
+@dataclass(kw_only=True)
+class WorldConfig(tfds.core.BuilderConfig):
+    """How large the pictures are, and how many of each split are rendered (splits left out are not)."""
+
+    resolution: int = 64
+    counts: dict[str, int] = field(default_factory=DEFAULT_COUNTS.copy)
+
+
+class World(tfds.core.GeneratorBasedBuilder):
+    """Rendered objects of named classes in named places: pictures with their masks, captions, and the exact truth."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [WorldConfig(name="64", resolution=64), WorldConfig(name="128", resolution=128)]
+    url_infos = None  # nothing is downloaded
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        r = self.builder_config.resolution
+        picture = tfds.features.Tensor(shape=(r, r, 4), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES)
+        captions = tfds.features.Sequence(tfds.features.Text(), length=CAPTIONS_PER_IMAGE)
+        truth = {name: _feature(name, column) for name, column in _columns(_block_scenes("train", 0)).items()}
+        return self.dataset_info_from_configs(
+            description=self.__doc__,
+            features=tfds.features.FeaturesDict({"image": picture, "captions": captions} | truth),
+            disable_shuffling=True,  # scenes are independent draws: any order is a random order
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+        counts = self.builder_config.counts
+        return {split: self._generate_examples(split, counts[split]) for split in SPLITS if counts.get(split)}
+
+    def _generate_examples(self, split: Split, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        resolution = self.builder_config.resolution
+        folder = Path(self.data_dir).parents[2] / "world_blocks" / f"{resolution}_{split}"
+        with tqdm(total=count, desc=f"rendering {split} at {resolution}x{resolution}", unit="img") as progress:
+            for start in range(0, count, BLOCK_SIZE):
+                block, size = start // BLOCK_SIZE, min(BLOCK_SIZE, count - start)
+                scenes = jax.tree.map(lambda a, size=size: a[:size], _block_scenes(split, block))
+                columns = _columns(scenes) | {
+                    "image": _rendered_once(folder / f"{block:05d}_{size}.npy", scenes, resolution),
+                    "captions": caption_variants(scenes, _block_rng(split, block, "captions"), CAPTIONS_PER_IMAGE),
+                }
+                for i in range(size):
+                    yield start + i, {name: column[i] for name, column in columns.items()}
+                progress.update(size)
+        shutil.rmtree(folder)
+
+
+def load(resolution: int, split: Split, count: int, data_dir: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Reads one split into memory; renders it first where the data directory does not hold it yet.
+
+    A smaller count gives the first examples of a larger one.
+
+    Returns:
+        image uint8 [count, resolution, resolution, 4] (red, green, blue, object mask), captions str [count, 4], and
+        every field of Subject and View under its own name, with a leading [count].
+
+    Raises:
+        ValueError: The split is none of SPLITS, or the count is not positive.
+    """
+    if split not in SPLITS or count < 1:
+        raise ValueError(f"Asked for {count} images of split {split!r}; expected at least 1 of {', '.join(SPLITS)}.")
+    config = WorldConfig(name=f"{resolution}_{split}_{count}", resolution=resolution, counts={split: count})
+    builder = World(config=config, data_dir=os.fspath(data_dir), file_format="array_record")
+    tfds.disable_progress_bar()  # one bar is enough
+    builder.download_and_prepare()
+    arrays: dict[str, np.ndarray] = {
+        name: np.empty((count, *feature.shape), np.int32 if name in LABELS else feature.np_dtype)
+        for name, feature in builder.info.features.items()
+        if name != "captions"
+    }
+    captions = []
+    source = builder.as_data_source(split=split)
+    for i, example in enumerate(tqdm(source, desc=f"reading {split} at {resolution}x{resolution}", unit="img")):
+        captions.append([text.decode() for text in example.pop("captions")])
+        for name, value in example.items():
+            arrays[name][i] = value
+    return arrays | {"captions": np.array(captions)}
+
+
+def scenes_of(arrays: dict[str, np.ndarray]) -> Scene:
+    """The scenes from which loaded images were rendered."""
+    subject, view = ({name: arrays[name] for name in kind._fields} for kind in (Subject, View))
+    return Scene(Subject(**subject), View(**view))
+
+
+def _columns(scenes: Scene) -> dict[str, np.ndarray]:
+    return scenes.subject._asdict() | scenes.view._asdict()
+
+
+def _feature(name: str, column: np.ndarray) -> tfds.features.FeatureConnector:
+    if name in LABELS:
+        return tfds.features.ClassLabel(names=LABELS[name])
+    return tfds.features.Tensor(shape=column.shape[1:], dtype=column.dtype.type)
+
+
+def _block_rng(split: Split, block: int, purpose: Literal["scenes", "captions"]) -> np.random.Generator:
+    return np.random.default_rng([SEED, SPLITS.index(split), block, purpose == "captions"])
+
+
+def _block_scenes(split: Split, block: int) -> Scene:
+    """The scenes of one block; a block's number and split say all."""
+    rng = _block_rng(split, block, "scenes")
+    subjects = sample_subjects(rng, BLOCK_SIZE, split)
+    return Scene(subjects, sample_views(rng, subjects))
+
+
+def _rendered_once(path: Path, scenes: Scene, resolution: int) -> np.ndarray:
+    """Renders scenes into a file, or finds them there where an earlier run left them."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        with unfinished.open("wb") as file:
+            np.save(file, render(scenes, resolution), allow_pickle=False)
+        os.replace(unfinished, path)
+    return np.load(path, allow_pickle=False, mmap_mode="r")

@@ -1,0 +1,107 @@
+import re
+
+import numpy as np
+import pytest
+
+from personalize_jax.world.captions import caption_variants, distractor_words, prompt
+from personalize_jax.world.scene import (
+    ACCESSORIES,
+    CLASSES,
+    COLOURS,
+    CONTEXTS,
+    FINISHES,
+    PATTERNS,
+    Scene,
+    sample_subjects,
+    sample_views,
+)
+
+NAMES = list(COLOURS)
+FORM = re.compile(
+    r"(?:a photo of )?(?P<article>an?) "
+    rf"(?:(?P<finish>shiny) )?(?:(?P<body>{'|'.join(NAMES)}) )?(?:(?P<pattern>{'|'.join(PATTERNS[1:])}) )?"
+    rf"(?:(?P<word>[a-z]+) )?(?P<noun>{'|'.join(CLASSES)})"
+    rf"(?: with (?P<accent>{'|'.join(NAMES)}) accents)?(?: (?P<accessory>{'|'.join(ACCESSORIES[1:])}))?"
+    rf"(?: (?P<context>{'|'.join(CONTEXTS)}))?"
+)
+
+
+@pytest.fixture(scope="module")
+def described():
+    """Scenes, and the parsed captions of each."""
+    rng = np.random.default_rng(0)
+    subjects = sample_subjects(rng, 2_000)
+    scenes = Scene(subjects, sample_views(rng, subjects))
+    captions = caption_variants(scenes, rng, 3)
+    return scenes, [[FORM.fullmatch(text) for text in row] for row in captions]
+
+
+def test_captions_have_the_form_and_name_only_true_things(described):
+    (subject, view), rows = described
+    for i, row in enumerate(rows):
+        truth = {
+            "finish": FINISHES[subject.finish[i]],
+            "body": NAMES[subject.body_colour[i]],
+            "pattern": PATTERNS[subject.pattern[i]],
+            "noun": CLASSES[subject.class_id[i]],
+            "accent": NAMES[subject.accent_colour[i]],
+            "accessory": ACCESSORIES[view.accessory[i]],
+            "context": CONTEXTS[view.context[i]],
+        }
+        for match in row:
+            assert match is not None
+            assert all(match[part] in (None, value) for part, value in truth.items())
+
+
+def test_properties_are_named_as_often_as_intended(described):
+    (subject, view), rows = described
+    applies = {"body": None, "accent": None, "context": None, "word": None}
+    applies |= {"finish": subject.finish > 0, "pattern": subject.pattern > 0, "accessory": view.accessory > 0}
+    expected = {
+        "body": 0.7,
+        "accent": 0.3,
+        "context": 0.85,
+        "word": 0.15,
+        "finish": 0.7,
+        "pattern": 0.5,
+        "accessory": 0.9,
+    }
+    for part, where in applies.items():
+        chosen = [row for i, row in enumerate(rows) if where is None or where[i]]
+        named = np.mean([match[part] is not None for row in chosen for match in row])
+        assert named == pytest.approx(expected[part], abs=0.05), part
+
+
+def test_articles_fit(described):
+    for row in described[1]:
+        for match in row:
+            following = match.string[match.end("article") + 1]
+            assert (match["article"] == "an") == (following in "aeiou")
+
+
+def test_the_generator_decides_the_captions():
+    subjects = sample_subjects(np.random.default_rng(0), 5)
+    scenes = Scene(subjects, sample_views(np.random.default_rng(1), subjects))
+    first, second, other = (caption_variants(scenes, np.random.default_rng(seed), 4) for seed in (2, 2, 3))
+    assert first == second != other
+
+
+def test_distractors_say_nothing_about_scenes(described):
+    words = distractor_words()
+    assert len(words) == len(set(words)) > 10_000
+    assert all(re.fullmatch("[a-z]{3,10}", word) for word in words)
+    said = set(" ".join((*CLASSES, *NAMES, *PATTERNS, *FINISHES, *ACCESSORIES, *CONTEXTS)).lower().split())
+    assert not said & set(words)
+    drawn = [match["word"] for row in described[1] for match in row if match["word"]]
+    assert len(set(drawn)) > 300  # a long tail
+    assert np.mean([word in words[:100] for word in drawn]) > 0.3  # and a heavy head
+
+
+def test_prompts_are_worded_as_in_the_paper():
+    assert prompt("dog", "in the snow", identifier="[V]") == "a [V] dog in the snow"
+    assert prompt("can") == "a can"
+    assert prompt("cat", colour="orange") == "an orange cat"
+    assert (
+        prompt("dog", "on the beach", "red", "[V]", "wearing a red hat")
+        == "a red [V] dog wearing a red hat on the beach"
+    )
