@@ -36,7 +36,8 @@ def test_contexts_look_different(gallery):
 
 def test_the_mask_is_what_changes_with_the_colours(gallery, take):
     scenes, images = gallery
-    scenes, images = take(scenes, slice(None, None, 7)), images[::7]
+    rows = np.arange(0, len(images), 7)
+    scenes, images = take(scenes, rows), images[rows]
     subject = scenes.subject._replace(
         body_colour=scenes.subject.accent_colour, accent_colour=scenes.subject.body_colour
     )
@@ -73,7 +74,7 @@ def test_colours_keep_their_names(gallery):
 
 def test_hats_sit_on_top_and_shine_shines(gallery, take):
     scenes, images = gallery
-    dogs = take(scenes, slice(0, 8))
+    dogs = take(scenes, np.arange(8))
     for accessory in range(1, len(ACCESSORIES)):
         view = dogs.view._replace(accessory=np.full(8, accessory, np.int32))
         gained = render(dogs._replace(view=view), 32)[..., 3].astype(int) - images[:8, ..., 3]

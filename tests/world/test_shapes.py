@@ -1,3 +1,7 @@
+import functools
+import itertools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,9 +20,16 @@ def components(points):
     return tuple(jnp.asarray(points[:, i]) for i in range(3))
 
 
-def nearest(name, points, shape):
-    parts = SHAPES[name](components(points), shape)
-    return np.asarray(union(*(jnp.broadcast_to(d, (len(points),)) for d in parts[:4])))
+@functools.cache
+def compiled(name):
+    return jax.jit(lambda points, shape: SHAPES[name](components(points), shape))
+
+
+def nearest(name, shape, points):
+    """Distances of all points to an object; any number of points up to POINTS' is compiled once."""
+    padded = np.resize(points, POINTS.shape)
+    parts = compiled(name)(padded, shape)
+    return np.minimum.reduce([np.broadcast_to(d, len(padded)) for d in parts[:4]])[: len(points)]
 
 
 def test_solids_measure_true_distances():
@@ -40,31 +51,28 @@ def test_solids_measure_true_distances():
 
 
 @pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("shape", PROPORTIONS, ids=str)
-def test_rays_cannot_step_through_an_object(name, shape):
+def test_rays_cannot_step_through_an_object(name):
     """A step of the distance's length in any direction must not end inside."""
-    distance = nearest(name, POINTS, shape)
-    outside = distance > 0.02
-    directions = RNG.normal(size=POINTS.shape)
-    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    after = nearest(name, (POINTS + 0.95 * distance[:, None] * directions).astype(np.float32)[outside], shape)
-    assert after.min() > -0.02
+    for shape in PROPORTIONS:
+        distance = nearest(name, shape, POINTS)
+        directions = RNG.normal(size=POINTS.shape)
+        directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+        ends = (POINTS + 0.95 * distance[:, None] * directions).astype(np.float32)
+        assert nearest(name, shape, ends[distance > 0.02]).min() > -0.02
 
 
 @pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("shape", PROPORTIONS, ids=str)
-def test_objects_stay_in_the_ball_that_is_searched(name, shape):
+def test_objects_stay_in_the_ball_that_is_searched(name):
     away = np.linalg.norm(POINTS - [0, BOUND_CENTRE, 0], axis=1) > BOUND_RADIUS
-    assert nearest(name, POINTS[away & (POINTS[:, 1] > 0)], shape).min() > 0
+    for shape in PROPORTIONS:
+        assert nearest(name, shape, POINTS[away & (POINTS[:, 1] > 0)]).min() > 0
 
 
 @pytest.mark.parametrize("name", CLASSES_WITH_HEAD)
-@pytest.mark.parametrize("shape", PROPORTIONS, ids=str)
-def test_hats_touch_their_heads_and_stay_in_the_ball(name, shape):
-    parts = SHAPES[name](components(POINTS), shape)
-    for measures in HATS.values():
-        worn = np.asarray(union(*hat(components(POINTS), parts.crown, measures)))
-        head = nearest(name, POINTS, shape)
-        assert np.minimum.reduce(np.maximum(worn, head)) < 0.05
-        away = np.linalg.norm(POINTS - [0, BOUND_CENTRE, 0], axis=1) > BOUND_RADIUS + 0.1
+def test_hats_touch_their_heads_and_stay_in_the_ball(name):
+    away = np.linalg.norm(POINTS - [0, BOUND_CENTRE, 0], axis=1) > BOUND_RADIUS + 0.1
+    for shape, measures in itertools.product(PROPORTIONS, HATS.values()):
+        crown = compiled(name)(POINTS, shape).crown
+        worn = np.asarray(union(*hat(components(POINTS), crown, measures)))
+        assert np.maximum(worn, nearest(name, shape, POINTS)).min() < 0.05
         assert worn[away].min() > 0
