@@ -18,7 +18,7 @@ from personalize_jax import command
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Pipeline, Stage, Tokenizer, load_pipeline, save_pipeline
 from personalize_jax.pipeline.storage import ASSETS
-from personalize_jax.training.examples import Examples, make_examples
+from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
 from personalize_jax.training.loop import train, trained_params
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/pretrain_world.py:base.")
@@ -57,8 +57,8 @@ def world_examples(pipeline: Pipeline, data: dict[str, np.ndarray]) -> Examples:
     stage = pipeline.stages[-1]
     captions = data["captions"]
     tokens = pipeline.tokenizer(captions.ravel().tolist()).reshape(*captions.shape, -1)
-    rgba = _downsample(data["image"], stage.resolution)
-    low_res = None if stage.low_resolution is None else _downsample(rgba[..., :3], stage.low_resolution)
+    rgba = downsample_uint8(data["image"], stage.resolution)
+    low_res = None if stage.low_resolution is None else downsample_uint8(rgba[..., :3], stage.low_resolution)
     return make_examples(rgba[..., :3], tokens, pipeline.tokenizer([""])[0], low_res, rgba[..., 3])
 
 
@@ -102,16 +102,6 @@ def main(_: list[str]) -> None:
     command.record_config(config, workdir, may_change=("training.num_steps",))
     data = dataset_builder.load(config.dataset.resolution, "train", config.dataset.count)
     pretrain(config, workdir, data)
-
-
-def _downsample(u: np.ndarray, size: int) -> np.ndarray:
-    """Area averages of uint8 pictures [N, H, H, C], a block of pictures at a time to spare memory."""
-    factor = u.shape[1] // size
-    blocks = [
-        np.round(b.reshape(len(b), size, factor, size, factor, -1).mean((2, 4), dtype=np.float32)).astype(np.uint8)
-        for b in np.array_split(u, max(1, len(u) // 1000))
-    ]
-    return np.concatenate(blocks)
 
 
 if __name__ == "__main__":

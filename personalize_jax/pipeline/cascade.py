@@ -48,6 +48,24 @@ class Pipeline:
         """The same pipeline with some of its parameters replaced, by name."""
         return dataclasses.replace(self, params={**self.params, **params})
 
+    def replace_sampling(self, **samplings: Sampling) -> "Pipeline":
+        """The same pipeline with some of its stages drawn in another way, by stage name."""
+        stages = tuple(
+            dataclasses.replace(stage, sampling=samplings.get(stage.name, stage.sampling)) for stage in self.stages
+        )
+        specs = [
+            {**spec, "sampling": stage.sampling._asdict()}
+            for spec, stage in zip(self.spec["stages"], stages, strict=True)
+        ]
+        return dataclasses.replace(self, stages=stages, spec={**self.spec, "stages": specs})
+
+    def up_to(self, name: str) -> "Pipeline":
+        """The cascade that ends with the stage of that name."""
+        end = [stage.name for stage in self.stages].index(name) + 1
+        return dataclasses.replace(
+            self, stages=self.stages[:end], spec={**self.spec, "stages": self.spec["stages"][:end]}
+        )
+
     def encode(self, prompts: Sequence[str]) -> Text:
         """Encode prompts with the text encoder."""
         return Text(*encode_tokens(self.text_encoder, self.params["text_encoder"], self.tokenizer(prompts)))

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,7 @@ SCHEDULES = {"cosine": schedule.cosine, "linear": schedule.linear}
 SAMPLERS = {"ancestral": samplers.ancestral, "ddim": samplers.ddim, "dpm_solver_pp": samplers.dpm_solver_pp}
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
+class Sampling(NamedTuple):
     """How pictures are drawn from a stage.
 
     Attributes:

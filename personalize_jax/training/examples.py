@@ -99,3 +99,21 @@ def draw_batch(
         low_res=None if examples.low_res is None else to_float(examples.low_res[i_B]),
         pixel_weight=weight,
     )
+
+
+def downsample_uint8(u: np.ndarray, size: int) -> np.ndarray:
+    """Area averages of uint8 pictures [N, H, H, C] as uint8 [N, size, size, C]; on the host, sparing with memory.
+
+    Raises:
+        ValueError: H is no multiple of size.
+    """
+    factor, remainder = divmod(u.shape[1], size)
+    if remainder:
+        raise ValueError(f"Pictures of {u.shape[1]} pixels cannot be averaged to {size}; give a divisor.")
+    if factor == 1:
+        return u
+    blocks = [
+        np.round(b.reshape(len(b), size, factor, size, factor, -1).mean((2, 4), dtype=np.float32)).astype(np.uint8)
+        for b in np.array_split(u, -(-len(u) // 1000))
+    ]
+    return np.concatenate(blocks)

@@ -1,0 +1,66 @@
+"""Personalise the embedded cascade.
+
+python -m personalize_jax.personalize --config=configs/world.py --images=photos/ --class_noun=dog --workdir=runs/rex
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+    """Both stages tuned with prior preservation, each on its own inputs."""
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "pretrained": "world",
+            "subject": {
+                "num_tokens": 1,  # of the identifier
+                "registry": "runs/registry.json",  # identifiers in use, shared by runs
+                "class_threshold": 0.6,  # least score of a class noun found by the classifier
+            },
+            "class_images": {
+                "count": 64,
+                "num_steps": 24,
+                "guidance_scale": 1.5,
+                "batch_size": 16,
+            },
+            "tune": ("base", "super_resolution"),
+            "training": common.training(),
+            "super_resolution_training": common.training(),
+            "report": {
+                "contexts": (
+                    "in the jungle",
+                    "in the snow",
+                    "on the beach",
+                    "on a cobblestone street",
+                    "on top of a purple rug in a forest",
+                    "with a mountain in the background",
+                    "with a city in the background",
+                    "floating on top of water",
+                ),
+                "images_per_context": 2,
+                "class_samples": 32,
+                "without_prior": True,  # tune the base once more without the prior term, to compare
+                "batch_size": 16,
+            },
+        }
+    )
+    training = config.training
+    training.num_steps = 200
+    training.batch_size = 8
+    training.prior.weight = 1.0
+    training.optimizer.learning_rate = 2e-4
+    training.checkpoint_every = 50
+    training.log_every = 5
+
+    super_resolution = config.super_resolution_training
+    super_resolution.num_steps = 60
+    super_resolution.batch_size = 4
+    super_resolution.prior.weight = 1.0
+    super_resolution.weighting = "min_snr"
+    super_resolution.optimizer.learning_rate = 1e-4
+    super_resolution.augmentation_levels = (0.0, 0.02)
+    super_resolution.checkpoint_every = 30
+    super_resolution.log_every = 5
+    return config.lock()

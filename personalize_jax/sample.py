@@ -1,0 +1,60 @@
+"""Draw pictures of any prompt from a run directory, or from a pretrained pipeline.
+
+    python -m personalize_jax.sample --workdir=runs/rex --prompt="a [V] dog in the snow" --num_images=4 --out=out/
+    python -m personalize_jax.sample --pipeline=world --prompt="a red teapot on the beach" --out=out/
+
+Picture i of a prompt has seed `--seed` + i; the same prompt and seed give the same file on the same machine.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from tqdm import tqdm
+
+from personalize_jax import command
+from personalize_jax.errors import UserError
+from personalize_jax.personalized import load_personalized
+from personalize_jax.pictures import file_name, save_png
+from personalize_jax.pipeline import load_pipeline
+from personalize_jax.subject.identifier import PLACEHOLDER, substitute, warn_without_placeholder
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of a personalised cascade.")
+_PIPELINE = flags.DEFINE_string("pipeline", None, "A pretrained pipeline instead: 'world' or a folder.")
+_PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; repeat for several prompts.")
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "Pictures of each prompt.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of each prompt's first picture.", lower_bound=0)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures drawn at once.", lower_bound=1)
+_OUT = flags.DEFINE_string("out", None, "Folder for the pictures.")
+
+
+def main(_: list[str]) -> None:
+    """Draw and save."""
+    if (_WORKDIR.value is None) == (_PIPELINE.value is None):
+        raise UserError("Give either --workdir (a personalised run) or --pipeline (a pretrained one).")
+    prompts = _PROMPT.value
+    if _WORKDIR.value is not None:
+        personalized = load_personalized(_WORKDIR.value)
+        pipeline, identifier = personalized.pipeline, personalized.subject.identifier.text
+        warn_without_placeholder(prompts)
+    else:
+        pipeline, identifier = load_pipeline(_PIPELINE.value), ""
+        if any(PLACEHOLDER in prompt for prompt in prompts):
+            raise UserError(f"A pretrained pipeline knows no {PLACEHOLDER}; leave it out or give --workdir.")
+    out = Path(_OUT.value)
+    out.mkdir(parents=True, exist_ok=True)
+    jobs = [(prompt, _SEED.value + i) for prompt in prompts for i in range(_NUM_IMAGES.value)]
+    with tqdm(total=len(jobs) * len(pipeline.stages), desc="sampling", unit="img") as bar:
+        pictures = pipeline.sample(
+            [substitute(prompt, identifier) for prompt, _ in jobs],
+            [seed for _, seed in jobs],
+            _BATCH_SIZE.value,
+            progress=bar.update,
+        )[-1]
+    for picture, (prompt, seed) in zip(pictures, jobs, strict=True):
+        file = out / file_name(prompt, seed)
+        save_png(picture, file, {"prompt": substitute(prompt, identifier), "seed": str(seed)})
+        print(file)
+
+
+if __name__ == "__main__":
+    command.run(main, required=("prompt", "out"))

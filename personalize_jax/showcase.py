@@ -1,0 +1,143 @@
+"""What a finished run shows: samples, exact scores where a probe exists, gallery and report."""
+
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from personalize_jax.manifest import phase, phase_times
+from personalize_jax.metrics import world as world_metrics
+from personalize_jax.personalized import Personalized
+from personalize_jax.pictures import file_name, save_png
+from personalize_jax.pipeline import Pipeline
+from personalize_jax.pipeline.storage import write_text
+from personalize_jax.report import Panel, gallery, read_metrics, report_html
+from personalize_jax.subject.identifier import PLACEHOLDER, substitute
+from personalize_jax.world.probe import Probe
+from personalize_jax.world.scene import COLOURS, CONTEXTS, PATTERNS
+
+CLASS_PANEL = 8  # class pictures shown; all of them are measured
+
+
+def show(
+    pretrained: Pipeline, personalized: Personalized, without_prior: Pipeline | None, config: ConfigDict, workdir: Path
+) -> None:
+    """Draw the report's pictures, measure them, write `samples/`, `metrics.json`, `gallery.png` and `report.html`.
+
+    Args:
+        pretrained: the cascade before.
+        personalized: the cascade after.
+        without_prior: the cascade tuned without the prior term, to compare; or None.
+        config: of the run; its `report` keys.
+        workdir: run directory.
+    """
+    subject = personalized.subject
+    noun = subject.class_noun.noun
+    pipelines = {"before": pretrained, "after": personalized.pipeline}
+    if without_prior is not None:
+        pipelines["after, without the prior term"] = without_prior
+
+    with phase(workdir, "samples"):
+        prompts = [f"a {PLACEHOLDER} {noun} {context}" for context in config.report.contexts]
+        in_context = _draw_contexts(personalized, prompts, config, workdir / "samples")
+        of_class = {name: _draw_class(pipeline, subject.class_prompt, config) for name, pipeline in pipelines.items()}
+
+    scores = {}
+    if config.pretrained == "world":
+        with phase(workdir, "metrics"):
+            scores = world_scores(
+                personalized, in_context, {name: base for name, (base, _) in of_class.items()}, config
+            )
+    write_text(workdir / "metrics.json", json.dumps({name: value for name, (value, _) in scores.items()}, indent=2))
+
+    panels = [Panel("The photos", subject.class_prompt, subject.images_NHWC)]
+    panels += [
+        Panel(f'"a {PLACEHOLDER} {noun}" in {len(prompts)} contexts', prompt, images)
+        for prompt, images in zip(prompts, in_context, strict=True)
+    ]
+    panels += [
+        Panel(f'"{subject.class_prompt}" {name}', subject.class_prompt, shown) for name, (_, shown) in of_class.items()
+    ]
+    temporary = workdir / ".gallery.png"
+    gallery(panels).save(temporary)
+    temporary.replace(workdir / "gallery.png")
+    curves = {file.parent.name: read_metrics(file) for file in sorted(workdir.glob("*/metrics.jsonl"))}
+    facts = {
+        "identifier": subject.identifier.text,
+        "token ids": list(subject.identifier.token_ids),
+        "how often pretraining saw them": list(subject.identifier.counts),
+        "class noun": f"{noun} ({subject.class_noun.source}, score {subject.class_noun.score:.2f})",
+        "seed": config.seed,
+        "version": importlib.metadata.version("jax"),
+    }
+    page = report_html(f"A {noun}, personalised", panels, curves, scores, phase_times(workdir), facts)
+    write_text(workdir / "report.html", page)
+
+
+def world_scores(
+    personalized: Personalized, in_context: Sequence[np.ndarray], of_class: dict[str, np.ndarray], config: ConfigDict
+) -> dict[str, tuple[float, str]]:
+    """Exact scores on the rendered world: (value, what it means) by name.
+
+    The subject's colours and pattern are those that the probe reads in the photos.
+
+    Args:
+        personalized: the cascade, with its subject.
+        in_context: pictures of "a [V] class" by context.
+        of_class: pictures of "a class" by cascade.
+        config: for the contexts.
+    """
+    probe = Probe.load()
+    truth = world_metrics.subject_truth(probe.read(personalized.subject.images_NHWC))
+    pictures = np.concatenate(in_context)
+    reading = probe.read(pictures)
+    contexts = np.repeat([CONTEXTS.index(c) for c in config.report.contexts], [len(images) for images in in_context])
+    scores = {}
+    for name, value in world_metrics.subject_fidelity(reading, **truth).items():
+        scores[f"subject: {name}"] = (value, f"share of the {len(pictures)} pictures of the subject with its {name}")
+    fidelity = world_metrics.prompt_fidelity(reading, np.full(len(pictures), truth["class_id"]), contexts=contexts)
+    scores["prompt: context"] = (fidelity["context"], "share of them in the context of the prompt")
+    colour = tuple(COLOURS)[truth["body_colour"]]
+    for name, images in of_class.items():
+        reading = probe.read(images)
+        scores[f"class, {name}: colour entropy"] = (
+            world_metrics.colour_entropy(reading),
+            f"bits, of the body colours of {len(images)} class pictures; at most {np.log2(len(COLOURS)):.2f}",
+        )
+        scores[f"class, {name}: leakage"] = (
+            world_metrics.leakage(reading, truth["body_colour"]),
+            f"share of class pictures in the subject's body colour, {colour} ({PATTERNS[truth['pattern']]})",
+        )
+    return scores
+
+
+def _draw_contexts(
+    personalized: Personalized, prompts: Sequence[str], config: ConfigDict, folder: Path
+) -> list[np.ndarray]:
+    """Pictures of each prompt, saved with prompt and seed."""
+    count = config.report.images_per_context
+    identifier = personalized.subject.identifier.text
+    texts = [substitute(prompt, identifier) for prompt in prompts for _ in range(count)]
+    seeds = list(range(count)) * len(prompts)
+    stages = len(personalized.pipeline.stages)
+    with tqdm(total=len(texts) * stages, desc="samples", unit="img") as bar:
+        pictures = personalized.pipeline.sample(texts, seeds, config.report.batch_size, progress=bar.update)[-1]
+    for picture, text, prompt, seed in zip(pictures, texts, np.repeat(prompts, count), seeds, strict=True):
+        save_png(picture, folder / file_name(str(prompt), seed), {"prompt": text, "seed": str(seed)})
+    return list(pictures.reshape(len(prompts), count, *pictures.shape[1:]))
+
+
+def _draw_class(pipeline: Pipeline, prompt: str, config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """Class pictures of the base stage, to measure, and the first few of them enlarged, to show."""
+    count, batch_size = config.report.class_samples, config.report.batch_size
+    seeds = list(range(1000, 1000 + count))  # not those of the class images, which the network was tuned on
+    with tqdm(total=count, desc=f'samples of "{prompt}"', unit="img") as bar:
+        base = pipeline.sample_stage(pipeline.stages[0], [prompt] * count, seeds, None, batch_size, progress=bar.update)
+    shown = base[:CLASS_PANEL]
+    for stage in pipeline.stages[1:]:
+        shown = pipeline.sample_stage(stage, [prompt] * len(shown), seeds[: len(shown)], shown, batch_size)
+    return base, shown
