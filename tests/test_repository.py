@@ -1,0 +1,180 @@
+"""House rules that no single module can show: who imports whom, what is pinned, what README and Makefile name."""
+
+import ast
+import functools
+import importlib.metadata
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "personalize_jax"
+SOURCES = sorted(
+    file
+    for folder in ("personalize_jax", "configs", "experiments", "launch", "tests")
+    for file in (ROOT / folder).rglob("*.py")
+)
+TEXTS = [*SOURCES, ROOT / "README.md", ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / ".ci" / "run"]
+
+# In the order in which data passes through them; each imports only what stands before it. Modules of the package's
+# top level that are not named here are commands and what commands share: they may import everything, no room them.
+ROOMS = ("errors", "pictures", "diffusion", "models", "pipeline", "subject", "training", "metrics", "world")
+
+# Only networks know Flax, so that everything else works on plain dictionaries of arrays.
+FLAX_OUTSIDE_MODELS = {"pipeline/storage.py": {"flax.traverse_util"}, "training/trainable.py": {"flax.traverse_util"}}
+
+PICKLE_READERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch"}
+MAX_LINES = 400
+MAX_ASSETS_BYTES = 40 * 2**20
+
+
+def name_of(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+@functools.cache
+def syntax(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(), name_of(file))
+
+
+def imports(file: Path) -> set[str]:
+    """Dotted names of all that a file imports, at its top and inside functions."""
+    found = set()
+    for node in ast.walk(syntax(file)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(file)} imports relatively; this project names modules in full"
+            # The names too: `from personalize_jax import command` imports a module.
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def requirements(file: Path) -> dict[str, str]:
+    """Versions by normalised distribution name."""
+    lines = [line.strip() for line in file.read_text().splitlines()]
+    pins = [line for line in lines if line and not line.startswith(("#", "-c "))]
+    loose = [pin for pin in pins if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", pin)]
+    assert not loose, f"{name_of(file)} must pin exact versions under normalised names: {loose}"
+    return dict(pin.split("==") for pin in pins)
+
+
+def normalised(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def test_rooms_import_only_the_rooms_before_them() -> None:
+    wrong = []
+    for file in PACKAGE.rglob("*.py"):
+        room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if room not in ROOMS:
+            continue
+        allowed = ROOMS[: ROOMS.index(room) + 1]
+        used = {name.split(".")[1] for name in imports(file) if name.startswith("personalize_jax.")}
+        wrong += [f"{name_of(file)} imports {other}" for other in sorted(used) if other not in allowed]
+    assert not wrong
+
+
+def test_package_imports_nothing_around_it() -> None:
+    outside = {"configs", "experiments", "launch", "tests", "pytest"}
+    assert not [name_of(f) for f in PACKAGE.rglob("*.py") if outside & {name.split(".")[0] for name in imports(f)}]
+
+
+def test_flax_stays_with_the_networks() -> None:
+    wrong = []
+    for file in PACKAGE.rglob("*.py"):
+        inside = file.relative_to(PACKAGE).as_posix()
+        flax = {name for name in imports(file) if name.split(".")[0] == "flax"}
+        if not inside.startswith("models/"):
+            allowed = FLAX_OUTSIDE_MODELS.get(inside, set())
+            wrong += [
+                f"{inside} imports {n}" for n in flax if not any(n == a or n.startswith(f"{a}.") for a in allowed)
+            ]
+    assert not wrong
+
+
+def test_no_pickle_is_loaded() -> None:
+    wrong = []
+    for file in SOURCES:
+        if not name_of(file).startswith("tests/"):
+            wrong += [f"{name_of(file)} imports {n}" for n in imports(file) if n.split(".")[0] in PICKLE_READERS]
+        for node in ast.walk(syntax(file)):
+            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                refused = isinstance(node.value, ast.Constant) and node.value.value is False
+                wrong += [] if refused else [f"{name_of(file)}:{node.value.lineno} allows pickles"]
+    assert not wrong
+
+
+def test_no_path_of_one_machine() -> None:
+    somebodys = re.compile(r"(?<![\w.~/])/(?:root|work|home/(?!me/)|Users|mnt|opt)/\w")
+    found = [
+        f"{name_of(file)}:{number}: {line.strip()[:80]}"
+        for file in TEXTS
+        if file != Path(__file__)
+        for number, line in enumerate(file.read_text().splitlines(), start=1)
+        if somebodys.search(line)
+    ]
+    assert not found
+
+
+def test_files_are_short() -> None:
+    lengths = {name_of(file): len(file.read_text().splitlines()) for file in SOURCES}
+    assert not {name: length for name, length in lengths.items() if length > MAX_LINES}
+
+
+def test_assets_are_small_and_no_pickles() -> None:
+    files = [file for file in (PACKAGE / "assets").rglob("*") if file.is_file()]
+    assert files
+    assert sum(file.stat().st_size for file in files) < MAX_ASSETS_BYTES
+    assert {file.suffix for file in files} <= {".json", ".safetensors", ".png", ".jpg", ".md"}
+
+
+def test_whatever_is_imported_is_pinned_as_installed() -> None:
+    pins = requirements(ROOT / "requirements.txt")
+    test_pins = requirements(ROOT / "tests" / "requirements.txt")
+    distributions = importlib.metadata.packages_distributions()
+    own = {"personalize_jax", "configs", "experiments", "launch"}
+    for file in SOURCES:
+        known = pins | test_pins if name_of(file).startswith("tests/") else pins
+        for module in {name.split(".")[0] for name in imports(file)} - own - sys.stdlib_module_names:
+            owners = {normalised(owner) for owner in distributions.get(module, [])}
+            assert owners & known.keys(), f"{name_of(file)} imports {module}, which no requirement provides"
+    drifted = {name: pin for name, pin in pins.items() if importlib.metadata.version(name) != pin}
+    assert not drifted, "the environment is not that of requirements.txt; run make test"
+
+
+def test_nothing_is_left_to_the_resolver() -> None:
+    pins = requirements(ROOT / "requirements.txt")
+    todo = {(name, "") for name in pins}
+    seen = set(todo)
+    while todo:
+        name, extra = todo.pop()
+        for requirement in map(Requirement, importlib.metadata.requires(name) or []):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                assert normalised(requirement.name) in pins, f"{name} needs {requirement}"
+                new = {(requirement.name, wanted) for wanted in requirement.extras} - seen
+                seen |= new
+                todo |= new
+
+
+@pytest.mark.parametrize("document", [f for f in TEXTS if f != Path(__file__)], ids=name_of)
+def test_commands_named_exist(document: Path) -> None:
+    text = document.read_text()
+    for module in re.findall(r"python -m ((?:personalize_jax|experiments|launch)[\w.]*)", text):
+        assert importlib.util.find_spec(module), f"python -m {module}"
+    for config in re.findall(r"--config=(configs/[\w/]+\.py)", text):
+        assert (ROOT / config).is_file(), config
+
+
+def test_readme_names_what_exists() -> None:
+    readme = (ROOT / "README.md").read_text()
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z][\w-]*)", "\n".join(re.findall(r"`[^`]+`|^make .*", readme, re.M)))) <= targets
+    links = re.findall(r"\]\(([^)#\s]+)", readme)
+    assert not [link for link in links if "://" not in link and not (ROOT / link).exists()]
+    defined = set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", "".join(f.read_text() for f in PACKAGE.rglob("*.py"))))
+    assert set(re.findall(r" --(\w+)[= ]", readme)) <= defined
