@@ -1,1 +1,27 @@
-"""DreamBooth in JAX: personalise a text-to-image cascade with a few images of one subject."""
+"""DreamBooth in JAX: personalise a text-to-image cascade with a few images of one subject.
+
+import personalize_jax as pj
+
+pipeline = pj.load_pipeline("world")
+subject = pj.load_subject("photos/", class_noun="dog")
+personalized = pj.personalize(pipeline, subject, config, workdir="runs/rex")
+images = personalized.sample("a [V] dog in the snow", num_images=4, seed=0)
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "load_personalized": "personalize_jax.personalized",
+    "load_pipeline": "personalize_jax.pipeline",
+    "load_subject": "personalize_jax.personalization",
+    "personalize": "personalize_jax.personalization",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for, so that a command does not wait for what it does not need."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

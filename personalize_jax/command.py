@@ -17,11 +17,12 @@ from personalize_jax.errors import UserError
 from personalize_jax.pipeline.storage import write_text
 
 
-def run(main: Callable[[list[str]], None], required: Sequence[str]) -> None:
+def run(main: Callable[[list[str]], None], define_flags: Callable[[], None], required: Sequence[str]) -> None:
     """Run a command: `UserError` and failures to write end it with one sentence and exit status 2.
 
     Args:
         main: the command.
+        define_flags: defines its flags; a function, so that importing a command's module defines none.
         required: names of the flags that must be given.
     """
 
@@ -35,6 +36,7 @@ def run(main: Callable[[list[str]], None], required: Sequence[str]) -> None:
         except OSError as error:
             sys.exit(_fail(f"{error.filename or 'A file'} cannot be used: {error.strerror or error}."))
 
+    define_flags()
     flags.mark_flags_as_required(required)
     app.run(guarded)
 

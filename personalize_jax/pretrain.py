@@ -20,9 +20,7 @@ from personalize_jax.pipeline import Pipeline, Stage, Tokenizer, load_pipeline, 
 from personalize_jax.pipeline.storage import ASSETS
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
 from personalize_jax.training.loop import train, trained_params
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/pretrain_world.py:base.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory.")
+from personalize_jax.world import dataset_builder
 
 
 def untrained_pipeline(config: ConfigDict) -> Pipeline:
@@ -94,15 +92,20 @@ def pretrain(config: ConfigDict, workdir: Path, data: dict[str, np.ndarray]) -> 
     return pipeline
 
 
+def define_flags() -> None:
+    """The command line."""
+    config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/pretrain_world.py:base.")
+    flags.DEFINE_string("workdir", None, "Run directory.")
+    flags.DEFINE_string("data_dir", "runs/data", "Where the rendered world is kept.")
+
+
 def main(_: list[str]) -> None:
     """Render or read the data, train, save."""
-    from personalize_jax.world import dataset_builder
-
-    config, workdir = _CONFIG.value, Path(_WORKDIR.value)
+    config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
     command.record_config(config, workdir, may_change=("training.num_steps",))
-    data = dataset_builder.load(config.dataset.resolution, "train", config.dataset.count)
+    data = dataset_builder.load(config.dataset.resolution, "train", config.dataset.count, flags.FLAGS.data_dir)
     pretrain(config, workdir, data)
 
 
 if __name__ == "__main__":
-    command.run(main, required=("config", "workdir"))
+    command.run(main, define_flags, required=("config", "workdir"))

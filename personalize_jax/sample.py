@@ -18,36 +18,40 @@ from personalize_jax.pictures import file_name, save_png
 from personalize_jax.pipeline import load_pipeline
 from personalize_jax.subject.identifier import PLACEHOLDER, substitute, warn_without_placeholder
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of a personalised cascade.")
-_PIPELINE = flags.DEFINE_string("pipeline", None, "A pretrained pipeline instead: 'world' or a folder.")
-_PROMPT = flags.DEFINE_multi_string("prompt", None, "What to draw; repeat for several prompts.")
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "Pictures of each prompt.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of each prompt's first picture.", lower_bound=0)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures drawn at once.", lower_bound=1)
-_OUT = flags.DEFINE_string("out", None, "Folder for the pictures.")
+
+def define_flags() -> None:
+    """The command line."""
+    flags.DEFINE_string("workdir", None, "Run directory of a personalised cascade.")
+    flags.DEFINE_string("pipeline", None, "A pretrained pipeline instead: 'world' or a folder.")
+    flags.DEFINE_multi_string("prompt", None, "What to draw; repeat for several prompts.")
+    flags.DEFINE_integer("num_images", 4, "Pictures of each prompt.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed of each prompt's first picture.", lower_bound=0)
+    flags.DEFINE_integer("batch_size", 16, "Pictures drawn at once.", lower_bound=1)
+    flags.DEFINE_string("out", None, "Folder for the pictures.")
 
 
 def main(_: list[str]) -> None:
     """Draw and save."""
-    if (_WORKDIR.value is None) == (_PIPELINE.value is None):
+    arguments = flags.FLAGS
+    if (arguments.workdir is None) == (arguments.pipeline is None):
         raise UserError("Give either --workdir (a personalised run) or --pipeline (a pretrained one).")
-    prompts = _PROMPT.value
-    if _WORKDIR.value is not None:
-        personalized = load_personalized(_WORKDIR.value)
+    prompts = arguments.prompt
+    if arguments.workdir is not None:
+        personalized = load_personalized(arguments.workdir)
         pipeline, identifier = personalized.pipeline, personalized.subject.identifier.text
         warn_without_placeholder(prompts)
     else:
-        pipeline, identifier = load_pipeline(_PIPELINE.value), ""
+        pipeline, identifier = load_pipeline(arguments.pipeline), ""
         if any(PLACEHOLDER in prompt for prompt in prompts):
             raise UserError(f"A pretrained pipeline knows no {PLACEHOLDER}; leave it out or give --workdir.")
-    out = Path(_OUT.value)
+    out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    jobs = [(prompt, _SEED.value + i) for prompt in prompts for i in range(_NUM_IMAGES.value)]
+    jobs = [(prompt, arguments.seed + i) for prompt in prompts for i in range(arguments.num_images)]
     with tqdm(total=len(jobs) * len(pipeline.stages), desc="sampling", unit="img") as bar:
         pictures = pipeline.sample(
             [substitute(prompt, identifier) for prompt, _ in jobs],
             [seed for _, seed in jobs],
-            _BATCH_SIZE.value,
+            arguments.batch_size,
             progress=bar.update,
         )[-1]
     for picture, (prompt, seed) in zip(pictures, jobs, strict=True):
@@ -57,4 +61,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, required=("prompt", "out"))
+    command.run(main, define_flags, required=("prompt", "out"))
