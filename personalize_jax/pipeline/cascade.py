@@ -125,10 +125,10 @@ class Pipeline:
             raise ValueError(
                 f"{len(prompts)} prompts and {len(seeds)} seeds were given; give one seed for each prompt."
             )
-        text, null = self.encode(list(prompts)), self.encode([""])
+        null = self.encode([""] * batch_size)
         drawn = []
         for start in range(0, len(prompts), batch_size):
-            # A batch of constant size keeps one compiled program, and with it the same rounding for every picture.
+            # Batches of constant size keep one compiled program each, and with it the same rounding for every picture.
             rows = [min(start + i, len(prompts) - 1) for i in range(batch_size)]
             keys = jnp.stack([_picture_key(seeds[row], self.stages.index(stage)) for row in rows])
             batch = draw_pictures(
@@ -136,8 +136,8 @@ class Pipeline:
                 sampling or stage.sampling,
                 self.params[stage.name],
                 keys,
-                jax.tree.map(lambda a, rows=np.array(rows): a[rows], text),
-                jax.tree.map(lambda a: jnp.repeat(a, batch_size, 0), null),
+                self.encode([prompts[row] for row in rows]),
+                null,
                 None if low_res is None else low_res[rows],
             )
             kept = min(batch_size, len(prompts) - start)

@@ -35,7 +35,8 @@ class Checkpoints:
     def restore(self, abstract_state: Any) -> Any | None:
         """The latest state that can be read, or None without any.
 
-        A damaged checkpoint is passed over with a warning.
+        A damaged checkpoint is passed over with a warning, and deleted once an older one has been read: left in place
+        it would keep its step, and every step before it, from being saved again.
 
         Args:
             abstract_state: shapes, dtypes and shardings of the state.
@@ -44,14 +45,18 @@ class Checkpoints:
             UserError: there are checkpoints, but none can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        for i, step in enumerate(steps):
             try:
-                return self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+                state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
             except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
-                reason = str(error).splitlines()[0][:200]
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 logger.warning(
                     "Checkpoint %d in %s cannot be read (%s); trying the one before.", step, self.directory, reason
                 )
+            else:
+                for damaged in steps[:i]:
+                    self._manager.delete(damaged)
+                return state
         if steps:
             raise UserError(
                 f"None of the checkpoints {steps} in {self.directory} can be read; delete that folder to start this phase anew."

@@ -1,5 +1,6 @@
 """The training loop: the same for every stage, for pretraining and for personalisation."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -125,23 +126,40 @@ def train(
     run = jax.jit(steps, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh)))
     log = MetricsLog(directory / "metrics.jsonl", int(state.step))
     saved = int(state.step)
-    while (step := int(state.step)) < config.num_steps:
-        state, metrics = run(state, frozen, examples)
-        step += config.steps_per_dispatch
-        last = step >= config.num_steps
-        if last or step % config.log_every < config.steps_per_dispatch:
-            log.write(step, metrics)
-        if last or step - saved >= config.checkpoint_every:
-            checkpoints.save(step, state)
-            saved = step
-        progress(step, log.latest)
-    checkpoints.close()
+    with contextlib.closing(checkpoints):
+        while (step := int(state.step)) < config.num_steps:
+            state, metrics = run(state, frozen, examples)
+            step += config.steps_per_dispatch
+            last = step >= config.num_steps
+            if last or step % config.log_every < config.steps_per_dispatch:
+                log.write(step, metrics)
+            if last or step - saved >= config.checkpoint_every:
+                check_finite(step, metrics)
+                checkpoints.save(step, state)
+                saved = step
+            progress(step, log.latest)
     return state
 
 
 def trained_params(state: TrainState, pretrained: Params) -> Params:
     """What to sample with: the averaged parameters, or the last ones without an average, completed by `pretrained`."""
     return merge(state.params if state.ema is None else state.ema, pretrained)
+
+
+def check_finite(step: int, metrics: dict[str, Any]) -> None:
+    """Stop a training that has diverged, before its parameters reach a checkpoint.
+
+    The parameters after a step are finite if the loss and its gradient were.
+
+    Raises:
+        UserError: a metric is not a finite number.
+    """
+    for name, value in metrics.items():
+        if not np.isfinite(value):
+            raise UserError(
+                f"The {name} is {float(value)} at step {step}; the last checkpoint is kept: "
+                "start again with a lower optimizer.learning_rate."
+            )
 
 
 class MetricsLog:
@@ -166,14 +184,10 @@ class MetricsLog:
         """Append a line.
 
         Raises:
-            UserError: the loss is not a finite number.
+            UserError: a metric is not a finite number.
         """
+        check_finite(step, metrics)
         self.latest = {name: float(value) for name, value in metrics.items()}
-        if not np.isfinite(self.latest["loss"]):
-            raise UserError(
-                f"The loss is {self.latest['loss']} at step {step}; the last checkpoint is kept: "
-                "lower config.training.optimizer.learning_rate and start again."
-            )
         now = time.monotonic()
         line = {"step": step, **self.latest, "seconds": round(now - self._time, 3)}
         self._time = now

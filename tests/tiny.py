@@ -1,0 +1,88 @@
+"""A cascade that compiles in seconds, 8x8 to 16x16 pixels, with parameters that are random but nowhere zero."""
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import common
+from personalize_jax.models.text_encoder import TextEncoder
+from personalize_jax.pipeline import Pipeline, Stage, Tokenizer
+from personalize_jax.pipeline.storage import ASSETS
+from personalize_jax.training.examples import make_examples
+
+TEXT = {"width": 16, "num_layers": 1, "num_heads": 2, "max_length": 8}
+BASE = {
+    "name": "base",
+    "resolution": 8,
+    "low_resolution": None,
+    "network": {
+        "channels": (16, 64),
+        "patch": 2,
+        "down_blocks": (1, 1),
+        "up_blocks": (1, 1),
+        "attention": (False, True),
+    },
+    "schedule": {"kind": "cosine"},
+    "augmentation": {"kind": "cosine"},
+    "prediction": "v",
+    "sampling": {"sampler": "ddim", "num_steps": 3, "guidance_scale": 2.0},
+}
+SUPER_RESOLUTION = {
+    **BASE,
+    "name": "super_resolution",
+    "resolution": 16,
+    "low_resolution": 8,
+    "network": {**BASE["network"], "patch": 4},
+    "prediction": "x0",
+    "sampling": {"sampler": "ddim", "num_steps": 2, "guidance_scale": 1.0, "augmentation_level": 0.05},
+}
+CAPTIONS = ["a dog", "a red teapot on the beach", "a clock in the snow"]
+
+
+def tokenizer():
+    return Tokenizer.read(ASSETS / "world" / "tokenizer.json", TEXT["max_length"])
+
+
+def text_encoder():
+    return TextEncoder(vocab_size=tokenizer().size, **TEXT)
+
+
+def random_params(init, *args, seed=0):
+    """Normal values in the shapes that `init` gives, without running it."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(init, jax.random.key(0), *args)
+    return jax.tree.map(lambda s: jax.numpy.asarray(rng.normal(0, s.shape[0] ** -0.5, s.shape), s.dtype), shapes)
+
+
+def text_params():
+    return random_params(text_encoder().init, np.ones((1, TEXT["max_length"]), np.int32), seed=1)["params"]
+
+
+def stage_params(stage):
+    return random_params(lambda key: stage.init_params(key, TEXT["width"]), seed=2)
+
+
+def pipeline():
+    encoder, specs = text_encoder(), [BASE, SUPER_RESOLUTION]
+    stages = tuple(Stage.from_spec(spec) for spec in specs)
+    params = {"text_encoder": text_params(), **{stage.name: stage_params(stage) for stage in stages}}
+    spec = {"text_encoder": {"vocab_size": encoder.vocab_size, **TEXT}, "stages": specs}
+    return Pipeline(tokenizer(), encoder, stages, params, spec)
+
+
+def training(**changes):
+    """The usual training, small; `changes` by dotted key with __ for the dots."""
+    config = common.training()
+    config.num_steps, config.batch_size, config.log_every, config.checkpoint_every = 6, 4, 1, 3
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return ConfigDict(config).lock()
+
+
+def examples(resolution=8, low_resolution=None, seed=0, captions=CAPTIONS):
+    """Six random pictures with the captions, two each."""
+    rng = np.random.default_rng(seed)
+    tokens = tokenizer()
+    pairs = tokens([captions[(i + j) % len(captions)] for i in range(6) for j in range(2)]).reshape(6, 2, -1)
+    low_res = None if low_resolution is None else rng.integers(0, 256, (6, low_resolution, low_resolution, 3), np.uint8)
+    images = rng.integers(0, 256, (6, resolution, resolution, 3), np.uint8)
+    return make_examples(images, pairs, tokens([""])[0], low_res)

@@ -1,0 +1,73 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from personalize_jax.pipeline import Text
+from personalize_jax.training.examples import downsample_uint8, draw_batch, make_examples
+
+NULL = np.array([2, 0, 0])
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """Picture i is i everywhere and has the captions [10 + i, 2, 0] and [20 + i, 2, 0]; its low_res is 100 + i."""
+    i = np.arange(5)
+    images = np.broadcast_to(i[:, None, None, None], (5, 4, 4, 3)).astype(np.uint8)
+    tokens = np.zeros((5, 2, 3), int)
+    tokens[:, :, 1] = 2
+    tokens[:, 0, 0], tokens[:, 1, 0] = 10 + i, 20 + i
+    mask = np.zeros((5, 4, 4), np.uint8)
+    mask[:, 0] = 255
+    made = make_examples(images, tokens, NULL, 100 + images[:, :2, :2], mask)
+    return jax.tree.map(jnp.asarray, made._replace(text=Text(made.tokens[..., None] * 1.0, made.tokens != 0)))
+
+
+def draw(examples, size=400, dropout=0.25, object_weight=3.0, seed=0):
+    return draw_batch(examples, jax.random.key(seed), size, dropout, object_weight)
+
+
+def test_everything_in_a_row_belongs_to_one_picture(examples):
+    batch = draw(examples)
+    picture = np.round((np.asarray(batch.x[:, 0, 0, 0]) + 1) * 127.5).astype(int)
+    assert set(picture) == set(range(5))
+    assert np.all(np.abs(batch.x) <= 1) and batch.x.dtype == jnp.float32
+    np.testing.assert_allclose(np.round((batch.low_res[:, 1, 1, 2] + 1) * 127.5), 100 + picture)
+    captioned = batch.tokens[:, 0] != 2
+    np.testing.assert_array_equal((batch.tokens[captioned, 0]) % 10, picture[captioned])
+    assert set(np.unique(batch.tokens[captioned, 0] // 10)) == {1, 2}  # both captions of a picture are drawn
+    np.testing.assert_array_equal(batch.text.embeddings[..., 0], batch.tokens)
+    np.testing.assert_array_equal(batch.text.mask, batch.tokens != 0)
+
+
+def test_captions_are_dropped_at_the_given_rate(examples):
+    for dropout in (0.0, 0.25, 1.0):
+        dropped = np.all(np.asarray(draw(examples, dropout=dropout).tokens) == NULL, axis=1).mean()
+        assert dropped == pytest.approx(dropout, abs=0.0 if dropout in (0, 1) else 0.07)
+
+
+def test_object_pixels_weigh_more(examples):
+    weight = draw(examples, object_weight=3.0).pixel_weight
+    np.testing.assert_allclose(weight[:, 0], 4.0)
+    np.testing.assert_allclose(weight[:, 1:], 1.0)
+
+
+def test_what_a_set_lacks_its_batches_lack():
+    bare = make_examples(np.zeros((1, 4, 4, 3), np.uint8), np.ones((1, 1, 3), int), NULL)
+    batch = draw_batch(jax.tree.map(jnp.asarray, bare), jax.random.key(0), 2, 0.0)
+    assert batch.text is batch.low_res is batch.pixel_weight is None
+
+
+def test_equal_captions_are_stored_once():
+    made = make_examples(np.zeros((6, 4, 4, 3), np.uint8), np.ones((6, 2, 3), int), NULL)
+    np.testing.assert_array_equal(made.tokens, [NULL, [1, 1, 1]])
+
+
+def test_downsampling_averages_areas():
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 2), np.uint8)
+    small = downsample_uint8(pictures, 4)
+    assert small.dtype == np.uint8
+    assert small[1, 2, 3, 0] == np.round(pictures[1, 4:6, 6:8, 0].mean())
+    np.testing.assert_array_equal(downsample_uint8(pictures, 8), pictures)
+    with pytest.raises(ValueError, match="divisor"):
+        downsample_uint8(pictures, 3)

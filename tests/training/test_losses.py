@@ -1,0 +1,231 @@
+"""Both terms of the objective, with networks whose answers are known."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from personalize_jax.diffusion.augmentation import upsample
+from personalize_jax.pipeline import Stage, Text
+from personalize_jax.training.examples import Batch
+from personalize_jax.training.losses import Objective, interleave, personalization_loss, separate
+from tests import tiny
+
+B, SIDE, LENGTH, WIDTH = 8, 8, 5, 4
+FREE = {"augmentation_levels": (0.0, 0.0)}
+
+
+class Network:
+    """Answers by a function of its inputs, and remembers them."""
+
+    def __init__(self, answer):
+        self.answer = answer
+        self.calls = []
+
+    def apply(self, variables, *inputs):
+        self.calls.append(inputs)
+        return self.answer(variables["params"], *inputs)
+
+
+class Encoder:
+    """Embeds every caption as one number, its parameter."""
+
+    def apply(self, variables, tokens):
+        return variables["params"]["w"] * jnp.ones((*tokens.shape, WIDTH)), tokens > 0
+
+
+def constant(value):
+    return lambda params, z, *_: jnp.full_like(z, value)
+
+
+def stage(answer, prediction="x0", spec=tiny.BASE):
+    return dataclasses.replace(Stage.from_spec({**spec, "prediction": prediction}), network=Network(answer))
+
+
+def batch(value, embedding=0.0, side=SIDE, **fields):
+    text = Text(jnp.full((B, LENGTH, WIDTH), embedding), jnp.ones((B, LENGTH), bool))
+    x = jnp.full((B, side, side, 3), value)
+    return Batch(x, jnp.ones((B, LENGTH), jnp.int32), text, None, None)._replace(**fields)
+
+
+def loss_of(network_stage, objective, batches, params=None, frozen=None, seed=0):
+    params = params or {"denoiser": {}}
+    return personalization_loss(
+        network_stage, Encoder(), objective, params, frozen or params, batches, jax.random.key(seed)
+    )
+
+
+@pytest.mark.parametrize("prior_weight", [0.7, 2.0])
+def test_loss_is_the_instance_term_plus_lambda_times_the_prior_term(prior_weight):
+    objective = Objective("none", prior_weight, "sampled", **FREE)
+    loss, terms = loss_of(stage(constant(0.25)), objective, {"instance": batch(0.5), "prior": batch(-1.0)})
+    assert terms["instance_loss"] == pytest.approx(0.25**2)
+    assert terms["prior_loss"] == pytest.approx(1.25**2)
+    assert loss == pytest.approx(0.25**2 + prior_weight * 1.25**2)
+
+
+def test_without_lambda_the_prior_half_is_not_even_computed():
+    network = stage(constant(0.25))
+    with_prior = {"instance": batch(0.5), "prior": batch(-1.0)}
+    loss, terms = loss_of(network, Objective("none", 0.0, "sampled", **FREE), with_prior)
+    alone, _ = loss_of(network, Objective("none", 0.0, "sampled", **FREE), {"instance": batch(0.5)})
+    assert set(terms) == {"instance_loss"}
+    assert loss == alone == pytest.approx(0.25**2)
+    assert [call[0].shape[0] for call in network.network.calls] == [B, B]
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_the_target_is_in_the_space_of_the_prediction(prediction):
+    """Clean pictures of 0: the noise is z / sigma, and v is alpha times it."""
+    schedule = Stage.from_spec(tiny.BASE).schedule
+
+    def off_by_half(params, z, t, *_):
+        scale = (schedule.alpha(t) if prediction == "v" else 1.0) / schedule.sigma(t)
+        return scale[:, None, None, None] * z + 0.5
+
+    objective = Objective("none", 1.0, "sampled", **FREE)
+    _, terms = loss_of(stage(off_by_half, prediction), objective, {"instance": batch(0.0), "prior": batch(0.0)})
+    np.testing.assert_allclose([terms["instance_loss"], terms["prior_loss"]], 0.25, rtol=1e-5)
+
+
+def test_halves_have_their_own_times_and_noise_each_over_all_noise_levels():
+    network = stage(constant(0.0))
+    objective = Objective("none", 1.0, "sampled", **FREE)
+    loss_of(network, objective, {"instance": batch(0.0), "prior": batch(0.0)})
+    (z, t, *_), *others = network.network.calls
+    assert not others, "both halves go through the network in one call"
+    eps = z / network.schedule.sigma(t)[:, None, None, None]
+    times, noises = separate(t, 2), separate(eps, 2)
+    for half in times:
+        np.testing.assert_array_equal(np.floor(np.asarray(half) * B), np.arange(B))
+    assert abs(np.corrcoef(np.ravel(noises[0]), np.ravel(noises[1]))[0, 1]) < 0.1
+    assert np.std(noises[0]) == pytest.approx(1, abs=0.1)
+    # One common offset would put all differences of the halves' times at 0.
+    assert np.all(times[0] != times[1])
+
+
+def test_each_half_meets_its_own_caption():
+    network = stage(lambda params, z, t, text, mask: jnp.broadcast_to(text.mean((1, 2))[:, None, None, None], z.shape))
+    batches = {"instance": batch(0.3, embedding=0.3), "prior": batch(-0.6, embedding=-0.6)}
+    loss, _ = loss_of(network, Objective("none", 1.0, "sampled", **FREE), batches)
+    assert loss == pytest.approx(0, abs=1e-10)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "eps", "v"])
+def test_min_snr_weighs_both_halves(prediction):
+    """An error of 1 everywhere costs the mean of min(snr, 5) in x0 space (Hang et al. 2023), here by quadrature."""
+    t = (np.arange(100_000) + 0.5) / 100_000
+    snr = 1 / np.tan(np.pi * t / 2) ** 2
+    expected = np.mean(np.minimum(snr, 5) / {"x0": 1, "eps": snr, "v": snr + 1}[prediction])
+    schedule = Stage.from_spec(tiny.BASE).schedule
+
+    def off_by_one(params, z, t, *_):
+        alpha, sigma = (f(t)[:, None, None, None] for f in (schedule.alpha, schedule.sigma))
+        return {"x0": 0 * z, "eps": z / sigma, "v": z * alpha / sigma}[prediction] + 1.0
+
+    network = stage(off_by_one, prediction)
+    objective = Objective("min_snr", 1.0, "sampled", **FREE)
+    batches = {"instance": batch(0.0), "prior": batch(0.0)}
+    terms = [loss_of(network, objective, batches, seed=seed)[1] for seed in range(12)]
+    for half in ("instance_loss", "prior_loss"):
+        assert np.mean([float(term[half]) for term in terms]) == pytest.approx(expected, rel=0.05)
+
+
+def test_pixel_weights_multiply_the_error_of_their_half():
+    weight = jnp.ones((B, SIDE, SIDE, 1)).at[:, :, : SIDE // 2].set(5.0)
+    objective = Objective("none", 1.0, "sampled", **FREE)
+    batches = {"instance": batch(1.0, pixel_weight=weight), "prior": batch(1.0)}
+    _, terms = loss_of(stage(constant(0.0)), objective, batches)
+    assert terms["instance_loss"] == pytest.approx(3.0)
+    assert terms["prior_loss"] == pytest.approx(1.0)
+
+
+def scaled_text(params, z, t, text, mask):
+    """A network that both parameters and caption change."""
+    return params["scale"] * z + text.mean((1, 2))[:, None, None, None]
+
+
+FROZEN = {"denoiser": {"scale": jnp.array(0.4)}, "text_encoder": {"w": jnp.array(0.2)}}
+
+
+def test_frozen_prediction_costs_and_teaches_nothing_before_the_first_update():
+    network = stage(scaled_text)
+    objective = Objective("min_snr", 0.7, "frozen_prediction", **FREE)
+    halves = {"instance": batch(0.5, text=None), "prior": batch(-1.0, text=None)}
+
+    def loss(params, frozen, objective, batches):
+        return personalization_loss(network, Encoder(), objective, params, frozen, batches, jax.random.key(3))
+
+    (value, terms), gradient = jax.value_and_grad(loss, has_aux=True)(FROZEN, FROZEN, objective, halves)
+    assert terms["prior_loss"] == 0
+    assert value == terms["instance_loss"] > 0
+    alone = dataclasses.replace(objective, prior_weight=0.0)
+    expected = jax.grad(loss, has_aux=True)(FROZEN, FROZEN, alone, {"instance": halves["instance"]})[0]
+    assert jax.tree.all(jax.tree.map(lambda a, b: jnp.allclose(a, b, rtol=1e-5), gradient, expected))
+    assert jax.tree.all(jax.tree.map(lambda g: jnp.abs(g) > 1e-3, gradient))
+
+
+def test_frozen_prediction_is_the_distance_to_the_frozen_network_and_never_moves_it():
+    network = stage(scaled_text)
+    tuned = {"denoiser": {"scale": jnp.array(0.9)}, "text_encoder": {"w": jnp.array(0.2)}}
+    objective = Objective("none", 1.0, "frozen_prediction", **FREE)
+    batches = {"instance": batch(0.5, text=None), "prior": batch(-1.0, text=None)}
+
+    def loss(params, frozen):
+        return personalization_loss(network, Encoder(), objective, params, frozen, batches, jax.random.key(3))
+
+    _, terms = loss(tuned, FROZEN)
+    z_prior = separate(network.network.calls[-2][0], 2)[1]
+    np.testing.assert_allclose(network.network.calls[-1][0], z_prior)  # the same noisy class pictures
+    assert terms["prior_loss"] == pytest.approx(float(jnp.mean((0.5 * z_prior) ** 2)), rel=1e-5)
+    # What the class pictures show does not matter, beyond the noisy input that they make.
+    gradient = jax.grad(loss, argnums=1, has_aux=True)(tuned, FROZEN)[0]
+    assert jax.tree.all(jax.tree.map(lambda g: g == 0, gradient))
+
+
+def test_frozen_prediction_reads_its_caption_with_the_frozen_text_encoder():
+    network = stage(scaled_text)
+    tuned = {"denoiser": FROZEN["denoiser"], "text_encoder": {"w": jnp.array(0.5)}}
+    objective = Objective("none", 1.0, "frozen_prediction", **FREE)
+    batches = {"instance": batch(0.5, text=None), "prior": batch(-1.0, text=None)}
+    _, terms = loss_of(network, objective, batches, tuned, FROZEN)
+    assert terms["prior_loss"] == pytest.approx(0.3**2, rel=1e-4)
+
+
+def super_resolution_call(levels, low):
+    """What the network is given for clean pictures of 0, both halves' rows after another."""
+    network = stage(constant(0.0), spec=tiny.SUPER_RESOLUTION)
+    objective = Objective("none", 1.0, "sampled", levels)
+    batches = {half: batch(0.0, side=16, low_res=low) for half in ("instance", "prior")}
+    loss_of(network, objective, batches)
+    z, t, _, _, low_res, level = network.network.calls[0]
+    return network, [jnp.concatenate(separate(a, 2)) for a in (z, t, low_res, level)]
+
+
+def test_super_resolution_is_conditioned_on_the_enlarged_low_resolution_picture():
+    low = jax.random.uniform(jax.random.key(5), (B, 8, 8, 3), minval=-1)
+    _, (z, _, low_res, level) = super_resolution_call((0.0, 0.0), low)
+    np.testing.assert_array_equal(level, 0)
+    np.testing.assert_allclose(low_res, jnp.tile(upsample(low, 16), (2, 1, 1, 1)), atol=0.01)
+    assert np.abs(np.asarray(low_res - z)).mean() > 0.3  # and not on z_t twice
+
+
+def test_the_low_resolution_picture_has_noise_of_its_own_level_which_the_network_is_told():
+    network, (z, t, low_res, level) = super_resolution_call((0.2, 0.6), jnp.full((B, 8, 8, 3), 0.5))
+    assert np.all((level >= 0.2) & (level <= 0.6)) and len(np.unique(level)) == 2 * B
+    assert abs(np.corrcoef(level, t)[0, 1]) < 0.8  # t runs over [0, 1] in order, levels do not
+    alpha, sigma = (f(level)[:, None, None, None] for f in (network.augmentation.alpha, network.augmentation.sigma))
+    noise = (low_res - 0.5 * alpha) / sigma
+    np.testing.assert_allclose(np.std(noise, axis=(1, 2, 3)), 1, atol=0.12)
+    eps = z / network.schedule.sigma(t)[:, None, None, None]
+    assert abs(np.corrcoef(np.ravel(noise), np.ravel(eps))[0, 1]) < 0.05
+
+
+def test_separate_undoes_interleave():
+    first, second = jnp.arange(12.0).reshape(4, 3), -jnp.arange(12.0).reshape(4, 3)
+    (joined,) = interleave((first,), (second,))
+    np.testing.assert_array_equal(joined[:2], [first[0], second[0]])  # alternating: shards hold both halves
+    for half, expected in zip(separate(joined, 2), (first, second), strict=True):
+        np.testing.assert_array_equal(half, expected)
