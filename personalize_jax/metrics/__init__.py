@@ -1,0 +1,1 @@
+"""How true to the subject, how true to the prompt, how varied."""
