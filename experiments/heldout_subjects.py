@@ -60,9 +60,7 @@ def measure(pretrained: Pipeline, held: HeldoutSubject, config: ConfigDict, work
     probe = Probe.load()
     count = flags.FLAGS.images_per_context
     contexts = np.repeat([CONTEXTS.index(context) for context in config.report.contexts], count)
-    texts = [
-        prompt(held.class_noun, context=CONTEXTS[c], identifier=tuned.subject.identifier.text) for c in contexts
-    ]
+    texts = [prompt(held.class_noun, context=CONTEXTS[c], identifier=tuned.subject.identifier.text) for c in contexts]
     seeds = list(range(count)) * len(config.report.contexts)
     reading = probe.read(tuned.pipeline.sample(texts, seeds)[-1])
     subject = held.subject

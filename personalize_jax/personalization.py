@@ -1,8 +1,8 @@
 """Personalisation, phase by phase.
 
 The method of the specification: images, class noun and identifier (steps 202-208), class images drawn from the frozen
-cascade, each stage tuned on its own inputs. Every phase leaves its result in the run directory, and a call goes on where
-the last one stopped.
+cascade, each stage tuned on its own inputs. Every phase leaves its result in the run directory, and a call goes on
+where the last one stopped.
 """
 
 from collections.abc import Sequence

@@ -58,6 +58,7 @@ def load_personalized(workdir: str | Path) -> Personalized:
     workdir = Path(workdir)
     if not (workdir / "pipeline" / "pipeline.json").exists():
         raise UserError(
-            f"{workdir} holds no personalised pipeline; run personalize_jax.personalize with --workdir={workdir} to its end."
+            f"{workdir} holds no personalised pipeline; "
+            f"run personalize_jax.personalize with --workdir={workdir} to its end."
         )
     return Personalized(load_pipeline(workdir / "pipeline"), read_dataset(workdir / "subject"))

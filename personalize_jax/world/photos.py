@@ -16,7 +16,16 @@ from personalize_jax import command
 from personalize_jax.errors import UserError
 from personalize_jax.pictures import save_png
 from personalize_jax.world.render import render
-from personalize_jax.world.scene import CLASSES, COLOURS, CONTEXTS, PATTERNS, Scene, Subject, sample_subjects, sample_views
+from personalize_jax.world.scene import (
+    CLASSES,
+    COLOURS,
+    CONTEXTS,
+    PATTERNS,
+    Scene,
+    Subject,
+    sample_subjects,
+    sample_views,
+)
 
 SEED = 2023
 RESOLUTION = 128
