@@ -18,8 +18,8 @@ BASE = {
     "network": {
         "channels": (16, 64),
         "patch": 2,
-        "down_blocks": (1, 1),
-        "up_blocks": (1, 1),
+        "down_blocks": (1, 0),
+        "up_blocks": (1, 0),
         "attention": (False, True),
     },
     "schedule": {"kind": "cosine"},
@@ -86,3 +86,29 @@ def examples(resolution=8, low_resolution=None, seed=0, captions=CAPTIONS):
     low_res = None if low_resolution is None else rng.integers(0, 256, (6, low_resolution, low_resolution, 3), np.uint8)
     images = rng.integers(0, 256, (6, resolution, resolution, 3), np.uint8)
     return make_examples(images, pairs, tokens([""])[0], low_res)
+
+
+class LinearNetwork:
+    """In place of a U-Net where the network does not matter: linear in z_t and in the mean text embedding."""
+
+    def apply(self, variables, z, t, text, mask, *low_res):
+        params = variables["params"]
+        return params["scale"] * z + (text.mean(1) @ params["text"])[:, None, None, :]
+
+
+class LinearEncoder:
+    """In place of a text encoder: a table of embeddings."""
+
+    vocab_size = 8000
+
+    def apply(self, variables, tokens):
+        return variables["params"]["table"][tokens], tokens > 0
+
+
+def linear_params(seed=0):
+    rng = np.random.default_rng(seed)
+    values = {
+        "denoiser": {"scale": rng.normal(size=(3,)), "text": rng.normal(size=(4, 3))},
+        "text_encoder": {"table": rng.normal(size=(LinearEncoder.vocab_size, 4))},
+    }
+    return jax.tree.map(lambda a: jax.numpy.asarray(a, jax.numpy.float32), values)

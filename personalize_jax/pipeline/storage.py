@@ -42,7 +42,8 @@ def load_pipeline(source: str | Path) -> Pipeline:
     folder = ASSETS / source if str(source) in EMBEDDED else Path(source)
     if not (folder / "pipeline.json").is_file():
         raise UserError(
-            f"No pipeline at {str(source)!r}: give {' or '.join(map(repr, EMBEDDED))}, or a folder with a pipeline.json."
+            f"No pipeline at {str(source)!r}: "
+            f"give {' or '.join(map(repr, EMBEDDED))}, or a folder with a pipeline.json."
         )
     spec = json.loads((folder / "pipeline.json").read_text())
     text_encoder = TextEncoder(**spec["text_encoder"])

@@ -59,7 +59,8 @@ class Checkpoints:
                 return state
         if steps:
             raise UserError(
-                f"None of the checkpoints {steps} in {self.directory} can be read; delete that folder to start this phase anew."
+                f"None of the checkpoints {steps} in {self.directory} can be read; "
+                "delete that folder to start this phase anew."
             )
         return None
 

@@ -80,10 +80,10 @@ def train(
         UserError: the loss is not finite, or the configuration does not fit.
     """
     mesh = sharding.make_mesh(config.mesh)
-    if config.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch_size % shards:
         raise UserError(
-            f"config batch_size is {config.batch_size} and the mesh splits it {mesh.shape['data'] * mesh.shape['fsdp']} "
-            "ways; give a multiple of that."
+            f"batch_size is {config.batch_size} and the mesh splits it {shards} ways; give a multiple of that."
         )
     if config.num_steps % config.steps_per_dispatch:
         raise UserError(

@@ -1,0 +1,96 @@
+"""A training that tests start in processes of their own, to be killed or on several devices."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict
+
+from personalize_jax.errors import UserError
+from personalize_jax.pipeline import Stage
+from personalize_jax.training import loop
+from personalize_jax.training.losses import interleave, separate
+from personalize_jax.training.sharding import BATCH
+from tests import tiny
+
+# One level of a U-Net with residual blocks and attention: what takes longest is to compile it.
+NETWORK = {"channels": (64,), "patch": 2, "down_blocks": (1,), "up_blocks": (0,), "attention": (True,)}
+STAGE = Stage.from_spec({**tiny.BASE, "network": NETWORK})
+MESHES = {"data": (8, 1, 1), "fsdp": (2, 4, 1), "tensor": (2, 2, 2)}
+
+
+def start():
+    """The pretrained parameters."""
+    return {"denoiser": tiny.stage_params(STAGE), "text_encoder": tiny.text_params()}
+
+
+def train(directory, progress=lambda step, metrics: None, **changes):
+    """Tune a small base model and the text encoder with the prior term and an average."""
+    config = tiny.training(
+        **{
+            "prior__weight": 0.7,
+            "weighting": "min_snr",
+            "ema_decay": 0.9,
+            "caption_dropout": 0.2,
+            "trainable": ((".*", True),),
+            "optimizer__learning_rate": 1e-3,
+            **changes,
+        }
+    )
+    examples = {"instance": tiny.examples(seed=1), "prior": tiny.examples(seed=2, captions=["a dog"])}
+    return loop.train(STAGE, tiny.text_encoder(), start(), examples, config, 5, directory, progress)
+
+
+def train_by_sgd(directory, **changes):
+    """Ten steps whose updates are proportional to the gradient.
+
+    Adam divides by the gradient's size: where it vanishes but for rounding, as that of an attention's key biases does,
+    devices that add in another order would get steps of another sign.
+    """
+    loop.make_optimizer = lambda config, num_steps: optax.sgd(0.05, momentum=0.9)
+    return train(directory, num_steps=10, checkpoint_every=10, batch_size=8, ema_decay=0.0, **changes)
+
+
+def be_killed(directory):
+    """Die without warning in the fifth step, once the third's checkpoint is on disk."""
+
+    def progress(step, metrics):
+        if step == 5:
+            while not (directory / "checkpoints" / "3").exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(directory, progress)
+
+
+def use_eight_devices(directory):
+    """Train on every mesh; keep the parameters, and what cannot be seen on one device."""
+    for name, mesh in MESHES.items():
+        state = train_by_sgd(directory / name, mesh=mesh)
+        np.savez(directory / f"{name}.npz", **jax.device_get(flatten_dict(state.params, sep="/")))
+    kernel = state.params["denoiser"]["down_0_transformer"]["mlp_in"]["kernel"]
+    try:
+        train(directory / "refused", mesh=(8, 1, 1), batch_size=4)
+    except UserError as error:
+        refusal = str(error)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(8, 1, 1), ("data", "fsdp", "tensor"))
+    half = jax.ShapeDtypeStruct((16, 4), np.float32, sharding=jax.sharding.NamedSharding(mesh, BATCH))
+    joined = jax.jit(lambda a, b: separate(2 * interleave((a,), (b,))[0], 2)).lower(half, half).compile()
+    seen = {
+        "refusal": refusal,
+        "refused_wrote": (directory / "refused").exists(),
+        "kernel_shape": kernel.shape,
+        "kernel_shard": kernel.addressable_shards[0].data.shape,
+        "interleave": joined.as_text(),
+    }
+    (directory / "seen.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    {"be_killed": be_killed, "use_eight_devices": use_eight_devices}[sys.argv[1]](Path(sys.argv[2]))
