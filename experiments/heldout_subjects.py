@@ -41,7 +41,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("images_per_context", 4, "Pictures of the subject in each context.", lower_bound=1)
 
 
-def measure(pretrained: Pipeline, held: HeldoutSubject, config: ConfigDict, workdir: Path) -> dict[str, float]:
+def measure(
+    pretrained: Pipeline, held: HeldoutSubject, config: ConfigDict, workdir: Path, images_per_context: int
+) -> dict[str, float]:
     """Personalise for one subject and measure.
 
     Args:
@@ -49,6 +51,7 @@ def measure(pretrained: Pipeline, held: HeldoutSubject, config: ConfigDict, work
         held: the subject.
         config: of `configs/world.py`.
         workdir: of this subject's run.
+        images_per_context: pictures of the subject in each context.
     """
     files = [workdir / "photos" / f"{i:02d}.png" for i in range(len(held.photos))]
     for file, photo in zip(files, held.photos, strict=True):
@@ -58,10 +61,9 @@ def measure(pretrained: Pipeline, held: HeldoutSubject, config: ConfigDict, work
     without = tune_without_prior(pretrained, tuned, config, workdir)
 
     probe = Probe.load()
-    count = flags.FLAGS.images_per_context
-    contexts = np.repeat([CONTEXTS.index(context) for context in config.report.contexts], count)
+    contexts = np.repeat([CONTEXTS.index(context) for context in config.report.contexts], images_per_context)
     texts = [prompt(held.class_noun, context=CONTEXTS[c], identifier=tuned.subject.identifier.text) for c in contexts]
-    seeds = list(range(count)) * len(config.report.contexts)
+    seeds = list(range(images_per_context)) * len(config.report.contexts)
     reading = probe.read(tuned.pipeline.sample(texts, seeds)[-1])
     subject = held.subject
     scores = subject_fidelity(
@@ -101,7 +103,8 @@ def main(_: list[str]) -> None:
         run = workdir / class_noun.replace(" ", "_")
         file = run / "scores.json"
         if not file.exists():
-            write_text(file, json.dumps(measure(pretrained, held, config, run), indent=2))
+            scores = measure(pretrained, held, config, run, arguments.images_per_context)
+            write_text(file, json.dumps(scores, indent=2))
         rows[held.description] = json.loads(file.read_text())
     names = list(next(iter(rows.values())))
     rows["mean"] = {name: float(np.mean([row[name] for row in rows.values()])) for name in names}

@@ -35,11 +35,11 @@ def define_flags() -> None:
 def prompt_grid(count: int) -> tuple[list[str], dict[str, np.ndarray]]:
     """Prompts that go through classes, contexts and colours evenly, and the truth of each."""
     i = np.arange(count)
-    # Steps without common divisors with the lengths, so that no two properties go in step.
+    # Steps such that no two properties go in step: 200 prompts hold nearly as many pairs as there are, of any two.
     truth = {
         "class_ids": i % len(CLASSES),
-        "contexts": (5 * i + i // len(CLASSES)) % len(CONTEXTS),
-        "colours": (3 * i + i // len(CLASSES)) % len(COLOURS),
+        "contexts": (11 * i + i // len(CLASSES)) % len(CONTEXTS),
+        "colours": (i + i // len(CLASSES)) % len(COLOURS),
     }
     rows = zip(*(column.tolist() for column in truth.values()), strict=True)
     return [prompt(CLASSES[a], context=CONTEXTS[b], colour=tuple(COLOURS)[c]) for a, b, c in rows], truth

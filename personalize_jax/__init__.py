@@ -11,6 +11,7 @@ images = personalized.sample("a [V] dog in the snow", num_images=4, seed=0)
 import importlib
 from typing import Any
 
+# Nobody imports the command `personalize_jax.personalize`: the module would take the place of the function.
 _HOMES = {
     "load_personalized": "personalize_jax.personalized",
     "load_pipeline": "personalize_jax.pipeline",

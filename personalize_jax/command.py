@@ -34,20 +34,23 @@ def run(main: Callable[[list[str]], None], define_flags: Callable[[], None], req
         except UserError as error:
             sys.exit(_fail(str(error)))
         except OSError as error:
-            sys.exit(_fail(f"{error.filename or 'A file'} cannot be used: {error.strerror or error}."))
+            sys.exit(_fail(f"{error.filename or 'A file'} cannot be used: {error.strerror or _one_line(error)}."))
 
     define_flags()
     flags.mark_flags_as_required(required)
-    app.run(guarded)
+    app.run(guarded, flags_parser=_parse)
 
 
-def record_config(config: ConfigDict, workdir: Path, may_change: Sequence[str] = ()) -> None:
+def record_config(
+    config: ConfigDict, workdir: Path, may_change: Sequence[str] = (), outdates: Sequence[Path] = ()
+) -> None:
     """Keep the configuration in the run directory, or compare it with what the run began with.
 
     Args:
         config: of this call.
         workdir: run directory, made if missing.
         may_change: dotted keys in which a later call may differ.
+        outdates: files to delete if it does.
 
     Raises:
         UserError: the directory belongs to a run with another configuration.
@@ -55,14 +58,17 @@ def record_config(config: ConfigDict, workdir: Path, may_change: Sequence[str] =
     file = workdir / "config.json"
     new = json.loads(config.to_json_best_effort())
     if file.exists():
-        old = json.loads(file.read_text())
-        different = [key for key in sorted(_different_keys(old, new)) if key not in may_change]
-        if different:
+        changed = sorted(_different_keys(json.loads(file.read_text()), new))
+        if not changed:
+            return
+        if different := [key for key in changed if key not in may_change]:
             raise UserError(
                 f"{workdir} was begun with another configuration (different: {', '.join(different[:5])}); "
                 "give the same configuration to go on, or another --workdir."
             )
     workdir.mkdir(parents=True, exist_ok=True)
+    for outdated in outdates:
+        outdated.unlink(missing_ok=True)
     write_text(file, json.dumps(new, indent=2))
 
 
@@ -80,8 +86,22 @@ def steps_bar(description: str, total: int) -> Iterator[Callable[[int, dict[str,
         yield progress
 
 
+def _parse(argv: list[str]) -> list[str]:
+    """As absl does, but with one sentence for a `--config.` key that there is not."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        sys.exit(_fail(f"A --config flag names a key that the configuration lacks: {_one_line(error)}"))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).replace("\\n", " ").replace("\\", "").split())
+
+
 def _keep_compiled_programs() -> None:
-    """Programs are compiled once for all runs, in the user's cache directory."""
+    """Programs are compiled once for all runs: in the user's cache directory, unless JAX is told of another."""
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", os.path.join(home, "personalize_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -13,20 +13,20 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from personalize_jax import command
+from personalize_jax import command, configuration
+from personalize_jax.configuration import stage_trainings
 from personalize_jax.errors import UserError
 from personalize_jax.manifest import phase
 from personalize_jax.personalized import Personalized
 from personalize_jax.pipeline import Pipeline, Sampling, Stage, Text, save_pipeline
 from personalize_jax.pipeline.cascade import encode_tokens
 from personalize_jax.subject.class_noun import Classifier, determine
-from personalize_jax.subject.dataset import SubjectDataset, read_dataset, write_dataset
-from personalize_jax.subject.identifier import Registry, choose_identifier
+from personalize_jax.subject.dataset import MANIFEST, SubjectDataset, read_dataset, write_dataset
+from personalize_jax.subject.identifier import Identifier, Registry, choose_identifier
 from personalize_jax.subject.images import SubjectImage, load_images
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
 from personalize_jax.training.loop import train, trained_params
 from personalize_jax.training.prior import class_images
-from personalize_jax.training.trainable import partition
 
 
 class SubjectPhotos(NamedTuple):
@@ -66,22 +66,38 @@ def personalize(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, w
         UserError: input that cannot be used, or a run directory of another configuration.
     """
     workdir = Path(workdir)
-    command.record_config(config, workdir, may_change=("training.num_steps", "super_resolution_training.num_steps"))
+    begin(pipeline, photos, config, workdir)
     with phase(workdir, "subject"):
         subject = determine_subject(pipeline, photos, config, workdir)
-    training = stage_trainings(config)
+    trainings = stage_trainings(config)
     drawn = {}
-    if any(training[name].prior.weight > 0 for name in config.tune):
+    if with_prior := [name for name in config.tune if trainings[name].prior.weight > 0]:
         with phase(workdir, "class images"):
-            drawn = draw_class_images(pipeline, subject, config, workdir)
-    params = {}
+            drawn = draw_class_images(pipeline, subject, with_prior, config, workdir)
+    tuned = pipeline
     for name in config.tune:
         with phase(workdir, f"tuning {name}"):
             stage = pipeline.stage(name)
-            params[name] = tune(pipeline, stage, subject, drawn, training[name], config.seed, workdir / name)
-    tuned = with_reduced_augmentation(pipeline.replace_params(**params), config)
+            params = tune(tuned, stage, subject, drawn, trainings[name], config.seed, workdir / name)
+            tuned = tuned.replace_params(**params)
+    tuned = with_reduced_augmentation(tuned, config)
     save_pipeline(tuned, workdir / "pipeline", np.float32)
     return Personalized(tuned, subject)
+
+
+def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path) -> None:
+    """Claim a run directory for a configuration and a subject, before anything is computed.
+
+    Only the numbers of steps may differ from those that the run began with; its report is then outdated.
+
+    Raises:
+        UserError: the configuration cannot be used, or the directory belongs to another one or to another subject.
+    """
+    configuration.check(pipeline, config)
+    if (workdir / "subject" / MANIFEST).exists():
+        _check_same(read_dataset(workdir / "subject"), photos, workdir)
+    may_change = [f"{part}.num_steps" for part in ("training", "super_resolution_training")]
+    command.record_config(config, workdir, may_change, outdates=[workdir / "report.html"])
 
 
 def tune_without_prior(pipeline: Pipeline, tuned: Personalized, config: ConfigDict, workdir: Path) -> Pipeline:
@@ -90,31 +106,20 @@ def tune_without_prior(pipeline: Pipeline, tuned: Personalized, config: ConfigDi
     training.prior.weight = 0.0
     stage = pipeline.stages[0]
     with phase(workdir, "tuning without prior"):
-        params = tune(
-            pipeline, stage, tuned.subject, {}, training, config.seed, workdir / f"{stage.name}_without_prior"
-        )
-    return tuned.pipeline.replace_params(**{stage.name: params})
-
-
-def stage_trainings(config: ConfigDict) -> dict[str, ConfigDict]:
-    """The training keys of each stage."""
-    return {"base": config.training, "super_resolution": config.super_resolution_training}
+        directory = workdir / f"{stage.name}_without_prior"
+        params = tune(pipeline, stage, tuned.subject, {}, training, config.seed, directory)
+    return tuned.pipeline.replace_params(**params)
 
 
 def determine_subject(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path) -> SubjectDataset:
     """Class noun, identifier and labelled dataset (specification steps 204-208), kept in `workdir/subject`."""
     directory = workdir / "subject"
-    if (directory / "subject.json").exists():
-        subject = read_dataset(directory)
-        if photos.images and not _same_images(subject, photos.images):
-            raise UserError(
-                f"{workdir} was begun with other images; give the same ones to go on, or another --workdir."
-            )
-        return subject
+    if (directory / MANIFEST).exists():
+        return read_dataset(directory)
     classifier, nouns = class_knowledge(config)
     class_noun = determine(photos.images, photos.class_noun, classifier, nouns, config.subject.class_threshold)
 
-    def choose(in_use: frozenset[int]) -> object:
+    def choose(in_use: frozenset[int]) -> Identifier:
         return choose_identifier(pipeline.tokenizer, class_noun.noun, config.subject.num_tokens, in_use)
 
     registry = Registry(Path(config.subject.registry))
@@ -133,10 +138,10 @@ def class_knowledge(config: ConfigDict) -> tuple[Classifier | None, Sequence[str
 
 
 def draw_class_images(
-    pipeline: Pipeline, subject: SubjectDataset, config: ConfigDict, workdir: Path
+    pipeline: Pipeline, subject: SubjectDataset, names: Sequence[str], config: ConfigDict, workdir: Path
 ) -> dict[str, np.ndarray]:
-    """The class images of every stage that is tuned, drawn by the ancestral sampler."""
-    last = max(i for i, stage in enumerate(pipeline.stages) if stage.name in config.tune)
+    """The class images of the named stages, and of those that lead to them, drawn by the ancestral sampler."""
+    last = max(i for i, stage in enumerate(pipeline.stages) if stage.name in names)
     stages = pipeline.stages[: last + 1]
     settings = config.class_images
     samplings = {stage.name: prior_sampling(stage, settings) for stage in stages}
@@ -169,27 +174,32 @@ def tune(
     seed: int,
     directory: Path,
 ) -> dict:
-    """Tune one stage on its own inputs; returns its parameters.
+    """Tune one stage on its own inputs.
 
     Args:
         pipeline: the pretrained cascade.
-        stage: one of its stages.
+        stage: one of its stages, not yet tuned.
         subject: the labelled dataset.
         drawn: class images by stage name.
         config: the stage's training keys.
         seed: of the training.
         directory: for checkpoints and metrics.
+
+    Returns:
+        The stage's parameters by its name, and the text encoder's if the stage's rules train them.
     """
     start = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
     examples = {"instance": stage_examples(pipeline, stage, subject.images_NHWC, subject.labels)}
     if config.prior.weight > 0:
         pictures = drawn[stage.name]
         examples["prior"] = stage_examples(pipeline, stage, pictures, [subject.class_prompt] * len(pictures))
-    if "text_encoder" not in partition(start, config.trainable)[0]:
+    trains_text = configuration.trains_text_encoder(pipeline, stage.name, config)
+    if not trains_text:
         examples = {half: with_embeddings(pipeline, e) for half, e in examples.items()}
     with command.steps_bar(f"tuning {directory.name.replace('_', ' ')}", config.num_steps) as progress:
         state = train(stage, pipeline.text_encoder, start, examples, config, seed, directory, progress)
-    return trained_params(state, start)["denoiser"]
+    params = trained_params(state, start)
+    return {stage.name: params["denoiser"]} | ({"text_encoder": params["text_encoder"]} if trains_text else {})
 
 
 def stage_examples(pipeline: Pipeline, stage: Stage, pictures: np.ndarray, labels: Sequence[str]) -> Examples:
@@ -219,7 +229,10 @@ def with_reduced_augmentation(pipeline: Pipeline, config: ConfigDict) -> Pipelin
     )
 
 
-def _same_images(subject: SubjectDataset, images: Sequence[SubjectImage]) -> bool:
-    return subject.images_NHWC.shape[0] == len(images) and all(
-        np.array_equal(a, b.pixels) for a, b in zip(subject.images_NHWC, images, strict=True)
-    )
+def _check_same(subject: SubjectDataset, photos: SubjectPhotos, workdir: Path) -> None:
+    """Raises UserError if the photos, or what they are said to show, are not the subject's."""
+    if not np.array_equal(subject.images_NHWC, [image.pixels for image in photos.images]):
+        raise UserError(f"{workdir} was begun with other images; give the same ones to go on, or another --workdir.")
+    noun = subject.class_noun.noun
+    if photos.class_noun is not None and (given := determine(photos.images, photos.class_noun).noun) != noun:
+        raise UserError(f"{workdir} was begun with a {noun}, not a {given}; give --class_noun={noun!r} to go on.")

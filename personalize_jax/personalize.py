@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from personalize_jax import command, manifest, showcase
-from personalize_jax.personalization import load_subject, personalize, tune_without_prior
+from personalize_jax.personalization import begin, load_subject, personalize, tune_without_prior
 from personalize_jax.pipeline import load_pipeline
 
 
@@ -31,14 +31,15 @@ def main(_: list[str]) -> None:
     pipeline = load_pipeline(config.pretrained)
     images = arguments.images[0] if len(arguments.images) == 1 else arguments.images
     photos = load_subject(images, arguments.class_noun, pipeline.stages[-1].resolution)
-    command.record_config(config, workdir, may_change=("training.num_steps", "super_resolution_training.num_steps"))
+    begin(pipeline, photos, config, workdir)
     if (workdir / "report.html").exists():
         print("All is done; nothing is left to do.")
     else:
         with manifest.record(workdir, config):
             personalized = personalize(pipeline, photos, config, workdir)
             compared = None
-            if config.report.without_prior:
+            base = pipeline.stages[0].name
+            if config.report.without_prior and base in config.tune and config.training.prior.weight > 0:
                 compared = tune_without_prior(pipeline, personalized, config, workdir)
             showcase.show(pipeline, personalized, compared, config, workdir)
     print(f"Pictures: {workdir / 'gallery.png'}\nReport:   {workdir / 'report.html'}")

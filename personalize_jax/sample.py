@@ -25,7 +25,7 @@ def define_flags() -> None:
     flags.DEFINE_string("pipeline", None, "A pretrained pipeline instead: 'world' or a folder.")
     flags.DEFINE_multi_string("prompt", None, "What to draw; repeat for several prompts.")
     flags.DEFINE_integer("num_images", 4, "Pictures of each prompt.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Seed of each prompt's first picture.", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Seed of each prompt's first picture.", lower_bound=0, upper_bound=2**31)
     flags.DEFINE_integer("batch_size", 16, "Pictures drawn at once.", lower_bound=1)
     flags.DEFINE_string("out", None, "Folder for the pictures.")
 

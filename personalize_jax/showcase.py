@@ -72,7 +72,7 @@ def show(
         "how often pretraining saw them": list(subject.identifier.counts),
         "class noun": f"{noun} ({subject.class_noun.source}, score {subject.class_noun.score:.2f})",
         "seed": config.seed,
-        "version": importlib.metadata.version("jax"),
+        "jax": importlib.metadata.version("jax"),
     }
     page = report_html(f"A {noun}, personalised", panels, curves, scores, phase_times(workdir), facts)
     write_text(workdir / "report.html", page)
@@ -95,12 +95,15 @@ def world_scores(
     truth = world_metrics.subject_truth(probe.read(personalized.subject.images_NHWC))
     pictures = np.concatenate(in_context)
     reading = probe.read(pictures)
-    contexts = np.repeat([CONTEXTS.index(c) for c in config.report.contexts], [len(images) for images in in_context])
     scores = {}
     for name, value in world_metrics.subject_fidelity(reading, **truth).items():
         scores[f"subject: {name}"] = (value, f"share of the {len(pictures)} pictures of the subject with its {name}")
-    fidelity = world_metrics.prompt_fidelity(reading, np.full(len(pictures), truth["class_id"]), contexts=contexts)
-    scores["prompt: context"] = (fidelity["context"], "share of them in the context of the prompt")
+    places = zip(config.report.contexts, in_context, strict=True)
+    if known := [(CONTEXTS.index(context), images) for context, images in places if context in CONTEXTS]:
+        contexts = np.repeat([context for context, _ in known], config.report.images_per_context)
+        reading = probe.read(np.concatenate([images for _, images in known]))
+        fidelity = world_metrics.accuracy(reading, context=contexts)
+        scores["prompt: context"] = (fidelity["context"], "share of them in the context of the prompt")
     colour = tuple(COLOURS)[truth["body_colour"]]
     for name, images in of_class.items():
         reading = probe.read(images)

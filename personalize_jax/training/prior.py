@@ -38,11 +38,13 @@ def class_images(
     """
     pictures: dict[str, np.ndarray] = {}
     low_res = None
-    for stage in pipeline.stages:
+    for i, stage in enumerate(pipeline.stages):
+        # A picture depends on how those before it were sampled, too.
+        how = {before.name: samplings[before.name]._asdict() for before in pipeline.stages[: i + 1]}
         drawn: list[np.ndarray] = []
         for start in range(0, count, batch_size):
             seeds = list(range(start, min(start + batch_size, count)))
-            found = [_read(_file(directory, stage, seed), prompt, seed, samplings[stage.name]) for seed in seeds]
+            found = [_read(_file(directory, stage, seed), _metadata(prompt, seed, how)) for seed in seeds]
             if any(picture is None for picture in found):
                 found = pipeline.sample_stage(
                     stage,
@@ -53,8 +55,7 @@ def class_images(
                     samplings[stage.name],
                 )
                 for seed, picture in zip(seeds, found, strict=True):
-                    metadata = _metadata(prompt, seed, samplings[stage.name])
-                    save_png(picture, _file(directory, stage, seed), metadata)
+                    save_png(picture, _file(directory, stage, seed), _metadata(prompt, seed, how))
             drawn.extend(found)
             progress(len(seeds))
         low_res = pictures[stage.name] = np.stack(drawn)
@@ -65,13 +66,13 @@ def _file(directory: Path, stage: Stage, seed: int) -> Path:
     return directory / stage.name / f"{seed:05d}.png"
 
 
-def _metadata(prompt: str, seed: int, sampling: Sampling) -> dict[str, str]:
-    return {"prompt": prompt, "seed": str(seed), "sampling": json.dumps(sampling._asdict(), sort_keys=True)}
+def _metadata(prompt: str, seed: int, how: dict[str, dict]) -> dict[str, str]:
+    return {"prompt": prompt, "seed": str(seed), "sampling": json.dumps(how, sort_keys=True)}
 
 
-def _read(file: Path, prompt: str, seed: int, sampling: Sampling) -> np.ndarray | None:
+def _read(file: Path, expected: dict[str, str]) -> np.ndarray | None:
+    """The picture, if it is there and was drawn as expected."""
     if not file.exists():
         return None
     picture, metadata = read_png(file)
-    expected = _metadata(prompt, seed, sampling)
     return picture if {k: metadata.get(k) for k in expected} == expected else None

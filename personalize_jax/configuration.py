@@ -1,0 +1,80 @@
+"""What a personalisation's configuration must hold, checked before anything is computed."""
+
+from ml_collections import ConfigDict
+
+from personalize_jax.errors import UserError
+from personalize_jax.pipeline import Pipeline
+from personalize_jax.training.trainable import partition
+
+_OF_RUN = {
+    "": ("seed", "pretrained", "tune"),
+    "subject.": ("num_tokens", "registry", "class_threshold"),
+    "class_images.": ("count", "num_steps", "guidance_scale", "batch_size"),
+    "report.": ("contexts", "images_per_context", "class_samples", "without_prior", "batch_size"),
+}
+_OF_TRAINING = {
+    "": (
+        *("num_steps", "batch_size", "steps_per_dispatch", "log_every", "checkpoint_every", "mesh", "sharding"),
+        *("caption_dropout", "object_weight", "augmentation_levels", "weighting", "trainable", "ema_decay"),
+    ),
+    "prior.": ("weight", "form", "caption_dropout"),
+    "optimizer.": ("learning_rate", "warmup_steps", "decay_steps", "b1", "b2", "weight_decay", "clip_norm"),
+}
+KEYS = (
+    *(section + key for section, keys in _OF_RUN.items() for key in keys),
+    *(
+        f"{part}.{section}{key}"
+        for part in ("training", "super_resolution_training")
+        for section, keys in _OF_TRAINING.items()
+        for key in keys
+    ),
+)
+PRIOR_FORMS = ("sampled", "frozen_prediction")
+
+
+def stage_trainings(config: ConfigDict) -> dict[str, ConfigDict]:
+    """The training keys of each stage."""
+    return {"base": config.training, "super_resolution": config.super_resolution_training}
+
+
+def check(pipeline: Pipeline, config: ConfigDict) -> None:
+    """Refuse a configuration with which a run would fail later on.
+
+    Args:
+        pipeline: the pretrained cascade.
+        config: of `configs/world.py`.
+
+    Raises:
+        UserError: it lacks keys, or names stages or forms of the prior that there are not.
+    """
+    if missing := [key for key in KEYS if not _has(config, key)]:
+        raise UserError(
+            f"The configuration lacks {', '.join(missing[:5])}; configs/world.py has every key, start there."
+        )
+    trainings = stage_trainings(config)
+    names = [stage.name for stage in pipeline.stages if stage.name in trainings]
+    if not config.tune or len(set(config.tune) - set(names)) or len(set(config.tune)) < len(config.tune):
+        raise UserError(f"config.tune is {tuple(config.tune)}; give one or more of {', '.join(names)}, each once.")
+    for i, name in enumerate(config.tune):
+        form = trainings[name].prior.form
+        if form not in PRIOR_FORMS:
+            raise UserError(f"The prior's form for {name} is {form!r}; give one of {', '.join(PRIOR_FORMS)}.")
+        if i > 0 and trains_text_encoder(pipeline, name, trainings[name]):
+            raise UserError(
+                f"The rules for {name} train the text encoder, which the stages tuned before it have been fitted to; "
+                f"leave that to the first stage of config.tune, {config.tune[0]}."
+            )
+
+
+def trains_text_encoder(pipeline: Pipeline, stage_name: str, training: ConfigDict) -> bool:
+    """Whether tuning a stage changes the text encoder too, by the rules of its training."""
+    params = {"denoiser": pipeline.params[stage_name], "text_encoder": pipeline.params["text_encoder"]}
+    return "text_encoder" in partition(params, training.trainable)[0]
+
+
+def _has(config: ConfigDict, dotted_key: str) -> bool:
+    for part in dotted_key.split("."):
+        if not isinstance(config, ConfigDict) or part not in config:
+            return False
+        config = config[part]
+    return True
