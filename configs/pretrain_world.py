@@ -19,8 +19,8 @@ def get_config(stage: str) -> ConfigDict:
     config = ConfigDict({"seed": 0, "training": common.training()})
     config.training.mesh = (-1, 1, 1)
     config.training.caption_dropout = 0.1
-    config.training.ema_decay = 0.9993
-    config.training.optimizer.warmup_steps = 500
+    config.training.ema_decay = 0.999
+    config.training.optimizer.warmup_steps = 300
     config.training.log_every = 100
     config.training.checkpoint_every = 500
     if stage == "base":
@@ -30,22 +30,22 @@ def get_config(stage: str) -> ConfigDict:
         config.dataset = ConfigDict({"resolution": 64, "count": 80_000})
         config.training.trainable = ((".*", True),)
         config.training.object_weight = 4.0
-        config.training.batch_size = 64
-        config.training.num_steps = 16_000
+        config.training.batch_size = 32
+        config.training.num_steps = 50_000
         config.training.optimizer.learning_rate = 1e-3
-        config.training.optimizer.decay_steps = 4_000
+        config.training.optimizer.decay_steps = 3_000
     elif stage == "super_resolution":
         config.stage = common.super_resolution_stage()
         config.text_encoder = ConfigDict()
         config.pretrained = "runs/world_base/pipeline"
         config.dataset = ConfigDict({"resolution": 128, "count": 24_000})
-        config.training.augmentation_levels = (0.0, 0.3)
+        config.training.augmentation_levels = (0.0, 0.15)
         config.training.weighting = "min_snr"
         config.training.object_weight = 2.0
         config.training.batch_size = 16
         config.training.num_steps = 6_000
-        config.training.optimizer.learning_rate = 5e-4
-        config.training.optimizer.decay_steps = 2_000
+        config.training.optimizer.learning_rate = 1e-3
+        config.training.optimizer.decay_steps = 1_500
     else:
         raise ValueError(f"The stage is {stage!r}; give base or super_resolution.")
     return config.lock()

@@ -60,7 +60,7 @@ def get_config() -> ConfigDict:
     super_resolution.prior.weight = 1.0
     super_resolution.weighting = "min_snr"
     super_resolution.optimizer.learning_rate = 1e-4
-    super_resolution.augmentation_levels = (0.0, 0.02)
+    super_resolution.augmentation_levels = (0.0, 0.005)
     super_resolution.checkpoint_every = 30
     super_resolution.log_every = 5
     return config.lock()
