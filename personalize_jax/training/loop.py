@@ -115,10 +115,13 @@ def train(
         {"instance": config.caption_dropout, "prior": config.prior.caption_dropout},
         config.object_weight,
     )
+
+    def loss(params: Params, frozen_params: Params, batch: dict[str, Batch], rng: Array) -> tuple[Array, dict]:
+        params, frozen_params = (sharding.gathered(p, config.sharding, mesh) for p in (params, frozen_params))
+        return personalization_loss(stage, text_encoder, objective, params, frozen_params, batch, rng)
+
     steps = make_train_steps(
-        make_train_step(
-            functools.partial(personalization_loss, stage, text_encoder, objective), optimizer, config.ema_decay
-        ),
+        make_train_step(loss, optimizer, config.ema_decay),
         lambda examples, key: sharding.shard_batch(draw(examples, key), mesh),
         jax.random.key(seed),
         config.steps_per_dispatch,

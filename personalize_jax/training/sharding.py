@@ -70,6 +70,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def gathered(params: Any, rules: Sequence[tuple[str, Sequence[str | None]]], mesh: Mesh) -> Any:
+    """Constrain parameters to be whole over fsdp, as a network uses them; traceable.
+
+    Stored in parts, used whole: left to itself XLA may split a convolution's sums over fsdp instead, and then its
+    gradients are wrong where a batch is split over data and fsdp both and features over tensor (jax 0.10.2).
+
+    Args:
+        params: parameters that lie as `shardings` with the same rules puts them.
+        rules: see `shardings`.
+        mesh: the mesh.
+    """
+    whole = [(pattern, [None if axis == "fsdp" else axis for axis in axes]) for pattern, axes in rules]
+    return jax.lax.with_sharding_constraint(params, shardings(params, whole, mesh))
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Constrain every array of a batch to be split by its first axis; traceable."""
     return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH))

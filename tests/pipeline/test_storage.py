@@ -1,0 +1,90 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from personalize_jax.errors import UserError
+from personalize_jax.pipeline import load_pipeline, save_pipeline
+from personalize_jax.pipeline.storage import load_params, save_params, write_text
+from tests import tiny
+
+PARAMS = {"a": {"kernel": jnp.array([[1.0, 1e-3], [-2.5, 7.0]]), "bias": jnp.arange(3.0)}, "b": jnp.ones(())}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    pipeline = tiny.pipeline()
+    pipeline.tokenizer.counts[5:8] = [4, 0, 10**10]
+    folder = tmp_path_factory.mktemp("saved") / "pipeline"
+    save_pipeline(pipeline, folder, jnp.float32)
+    return pipeline, folder
+
+
+def test_a_pipeline_comes_back_as_it_was(saved):
+    pipeline, folder = saved
+    loaded = load_pipeline(folder)
+    assert loaded.stages == pipeline.stages and loaded.text_encoder == pipeline.text_encoder
+    assert jax.tree.structure(loaded.params) == jax.tree.structure(pipeline.params)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, pipeline.params)
+    np.testing.assert_array_equal(loaded.tokenizer.counts, pipeline.tokenizer.counts)
+    np.testing.assert_array_equal(loaded.tokenizer(tiny.CAPTIONS), pipeline.tokenizer(tiny.CAPTIONS))
+
+
+def test_saved_again_it_gives_the_same_files(saved, tmp_path):
+    _, folder = saved
+    save_pipeline(load_pipeline(folder), tmp_path, jnp.float32)
+    names = sorted(file.name for file in folder.iterdir())
+    assert names == sorted(file.name for file in tmp_path.iterdir())  # no temporary files either
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_stored_in_half_precision_parameters_are_read_as_float32(tmp_path):
+    save_params(PARAMS, tmp_path / "half.safetensors", jnp.float16)
+    loaded = load_params(tmp_path / "half.safetensors")
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(loaded))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), loaded, PARAMS)
+    save_params(PARAMS, tmp_path / "full.safetensors")
+    assert (tmp_path / "half.safetensors").stat().st_size < (tmp_path / "full.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.9])
+def test_a_file_cut_short_is_named(tmp_path, share):
+    file = tmp_path / "base.safetensors"
+    save_params(PARAMS, file)
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    with pytest.raises(UserError, match=r"base.safetensors cannot be read.*restore"):
+        load_params(file)
+
+
+def test_a_missing_network_is_named(saved, tmp_path):
+    _, folder = saved
+    for file in folder.iterdir():
+        if file.name != "super_resolution.safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="super_resolution.safetensors cannot be read"):
+        load_pipeline(tmp_path)
+
+
+def test_what_is_no_pipeline_is_refused(tmp_path):
+    for source in (tmp_path, tmp_path / "missing", "wrold"):
+        with pytest.raises(UserError, match="No pipeline at.*give 'world', or a folder"):
+            load_pipeline(source)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    file = tmp_path / "params.safetensors"
+    save_params(PARAMS, file)
+    before = file.read_bytes()
+    with pytest.raises(TypeError):
+        save_params({"a": object()}, file)
+    with pytest.raises(TypeError):
+        write_text(file, 5)
+    assert file.read_bytes() == before and [f.name for f in tmp_path.iterdir()] == [file.name]
+
+
+def test_the_description_is_plain_json(saved):
+    spec = json.loads((saved[1] / "pipeline.json").read_text())
+    assert [stage["name"] for stage in spec["stages"]] == ["base", "super_resolution"]
