@@ -62,8 +62,10 @@ def stage_params(stage):
     return random_params(lambda key: stage.init_params(key, TEXT["width"]), seed=2)
 
 
-def pipeline():
-    encoder, specs = text_encoder(), [BASE, SUPER_RESOLUTION]
+def pipeline(**network):
+    """Both stages; `network` changes arguments of their U-Nets."""
+    encoder = text_encoder()
+    specs = [{**spec, "network": {**spec["network"], **network}} for spec in (BASE, SUPER_RESOLUTION)]
     stages = tuple(Stage.from_spec(spec) for spec in specs)
     params = {"text_encoder": text_params(), **{stage.name: stage_params(stage) for stage in stages}}
     spec = {"text_encoder": {"vocab_size": encoder.vocab_size, **TEXT}, "stages": specs}

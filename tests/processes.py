@@ -1,0 +1,61 @@
+"""Commands and functions in processes of their own, forked from one that has imported what takes seconds to import."""
+
+import multiprocessing
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(
+    ["orbax.checkpoint", "tests.tiny", "personalize_jax.personalization", "personalize_jax.showcase"]
+)
+
+
+class Finished(NamedTuple):
+    """Exit status, and what was written to standard output and standard error."""
+
+    status: int
+    output: str
+    error: str
+
+
+def call(function, *arguments):
+    """The exit status of a process that calls a function of a module; -9 if it was killed by signal 9."""
+    process = _SERVER.Process(target=_quickly, args=(function, *arguments))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def command(folder, module, *arguments, before=None):
+    """Run `python -m module arguments`.
+
+    Args:
+        folder: for what the command prints.
+        module: its name.
+        *arguments: flags.
+        before: a function of a module, called in the new process first.
+    """
+    files = Path(folder) / "output", Path(folder) / "error"
+    status = call(_run, module, [str(a) for a in arguments], files, before)
+    return Finished(status, *(file.read_text() for file in files))
+
+
+def _quickly(function, *arguments):
+    # Compiling would take nearly all the time; programs that took long are kept for other processes.
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    function(*arguments)
+
+
+def _run(module, arguments, files, before):
+    for descriptor, file in zip((1, 2), files, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    if before is not None:
+        before()
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

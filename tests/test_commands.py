@@ -1,0 +1,246 @@
+"""Commands as they are typed: what cannot be used costs one sentence and exit status 2, and spoils nothing."""
+
+import ast
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from configs import world
+from personalize_jax import command, configuration
+from personalize_jax.errors import UserError
+from personalize_jax.pictures import read_png
+from tests import processes, tiny_world
+
+ROOT = Path(__file__).parent.parent
+
+
+def refused(finished):
+    """The sentence with which a command refuses."""
+    assert finished.status == 2, finished
+    lines = finished.error.strip().splitlines()
+    assert lines[-1].startswith("error: ") and "Traceback" not in finished.error
+    assert sum(line.startswith("error: ") for line in lines) == 1
+    return lines[-1]
+
+
+def personalize(folder, pretrained, photos, *flags, before=None):
+    return processes.command(
+        folder,
+        "personalize_jax.personalize",
+        f"--config=tests/tiny_world.py:{pretrained}",
+        f"--images={photos}",
+        f"--workdir={folder / 'run'}",
+        *flags,
+        before=before,
+    )
+
+
+def huge_png(side):
+    """The header of a PNG of side x side pixels, and next to no pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+def picture(file, side):
+    Image.new("RGB", (side, side), "red").save(file)
+
+
+def cut_short(file):
+    picture(file, 64)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "sentence"),
+    [
+        ("notes.txt", lambda file: file.write_text("a dog"), "holds no images (only notes.txt)"),
+        ("dog.jpg", lambda file: file.write_text("a dog"), "dog.jpg is not a JPEG, PNG or WebP image"),
+        ("dog.jpg", cut_short, "dog.jpg is damaged"),
+        ("dog.png", lambda file: picture(file, 1), "is 1x1 pixels, at least 16x16 are expected"),
+        ("dog.png", lambda file: file.write_bytes(huge_png(30_000)), "dog.png has more than 100 megapixels"),
+    ],
+    ids=["none", "text", "cut short", "tiny", "huge"],
+)
+def test_images_that_cannot_be_used(pretrained, tmp_path, name, write, sentence):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    write(photos / name)
+    assert sentence in refused(personalize(tmp_path, pretrained, photos, "--class_noun=dog"))
+    assert not (tmp_path / "run").exists()
+
+
+def know_the_worlds_classes():
+    from personalize_jax import personalization
+    from personalize_jax.world.scene import CLASSES
+
+    personalization.class_knowledge = lambda config: (None, CLASSES)
+
+
+def test_a_class_noun_that_the_cascade_does_not_know(pretrained, photos, tmp_path):
+    finished = personalize(tmp_path, pretrained, photos, "--class_noun=axolotl", before=know_the_worlds_classes)
+    assert "'axolotl' is unknown" in refused(finished) and "dog" in finished.error
+    assert not (tmp_path / "run" / "subject").exists() and not (tmp_path / "run" / "base").exists()
+
+
+def test_no_class_noun_and_nobody_to_tell(pretrained, photos, tmp_path):
+    assert "--class_noun" in refused(personalize(tmp_path, pretrained, photos))
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--config.pretrained=nowhere", "No pipeline at 'nowhere': give 'world', or a folder"),
+        ("--config.training.num_step=3", 'Did you mean "num_steps"'),
+        ("--config.tune=('decoder',)", "give one or more of base, super_resolution, each once"),
+    ],
+)
+def test_configurations_that_cannot_be_used(pretrained, photos, tmp_path, flag, sentence):
+    assert sentence in refused(personalize(tmp_path, pretrained, photos, "--class_noun=dog", flag))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_configuration_without_all_keys(pretrained, photos, tmp_path):
+    (tmp_path / "short.py").write_text(
+        "from tests import tiny_world\n\n\ndef get_config(folder):\n"
+        "    config = tiny_world.get_config(folder).unlock()\n"
+        "    del config.report, config.training.prior.weight\n"
+        "    return config.lock()\n"
+    )
+    flag = f"--config={tmp_path / 'short.py'}:{pretrained}"
+    sentence = refused(personalize(tmp_path, pretrained, photos, "--class_noun=dog", flag))
+    assert "lacks report.contexts" in sentence and not (tmp_path / "run").exists()
+
+
+def test_every_key_is_asked_for():
+    flat = world.get_config().to_dict()
+
+    def keys(tree, prefix=""):
+        for key, value in tree.items():
+            yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+
+    assert sorted(keys(flat)) == sorted(configuration.KEYS)
+
+
+@pytest.mark.parametrize("parent", ["a file", "/proc"])
+def test_a_run_directory_that_cannot_be_made(pretrained, photos, tmp_path, parent):
+    (tmp_path / "a file").write_text("")
+    workdir = tmp_path / parent / "rex"
+    sentence = refused(personalize(tmp_path, pretrained, photos, "--class_noun=dog", f"--workdir={workdir}"))
+    assert str(workdir) in sentence and "cannot be used" in sentence
+
+
+def test_required_flags_are_named(tmp_path):
+    finished = processes.command(tmp_path, "personalize_jax.sample", "--prompt=a dog")
+    assert finished.status == 1 and "--out must have a value" in finished.error and "Traceback" not in finished.error
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--prompt=a dog"], "Give either --workdir"),
+        (["--prompt=a [V] dog", "--pipeline={pretrained}"], "knows no [V]"),
+        (["--prompt=a dog", "--workdir={photos}"], "holds no personalised pipeline; run"),
+    ],
+)
+def test_samples_that_cannot_be_drawn(pretrained, photos, tmp_path, flags, sentence):
+    flags = [flag.format(pretrained=pretrained, photos=photos) for flag in flags]
+    finished = processes.command(tmp_path, "personalize_jax.sample", *flags, f"--out={tmp_path / 'out'}")
+    assert sentence in refused(finished) and not (tmp_path / "out").exists()
+
+
+def test_pictures_are_those_of_their_seeds_however_many_are_drawn(pretrained, tmp_path):
+    flags = [f"--pipeline={pretrained}", "--batch_size=2", f"--out={tmp_path / 'out'}"]
+    several = processes.command(
+        tmp_path, "personalize_jax.sample", *flags, "--prompt=a dog", "--prompt=a cat", "--num_images=3"
+    )
+    assert several.status == 0 and len(several.output.splitlines()) == 6
+    file = tmp_path / "out" / "a-cat-0002.png"
+    drawn = file.read_bytes()
+    assert read_png(file)[1] == {"prompt": "a cat", "seed": "2"}
+    file.unlink()
+    alone = processes.command(
+        tmp_path, "personalize_jax.sample", *flags, "--prompt=a cat", "--num_images=1", "--seed=2"
+    )
+    assert alone.output.split() == [str(file)] and file.read_bytes() == drawn
+
+
+def test_a_pipeline_cut_short_is_named(pretrained, tmp_path):
+    copy = tmp_path / "pretrained"
+    copy.mkdir()
+    for file in pretrained.iterdir():
+        data = file.read_bytes()
+        (copy / file.name).write_bytes(data[: len(data) // 2] if file.name == "base.safetensors" else data)
+    finished = processes.command(
+        tmp_path, "personalize_jax.sample", f"--pipeline={copy}", "--prompt=a dog", f"--out={tmp_path}"
+    )
+    assert f"{copy / 'base.safetensors'} cannot be read" in refused(finished)
+
+
+# What the commands share.
+
+
+def test_a_configuration_is_kept_and_compared(pretrained, tmp_path):
+    config = tiny_world.get_config(str(pretrained))
+    outdated = tmp_path / "run" / "report.html"
+    command.record_config(config, tmp_path / "run")
+    outdated.write_text("")
+    before = (tmp_path / "run" / "config.json").stat().st_mtime_ns
+    command.record_config(config, tmp_path / "run", outdates=[outdated])
+    assert (tmp_path / "run" / "config.json").stat().st_mtime_ns == before and outdated.exists()
+    with config.unlocked():
+        config.training.num_steps, config.seed = 7, 5
+    with pytest.raises(UserError, match=r"\(different: seed\)"):
+        command.record_config(config, tmp_path / "run", ["training.num_steps"], [outdated])
+    assert outdated.exists()
+    command.record_config(config, tmp_path / "run", ["training.num_steps", "seed"], [outdated])
+    assert not outdated.exists()
+    with pytest.raises(UserError, match="different: training.num_steps"):
+        command.record_config(tiny_world.get_config(str(pretrained)), tmp_path / "run", ["seed"])
+
+
+def test_a_progress_bar_shows_what_is_left_of_a_resumed_training(capfd):
+    with command.steps_bar("tuning", 10) as progress:
+        for step in range(5, 11):
+            progress(step, {"loss": 0.5})
+    shown = capfd.readouterr().err.splitlines()[-1].split("\r")[-1]
+    assert "10/10" in shown and "loss=0.5000" in shown
+
+
+def test_the_notebooks_names_are_functions(pretrained, photos):
+    check = (
+        "import personalize_jax as pj\n"
+        "from personalize_jax import personalize\n"
+        "assert all(callable(getattr(pj, name)) for name in pj.__all__), pj.__all__\n"
+        "assert pj.personalize is personalize\n"
+        "assert sorted(pj.__all__) == ['load_personalized', 'load_pipeline', 'load_subject', 'personalize']\n"
+    )
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)
+
+
+def test_nobody_imports_the_command_that_would_hide_the_function():
+    name = "personalize_jax.personalize"
+    for file in (f for folder in ("personalize_jax", "experiments", "tests") for f in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            imported += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert name not in imported, file
+
+
+def test_the_commands_start_on_their_own(tmp_path):
+    """Without the imports that the other tests' processes find done."""
+    started = subprocess.run(
+        [sys.executable, "-m", "personalize_jax.sample", "--pipeline=nowhere", "--prompt=a dog", f"--out={tmp_path}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert refused(processes.Finished(started.returncode, started.stdout, started.stderr)).startswith("error: No pipel")
