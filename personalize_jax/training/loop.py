@@ -8,11 +8,12 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from personalize_jax.errors import UserError
@@ -51,6 +52,74 @@ class Draw:
         }
 
 
+class Training(NamedTuple):
+    """A training made ready: what it starts from, where it lies, and the program that advances it.
+
+    Attributes:
+        advance: (state, frozen params, examples) -> (state, metrics), compiled; the state is donated.
+        state: new, or from the last checkpoint.
+        frozen_params: the pretrained parameters that the step looks at.
+        examples: the set of each half, on the devices.
+    """
+
+    advance: Callable[[TrainState, Params, dict[str, Examples]], tuple[TrainState, dict[str, Array]]]
+    state: TrainState
+    frozen_params: Params
+    examples: dict[str, Examples]
+
+
+def prepare(
+    stage: Stage,
+    text_encoder: TextEncoder,
+    pretrained: Params,
+    examples: dict[str, Examples],
+    config: ConfigDict,
+    seed: int,
+    checkpoints: Checkpoints,
+) -> Training:
+    """Place everything on the mesh and build the program; the arguments are those of `train`."""
+    mesh = sharding.make_mesh(config.mesh)
+    _check(config, mesh)
+    trained, frozen = partition(pretrained, config.trainable)
+    objective = Objective(config.weighting, config.prior.weight, config.prior.form, tuple(config.augmentation_levels))
+    if objective.prior_form == "frozen_prediction" and objective.prior_weight > 0:
+        frozen = pretrained
+    optimizer = make_optimizer(config.optimizer, config.num_steps)
+    make_state = functools.partial(
+        init_state,
+        optimizer=optimizer,
+        ema=config.ema_decay > 0,
+        vocabulary_size=text_encoder.vocab_size if "text_encoder" in trained else None,
+    )
+    abstract = jax.eval_shape(make_state, trained)
+    state_shardings = sharding.shardings(abstract, config.sharding, mesh)
+    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, state_shardings)
+    state = checkpoints.restore(abstract)
+    if state is None:
+        # Copied, since the state is donated and the caller keeps the pretrained parameters.
+        state = jax.jit(make_state, out_shardings=state_shardings)(jax.tree.map(np.array, trained))
+
+    draw = Draw(
+        config.batch_size,
+        {"instance": config.caption_dropout, "prior": config.prior.caption_dropout},
+        config.object_weight,
+    )
+
+    def loss(params: Params, frozen_params: Params, batch: dict[str, Batch], rng: Array) -> tuple[Array, dict]:
+        params, frozen_params = (sharding.gathered(p, config.sharding, mesh) for p in (params, frozen_params))
+        return personalization_loss(stage, text_encoder, objective, params, frozen_params, batch, rng)
+
+    steps = make_train_steps(
+        make_train_step(loss, optimizer, config.ema_decay),
+        lambda examples, key: sharding.shard_batch(draw(examples, key), mesh),
+        jax.random.key(seed),
+        config.steps_per_dispatch,
+    )
+    advance = jax.jit(steps, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh)))
+    frozen = jax.device_put(frozen, sharding.shardings(frozen, config.sharding, mesh))
+    return Training(advance, state, frozen, jax.device_put(examples, sharding.replicated(mesh)))
+
+
 def train(
     stage: Stage,
     text_encoder: TextEncoder,
@@ -79,59 +148,14 @@ def train(
     Raises:
         UserError: the loss is not finite, or the configuration does not fit.
     """
-    mesh = sharding.make_mesh(config.mesh)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch_size % shards:
-        raise UserError(
-            f"batch_size is {config.batch_size} and the mesh splits it {shards} ways; give a multiple of that."
-        )
-    if config.num_steps % config.steps_per_dispatch:
-        raise UserError(
-            f"num_steps is {config.num_steps} and steps_per_dispatch {config.steps_per_dispatch}; give a multiple."
-        )
-    trained, frozen = partition(pretrained, config.trainable)
-    objective = Objective(config.weighting, config.prior.weight, config.prior.form, tuple(config.augmentation_levels))
-    if objective.prior_form == "frozen_prediction" and objective.prior_weight > 0:
-        frozen = pretrained
-    optimizer = make_optimizer(config.optimizer, config.num_steps)
-    vocabulary_size = text_encoder.vocab_size if "text_encoder" in trained else None
-    make_state = functools.partial(
-        init_state, optimizer=optimizer, ema=config.ema_decay > 0, vocabulary_size=vocabulary_size
-    )
-
-    abstract = jax.eval_shape(make_state, trained)
-    state_shardings = sharding.shardings(abstract, config.sharding, mesh)
-    frozen = jax.device_put(frozen, sharding.shardings(frozen, config.sharding, mesh))
-    examples = jax.device_put(examples, sharding.replicated(mesh))
-    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, state_shardings)
-    checkpoints = Checkpoints(directory / "checkpoints")
-    state = checkpoints.restore(abstract)
-    if state is None:
-        # Copied, since the state is donated and the caller keeps the pretrained parameters.
-        state = jax.jit(make_state, out_shardings=state_shardings)(jax.tree.map(np.array, trained))
-
-    draw = Draw(
-        config.batch_size,
-        {"instance": config.caption_dropout, "prior": config.prior.caption_dropout},
-        config.object_weight,
-    )
-
-    def loss(params: Params, frozen_params: Params, batch: dict[str, Batch], rng: Array) -> tuple[Array, dict]:
-        params, frozen_params = (sharding.gathered(p, config.sharding, mesh) for p in (params, frozen_params))
-        return personalization_loss(stage, text_encoder, objective, params, frozen_params, batch, rng)
-
-    steps = make_train_steps(
-        make_train_step(loss, optimizer, config.ema_decay),
-        lambda examples, key: sharding.shard_batch(draw(examples, key), mesh),
-        jax.random.key(seed),
-        config.steps_per_dispatch,
-    )
-    run = jax.jit(steps, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh)))
-    log = MetricsLog(directory / "metrics.jsonl", int(state.step))
-    saved = int(state.step)
-    with contextlib.closing(checkpoints):
-        while (step := int(state.step)) < config.num_steps:
-            state, metrics = run(state, frozen, examples)
+    with contextlib.closing(Checkpoints(directory / "checkpoints")) as checkpoints:
+        training = prepare(stage, text_encoder, pretrained, examples, config, seed, checkpoints)
+        state = training.state
+        step = saved = int(state.step)
+        log = MetricsLog(directory / "metrics.jsonl", step)
+        while step < config.num_steps:
+            # The host does not wait for the devices but to log and to save.
+            state, metrics = training.advance(state, training.frozen_params, training.examples)
             step += config.steps_per_dispatch
             last = step >= config.num_steps
             if last or step % config.log_every < config.steps_per_dispatch:
@@ -142,6 +166,18 @@ def train(
                 saved = step
             progress(step, log.latest)
     return state
+
+
+def _check(config: ConfigDict, mesh: Mesh) -> None:
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch_size % shards:
+        raise UserError(
+            f"batch_size is {config.batch_size} and the mesh splits it {shards} ways; give a multiple of that."
+        )
+    if config.num_steps % config.steps_per_dispatch:
+        raise UserError(
+            f"num_steps is {config.num_steps} and steps_per_dispatch {config.steps_per_dispatch}; give a multiple."
+        )
 
 
 def trained_params(state: TrainState, pretrained: Params) -> Params:
