@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from personalize_jax.models.params import Params
 from personalize_jax.models.text_encoder import TextEncoder
-from personalize_jax.pipeline.stage import Params, Sampling, Stage
+from personalize_jax.pipeline.stage import Sampling, Stage
 from personalize_jax.pipeline.tokenizer import Tokenizer
 
 

@@ -12,9 +12,8 @@ from personalize_jax.diffusion import augmentation, samplers, schedule
 from personalize_jax.diffusion.guidance import dynamic_threshold, guide
 from personalize_jax.diffusion.prediction import Prediction, to_x0_eps
 from personalize_jax.diffusion.schedule import Schedule
+from personalize_jax.models.params import Params
 from personalize_jax.models.unet import UNet
-
-Params = Mapping[str, Any]
 
 SCHEDULES = {"cosine": schedule.cosine, "linear": schedule.linear}
 SAMPLERS = {"ancestral": samplers.ancestral, "ddim": samplers.ddim, "dpm_solver_pp": samplers.dpm_solver_pp}

@@ -17,13 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.flax import load_file, save_file
 
 from personalize_jax.errors import UserError
+from personalize_jax.models.params import Params, flatten, unflatten
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline.cascade import Pipeline
-from personalize_jax.pipeline.stage import Params, Stage
+from personalize_jax.pipeline.stage import Stage
 from personalize_jax.pipeline.tokenizer import Tokenizer
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -82,12 +82,12 @@ def load_params(file: Path) -> Params:
         raise UserError(
             f"{file} cannot be read as safetensors ({error}); restore the file or write it again."
         ) from error
-    return unflatten_dict({k: jnp.asarray(v, jnp.float32) for k, v in flat.items()}, sep="/")
+    return unflatten({k: jnp.asarray(v, jnp.float32) for k, v in flat.items()})
 
 
 def save_params(params: Params, file: Path, dtype: Any = jnp.float32) -> None:
     """Write parameters under their slash-separated paths."""
-    flat = flatten_dict(jax.tree.map(lambda a: jnp.asarray(a, dtype), dict(params)), sep="/")
+    flat = flatten(jax.tree.map(lambda a: jnp.asarray(a, dtype), params))
     with _replacing(file) as temporary:
         save_file(flat, temporary)
 

@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from personalize_jax.errors import UserError
+from personalize_jax.models.params import Params
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Stage
-from personalize_jax.pipeline.stage import Params
 from personalize_jax.training import sharding
 from personalize_jax.training.checkpoint import Checkpoints
 from personalize_jax.training.examples import Batch, Examples, draw_batch

@@ -14,10 +14,10 @@ from jax import Array
 
 from personalize_jax.diffusion.augmentation import sample_levels
 from personalize_jax.diffusion.prediction import Weighting, add_noise, loss_weight, per_picture, target
+from personalize_jax.models.params import Params
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Stage, Text
 from personalize_jax.pipeline.cascade import encode_tokens
-from personalize_jax.pipeline.stage import Params
 from personalize_jax.training.examples import Batch
 
 PriorForm = Literal["sampled", "frozen_prediction"]

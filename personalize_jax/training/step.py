@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from personalize_jax.pipeline.stage import Params
+from personalize_jax.models.params import Params
 from personalize_jax.training.examples import Batch, Examples
 from personalize_jax.training.trainable import merge
 

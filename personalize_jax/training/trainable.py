@@ -3,10 +3,8 @@
 import re
 from collections.abc import Sequence
 
-from flax.traverse_util import flatten_dict, unflatten_dict
-
 from personalize_jax.errors import UserError
-from personalize_jax.pipeline.stage import Params
+from personalize_jax.models.params import Params, flatten, unflatten
 
 
 def partition(params: Params, rules: Sequence[tuple[str, bool]]) -> tuple[Params, Params]:
@@ -23,7 +21,7 @@ def partition(params: Params, rules: Sequence[tuple[str, bool]]) -> tuple[Params
         UserError: a path that no rule matches, or nothing left to train.
     """
     sides: dict[bool, dict] = {True: {}, False: {}}
-    for path, value in flatten_dict(dict(params), sep="/").items():
+    for path, value in flatten(params).items():
         trained = next((trained for pattern, trained in rules if re.match(pattern, path)), None)
         if trained is None:
             raise UserError(f"Parameter {path!r} matches no rule of config.training.trainable; add one, such as '.*'.")
@@ -32,9 +30,9 @@ def partition(params: Params, rules: Sequence[tuple[str, bool]]) -> tuple[Params
         raise UserError(
             f"The rules {list(rules)} of config.training.trainable leave nothing to train; mark a pattern True."
         )
-    return unflatten_dict(sides[True], sep="/"), unflatten_dict(sides[False], sep="/")
+    return unflatten(sides[True]), unflatten(sides[False])
 
 
 def merge(trained: Params, others: Params) -> Params:
     """Parameters as the networks take them: `trained`, completed by what only `others` has."""
-    return unflatten_dict({**flatten_dict(dict(others), sep="/"), **flatten_dict(dict(trained), sep="/")}, sep="/")
+    return unflatten({**flatten(others), **flatten(trained)})

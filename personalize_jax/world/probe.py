@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from personalize_jax.errors import UserError
 from personalize_jax.metrics.world import Reading, accuracy
+from personalize_jax.models.params import Params
 from personalize_jax.models.probe import ProbeNetwork
-from personalize_jax.pipeline.stage import Params
 from personalize_jax.pipeline.storage import ASSETS, load_params, save_params, write_text
 from personalize_jax.training.optimizer import make_optimizer
 from personalize_jax.world import dataset_builder

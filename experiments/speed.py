@@ -1,0 +1,141 @@
+"""How fast are training and sampling here, and how much of the machine do they use?
+
+    python -m experiments.speed --config=configs/world.py --out=runs/speed
+
+For each stage: pictures trained and drawn a second; model FLOPs utilisation, the share of what a plain float32 matrix
+product reaches on the same devices; and the share of a training's time in which the devices wait for the host. Wants an
+otherwise idle machine, and two host devices are tried by XLA_FLAGS=--xla_force_host_platform_device_count=2.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from personalize_jax import command
+from personalize_jax.configuration import stage_trainings
+from personalize_jax.personalization import stage_examples, with_embeddings
+from personalize_jax.pipeline import Pipeline, Stage, load_pipeline
+from personalize_jax.pipeline.storage import write_text
+from personalize_jax.training.checkpoint import Checkpoints
+from personalize_jax.training.loop import prepare, train
+
+MATRIX = 2048
+STEPS = 20
+PICTURES = 32
+
+
+def define_flags() -> None:
+    """The command line."""
+    config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/world.py.")
+    flags.DEFINE_string("out", None, "Folder for the results.")
+
+
+def seconds(function: Callable[[], object], repeats: int) -> float:
+    """Median seconds of a call, after one that is not counted."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[1:]))
+
+
+def matmul_rate() -> float:
+    """FLOP/s of a float32 matrix product."""
+    a = jnp.ones((MATRIX, MATRIX))
+    product = jax.jit(jnp.matmul)
+    return 2 * MATRIX**3 / seconds(lambda: product(a, a), repeats=9)
+
+
+def forward_flops(pipeline: Pipeline, stage: Stage) -> float:
+    """FLOPs of the network for one picture, as the compiler counts them."""
+    z, one = jnp.zeros((1, stage.resolution, stage.resolution, 3)), jnp.ones((1,))
+    low_res = None if stage.low_resolution is None else (z, one)
+    lowered = jax.jit(stage.apply).lower(pipeline.params[stage.name], z, one, pipeline.encode([""]), low_res)
+    return lowered.compile().cost_analysis()["flops"]
+
+
+def training_times(pipeline: Pipeline, stage: Stage, config: ConfigDict, folder: Path) -> tuple[float, float]:
+    """Seconds of a step in the training loop, and of the compiled program alone."""
+    pictures = np.random.default_rng(0).integers(0, 256, (8, *[pipeline.stages[-1].resolution] * 2, 3), np.uint8)
+    examples = with_embeddings(pipeline, stage_examples(pipeline, stage, pictures, ["a dog"] * len(pictures)))
+    halves = {"instance": examples} | ({"prior": examples} if config.prior.weight > 0 else {})
+    start = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
+    config = config.copy_and_resolve_references().unlock()
+    config.num_steps, config.checkpoint_every = STEPS, STEPS
+
+    with closing(Checkpoints(folder / "program")) as checkpoints:
+        training = prepare(stage, pipeline.text_encoder, start, halves, config, 0, checkpoints)
+    state = training.state
+
+    def step() -> object:
+        nonlocal state
+        state, metrics = training.advance(state, training.frozen_params, training.examples)
+        return metrics
+
+    program = seconds(step, STEPS)
+    stamps = []
+    train(
+        stage,
+        pipeline.text_encoder,
+        start,
+        halves,
+        config,
+        0,
+        folder / "loop",
+        lambda *_: stamps.append(time.perf_counter()),
+    )
+    # Between logged steps, at which the host waits for the devices; the first of them compiles.
+    logged = stamps[config.log_every - 1 :: config.log_every]
+    return (logged[-1] - logged[0]) / ((len(logged) - 1) * config.log_every), program
+
+
+def stage_speed(pipeline: Pipeline, stage: Stage, config: ConfigDict, rate: float, folder: Path) -> dict[str, float]:
+    """All figures of one stage."""
+    flops = forward_flops(pipeline, stage)
+    in_loop, program = training_times(pipeline, stage, config, folder)
+    trained = config.batch_size * (2 if config.prior.weight > 0 else 1) / in_loop
+    low = None
+    if stage.low_resolution is not None:
+        low = np.zeros((PICTURES, stage.low_resolution, stage.low_resolution, 3), np.uint8)
+    sampled = PICTURES / seconds(
+        lambda: pipeline.sample_stage(stage, ["a dog"] * PICTURES, range(PICTURES), low), repeats=2
+    )
+    evaluations = stage.sampling.num_steps * (2 if stage.sampling.guidance_scale != 1 else 1)
+    return {
+        "million FLOPs a forward pass": flops / 1e6,
+        "pictures trained a second": trained,
+        "training utilisation": 3 * flops * trained / rate,  # a backward pass costs two forward passes
+        "pictures drawn a second": sampled,
+        "sampling utilisation": flops * evaluations * sampled / rate,
+        "share of training time outside the devices": max(0.0, 1 - program / in_loop),
+    }
+
+
+def main(_: list[str]) -> None:
+    """Measure and print."""
+    config, out = flags.FLAGS.config, Path(flags.FLAGS.out)
+    pipeline, rate = load_pipeline(config.pretrained), matmul_rate()
+    results: dict[str, object] = {
+        "devices": [str(device) for device in jax.devices()],
+        "matrix product, GFLOP/s": rate / 1e9,
+    }
+    for stage in pipeline.stages:
+        with tempfile.TemporaryDirectory() as folder:
+            results[stage.name] = stage_speed(pipeline, stage, stage_trainings(config)[stage.name], rate, Path(folder))
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "speed.json", json.dumps(results, indent=2))
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    command.run(main, define_flags, required=("config", "out"))
