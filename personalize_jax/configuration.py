@@ -59,7 +59,7 @@ def check(pipeline: Pipeline, config: ConfigDict) -> None:
         form = trainings[name].prior.form
         if form not in PRIOR_FORMS:
             raise UserError(f"The prior's form for {name} is {form!r}; give one of {', '.join(PRIOR_FORMS)}.")
-        if i > 0 and trains_text_encoder(pipeline, name, trainings[name]):
+        if trains_text_encoder(pipeline, name, trainings[name]) and i > 0:
             raise UserError(
                 f"The rules for {name} train the text encoder, which the stages tuned before it have been fitted to; "
                 f"leave that to the first stage of config.tune, {config.tune[0]}."

@@ -11,10 +11,9 @@ import pytest
 from PIL import Image
 
 from configs import world
-from personalize_jax import command, configuration
-from personalize_jax.errors import UserError
+from personalize_jax import configuration
 from personalize_jax.pictures import read_png
-from tests import processes, tiny_world
+from tests import processes
 
 ROOT = Path(__file__).parent.parent
 
@@ -185,34 +184,7 @@ def test_a_pipeline_cut_short_is_named(pretrained, tmp_path):
     assert f"{copy / 'base.safetensors'} cannot be read" in refused(finished)
 
 
-# What the commands share.
-
-
-def test_a_configuration_is_kept_and_compared(pretrained, tmp_path):
-    config = tiny_world.get_config(str(pretrained))
-    outdated = tmp_path / "run" / "report.html"
-    command.record_config(config, tmp_path / "run")
-    outdated.write_text("")
-    before = (tmp_path / "run" / "config.json").stat().st_mtime_ns
-    command.record_config(config, tmp_path / "run", outdates=[outdated])
-    assert (tmp_path / "run" / "config.json").stat().st_mtime_ns == before and outdated.exists()
-    with config.unlocked():
-        config.training.num_steps, config.seed = 7, 5
-    with pytest.raises(UserError, match=r"\(different: seed\)"):
-        command.record_config(config, tmp_path / "run", ["training.num_steps"], [outdated])
-    assert outdated.exists()
-    command.record_config(config, tmp_path / "run", ["training.num_steps", "seed"], [outdated])
-    assert not outdated.exists()
-    with pytest.raises(UserError, match="different: training.num_steps"):
-        command.record_config(tiny_world.get_config(str(pretrained)), tmp_path / "run", ["seed"])
-
-
-def test_a_progress_bar_shows_what_is_left_of_a_resumed_training(capfd):
-    with command.steps_bar("tuning", 10) as progress:
-        for step in range(5, 11):
-            progress(step, {"loss": 0.5})
-    shown = capfd.readouterr().err.splitlines()[-1].split("\r")[-1]
-    assert "10/10" in shown and "loss=0.5000" in shown
+# The package as a notebook sees it.
 
 
 def test_the_notebooks_names_are_functions(pretrained, photos):

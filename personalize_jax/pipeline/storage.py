@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
 from personalize_jax.errors import UserError
@@ -86,10 +87,17 @@ def load_params(file: Path) -> Params:
 
 
 def save_params(params: Params, file: Path, dtype: Any = jnp.float32) -> None:
-    """Write parameters under their slash-separated paths."""
+    """Write parameters under their slash-separated paths.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     flat = flatten(jax.tree.map(lambda a: jnp.asarray(a, dtype), params))
     with _replacing(file) as temporary:
-        save_file(flat, temporary)
+        try:
+            save_file(flat, temporary)
+        except SafetensorError as error:
+            raise UserError(f"{file} cannot be written ({error}); check free space and permissions.") from error
 
 
 def write_text(file: Path, text: str) -> None:

@@ -1,6 +1,8 @@
 """Checkpoints of the train state, written by orbax."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,13 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, step: int, state: Any) -> None:
-        """Write in the background; the state may be donated as soon as this returns."""
-        self._manager.save(step, args=ocp.args.StandardSave(state))
+        """Write in the background; the state may be donated as soon as this returns.
+
+        Raises:
+            UserError: the checkpoint before could not be written.
+        """
+        with self._writing():
+            self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def restore(self, abstract_state: Any) -> Any | None:
         """The latest state that can be read, or None without any.
@@ -49,9 +56,11 @@ class Checkpoints:
             try:
                 state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
             except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
-                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 logger.warning(
-                    "Checkpoint %d in %s cannot be read (%s); trying the one before.", step, self.directory, reason
+                    "Checkpoint %d in %s cannot be read (%s); trying the one before.",
+                    step,
+                    self.directory,
+                    _reason(error),
                 )
             else:
                 for damaged in steps[:i]:
@@ -65,6 +74,25 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Wait for what is being written."""
-        self._manager.wait_until_finished()
+        """Wait for what is being written.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # as many kinds as for reading
+            raise UserError(
+                f"A checkpoint cannot be written to {self.directory} ({_reason(error)}); "
+                "check free space and permissions, and start again."
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

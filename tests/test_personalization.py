@@ -1,0 +1,413 @@
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import personalize_jax as pj
+from personalize_jax import showcase
+from personalize_jax.errors import UserError
+from personalize_jax.personalization import begin, prior_sampling, stage_examples
+from personalize_jax.pictures import read_png
+from personalize_jax.training import loop, prior
+from personalize_jax.training.examples import downsample_uint8
+from tests import processes, tiny_world
+
+pytestmark = pytest.mark.usefixtures("lightly_compiled")
+
+TRAININGS = ("base", "super_resolution", "base_without_prior")
+
+
+def personalize(folder, pretrained, photos, workdir, *flags, before=None):
+    return processes.command(
+        folder,
+        "personalize_jax.personalize",
+        f"--config=tests/tiny_world.py:{pretrained}",
+        f"--images={photos}",
+        "--class_noun=dog",
+        f"--workdir={workdir}",
+        *flags,
+        before=before,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, pretrained, photos):
+    """The run directory of the command, brought to its end."""
+    folder = tmp_path_factory.mktemp("personalized")
+    finished = personalize(folder, pretrained, photos, folder / "run")
+    assert finished.status == 0, finished.error
+    return folder / "run"
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "run")
+
+
+def contents(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+def equal(a, b):
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)))
+
+
+def config_of(pretrained, **changes):
+    config = tiny_world.get_config(str(pretrained)).unlock()
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return config.lock()
+
+
+def test_a_run_leaves_what_the_readme_says(run):
+    subject = json.loads((run / "subject" / "subject.json").read_text())
+    assert subject["class_noun"] == "dog" and len(subject["images"]) == 3
+    assert {entry["label"] for entry in subject["images"]} == {f"a {subject['identifier']} dog"}
+    for name in TRAININGS:
+        steps = [json.loads(line)["step"] for line in (run / name / "metrics.jsonl").read_text().splitlines()]
+        assert steps == [2, 4, 6]
+        assert (run / name / "checkpoints" / "6").is_dir()
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert [call["status"] for call in manifest["calls"]] == ["done"]
+    assert set(json.loads((run / "times.json").read_text())) == {
+        "subject",
+        "class images",
+        "tuning base",
+        "tuning super_resolution",
+        "tuning without prior",
+        "samples",
+    }
+    assert json.loads((run / "config.json").read_text())["training"]["num_steps"] == 6
+    assert (run / "gallery.png").stat().st_size > 1000
+    page = (run / "report.html").read_text()
+    assert subject["identifier"] in page and "on the moon" in page and "after, without the prior term" in page
+
+
+def test_the_comparison_is_tuned_without_the_prior_term(run):
+    logged = {name: (run / name / "metrics.jsonl").read_text() for name in TRAININGS}
+    assert [name for name, lines in logged.items() if "prior_loss" in lines] == ["base", "super_resolution"]
+
+
+def test_samples_tell_their_prompt_and_seed(run):
+    identifier = json.loads((run / "subject" / "subject.json").read_text())["identifier"]
+    found = [read_png(file)[1] for file in sorted((run / "samples").iterdir())]
+    expected = [(place, seed) for place in ("in the snow", "on the moon") for seed in ("0", "1")]
+    assert [(text["prompt"], text["seed"]) for text in found] == [
+        (f"a {identifier} dog {place}", seed) for place, seed in expected
+    ]
+
+
+def test_class_images_are_ancestral_and_enlarged_from_the_cascades_own(run, pretrained):
+    pipeline = pj.load_pipeline(pretrained)
+    found = {}
+    for stage in pipeline.stages:
+        pictures = [read_png(file) for file in sorted((run / "class_images" / stage.name).iterdir())]
+        assert [(text["prompt"], text["seed"]) for _, text in pictures] == [("a dog", str(i)) for i in range(4)]
+        assert {json.loads(text["sampling"])[stage.name]["sampler"] for _, text in pictures} == {"ancestral"}
+        found[stage.name] = np.stack([pixels for pixels, _ in pictures])
+    settings = tiny_world.get_config(str(pretrained)).class_images
+    samplings = {stage.name: prior_sampling(stage, settings) for stage in pipeline.stages}
+    drawn = pipeline.sample(["a dog"] * 4, range(4), settings.batch_size, samplings)
+    for name, pictures in zip(found, drawn, strict=True):
+        np.testing.assert_array_equal(found[name], pictures)
+
+
+def test_a_second_call_says_that_all_is_done_and_changes_nothing(run, pretrained, photos, tmp_path):
+    before = contents(run)
+    finished = personalize(tmp_path, pretrained, photos, run)
+    assert finished.status == 0 and "All is done" in finished.output and str(run / "gallery.png") in finished.output
+    assert contents(run) == before
+
+
+def test_more_steps_prolong_a_finished_run(copied, pretrained, photos, tmp_path):
+    page = (copied / "report.html").read_text()
+    flag = "--config.super_resolution_training.num_steps=7"
+    assert personalize(tmp_path, pretrained, photos, copied, flag).status == 0
+    assert (copied / "super_resolution" / "checkpoints" / "7").is_dir()
+    assert (copied / "report.html").read_text() != page
+    assert json.loads((copied / "config.json").read_text())["super_resolution_training"]["num_steps"] == 7
+
+
+def test_tuning_changes_both_denoisers_and_nothing_else(run, pretrained):
+    before, after = pj.load_pipeline(pretrained), pj.load_pipeline(run / "pipeline")
+    assert equal(before.params["text_encoder"], after.params["text_encoder"])
+    for name in ("base", "super_resolution"):
+        assert not equal(before.params[name], after.params[name])
+    np.testing.assert_array_equal(before.tokenizer.counts, after.tokenizer.counts)
+
+
+def test_super_resolution_is_sampled_at_the_level_that_it_was_tuned_with(run, pretrained):
+    training = tiny_world.get_config(str(pretrained)).super_resolution_training
+    before, after = (pj.load_pipeline(folder).stages for folder in (pretrained, run / "pipeline"))
+    assert after[1].sampling.augmentation_level == training.augmentation_levels[1]
+    assert after[1].sampling.augmentation_level < before[1].sampling.augmentation_level
+    assert after[0] == before[0]
+
+
+def test_a_stage_learns_from_pictures_at_its_own_resolution(pretrained):
+    pipeline = pj.load_pipeline(pretrained)
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    base, super_resolution = (stage_examples(pipeline, s, pictures, ["a dog"] * 2) for s in pipeline.stages)
+    np.testing.assert_array_equal(super_resolution.image, pictures)
+    np.testing.assert_array_equal(super_resolution.low_res, downsample_uint8(pictures, 8))
+    np.testing.assert_array_equal(base.image, super_resolution.low_res)
+    assert base.low_res is None
+
+
+def test_the_same_command_draws_the_same_bytes(run, tmp_path):
+    flags = [f"--workdir={run}", "--prompt=a [V] dog in the snow", "--prompt=a dog", "--num_images=2", "--seed=3"]
+    flags += ["--batch_size=4"]
+    first, second = (
+        processes.command(tmp_path, "personalize_jax.sample", *flags, f"--out={tmp_path / name}") for name in "ab"
+    )
+    assert first.status == second.status == 0
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == [f"a-{v}-{seed:04d}.png" for v in ("V-dog-in-the-snow", "dog") for seed in (3, 4)]
+    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
+    assert len({(tmp_path / "a" / n).read_bytes() for n in names}) == 4
+    assert first.error.count("has no [V]") == 1 and '"a dog" has no [V]' in first.error
+
+
+def test_the_notebook_draws_what_the_command_draws(run, tmp_path):
+    flags = [f"--workdir={run}", "--prompt=a [V] dog", "--num_images=2", "--seed=5", "--batch_size=4"]
+    assert processes.command(tmp_path, "personalize_jax.sample", *flags, f"--out={tmp_path}").status == 0
+    drawn = pj.load_personalized(run).sample("a [V] dog", num_images=2, seed=5, batch_size=4)
+    assert drawn.shape == (2, 16, 16, 3) and drawn.dtype == np.uint8
+    for seed, picture in zip((5, 6), drawn, strict=True):
+        np.testing.assert_array_equal(read_png(tmp_path / f"a-V-dog-{seed:04d}.png")[0], picture)
+
+
+# A run is killed in each phase in turn, and goes on from there until it is killed in the next.
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in_call(module, name, count):
+    """Replace a function by one that kills its process when it is called for the count-th time."""
+    function, calls = getattr(module, name), []
+
+    def dying(*args, **kwargs):
+        calls.append(0)
+        return die() if len(calls) == count else function(*args, **kwargs)
+
+    setattr(module, name, dying)
+
+
+def die_in_training(directory):
+    """Die after step 4 of that training, once the checkpoint of step 3 is there."""
+    write = loop.MetricsLog.write
+
+    def dying(log, step, metrics):
+        write(log, step, metrics)
+        if log.file.parent.name == directory and step == 4:
+            while not (log.file.parent / "checkpoints" / "3").exists():
+                time.sleep(0.01)
+            die()
+
+    loop.MetricsLog.write = dying
+
+
+def die_writing_the_subject():
+    from personalize_jax import personalization
+
+    die_in_call(personalization, "write_dataset", 1)
+
+
+def die_drawing_class_images():
+    die_in_call(prior, "save_png", 2)
+
+
+def die_enlarging_class_images():
+    die_in_call(prior, "save_png", 6)
+
+
+def die_tuning_base():
+    die_in_training("base")
+
+
+def die_tuning_super_resolution():
+    die_in_training("super_resolution")
+
+
+def die_tuning_without_prior():
+    die_in_training("base_without_prior")
+
+
+def die_saving_samples():
+    die_in_call(showcase, "save_png", 2)
+
+
+def die_reporting():
+    die_in_call(showcase, "report_html", 1)
+
+
+DEATHS = {
+    die_writing_the_subject: "config.json",
+    die_drawing_class_images: "class_images/base/00000.png",
+    die_enlarging_class_images: "class_images/base/00003.png",
+    die_tuning_base: "base/checkpoints/3",
+    die_tuning_super_resolution: "super_resolution/checkpoints/3",
+    die_tuning_without_prior: "base_without_prior/checkpoints/3",
+    die_saving_samples: "samples/a-V-dog-in-the-snow-0000.png",
+    die_reporting: "gallery.png",
+}
+
+
+def test_a_run_killed_in_every_phase_ends_like_one_that_was_not(run, pretrained, photos, tmp_path):
+    workdir = tmp_path / "run"
+    for death, reached in DEATHS.items():
+        assert not (workdir / reached).exists()
+        assert personalize(tmp_path, pretrained, photos, workdir, before=death).status == -signal.SIGKILL, death
+        assert (workdir / reached).exists(), death
+    assert personalize(tmp_path, pretrained, photos, workdir).status == 0
+    assert len(json.loads((workdir / "manifest.json").read_text())["calls"]) == len(DEATHS) + 1
+    expected, found = pj.load_pipeline(run / "pipeline"), pj.load_pipeline(workdir / "pipeline")
+    for name in ("base", "super_resolution"):
+        assert equal(expected.params[name], found.params[name])
+    for folder in ("class_images", "metrics.json"):
+        files = [run / folder] if (run / folder).is_file() else [f for f in (run / folder).rglob("*") if f.is_file()]
+        for file in files:
+            assert (workdir / file.relative_to(run)).read_bytes() == file.read_bytes()
+    for name in TRAININGS:
+        lines = [(d / name / "metrics.jsonl").read_text().splitlines() for d in (run, workdir)]
+        losses = [[json.loads(line)["loss"] for line in of_run] for of_run in lines]
+        assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def unfinish(workdir, *names):
+    """Remove the report and what else is named."""
+    for name in ("report.html", *names):
+        path = workdir / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_a_damaged_checkpoint_costs_a_few_steps_only(run, copied, pretrained, photos, tmp_path):
+    unfinish(copied, "pipeline")
+    for file in (copied / "base" / "checkpoints" / "6").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    finished = personalize(tmp_path, pretrained, photos, copied)
+    assert finished.status == 0 and "Checkpoint 6" in finished.error
+    assert equal(*(pj.load_pipeline(folder / "pipeline").params["base"] for folder in (run, copied)))
+
+
+def test_damaged_class_images_are_named(copied, pretrained, photos, tmp_path):
+    unfinish(copied)
+    file = copied / "class_images" / "base" / "00001.png"
+    file.write_bytes(file.read_bytes()[:100])
+    finished = personalize(tmp_path, pretrained, photos, copied)
+    assert finished.status == 2 and f"error: {file} is damaged" in finished.error
+
+
+def little_space():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("lost", [("base/checkpoints",), ("pipeline",)])
+def test_a_full_disk_is_one_sentence_and_can_be_mended(run, copied, pretrained, photos, tmp_path, lost):
+    unfinish(copied, *lost)
+    finished = personalize(tmp_path, pretrained, photos, copied, before=little_space)
+    assert finished.status == 2, finished.error
+    sentence = finished.error.splitlines()[-1]  # after what orbax logs of its own accord
+    assert sentence.startswith("error: ") and "cannot be written" in sentence and "free space" in sentence
+    assert personalize(tmp_path, pretrained, photos, copied).status == 0
+    assert equal(*(pj.load_pipeline(folder / "pipeline").params["base"] for folder in (run, copied)))
+
+
+# The run directory belongs to one subject and one configuration.
+
+
+def test_a_run_directory_refuses_another_configuration_or_subject(run, pretrained, photos, tmp_path):
+    before = contents(run)
+    others = tmp_path / "others"
+    others.mkdir()
+    shutil.copy(photos / "0.png", others)
+    assert "different: class_images.count" in refusal(run, pretrained, photos, class_images__count=5)
+    assert "other images" in refusal(run, pretrained, others)
+    assert "begun with a dog, not a cat" in refusal(run, pretrained, photos, noun="cat")
+    assert contents(run) == before
+
+
+def refusal(workdir, pretrained, photos, noun="dog", **changes):
+    with pytest.raises(UserError) as caught:
+        begin(
+            pj.load_pipeline(pretrained),
+            pj.load_subject(photos, noun, 16),
+            config_of(pretrained, **changes),
+            Path(workdir),
+        )
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"tune": ("decoder",)}, "give one or more of base, super_resolution"),
+        ({"tune": ()}, "give one or more of base, super_resolution"),
+        ({"training__prior__form": "kept"}, "prior's form for base is 'kept'; give one of sampled, frozen_prediction"),
+        ({"training__trainable": (("denoiser/", True),)}, "matches no rule"),
+        ({"super_resolution_training__trainable": ((".*", True),)}, "leave that to the first stage"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused_first(pretrained, photos, tmp_path, changes, sentence):
+    assert sentence in refusal(tmp_path / "run", pretrained, photos, **changes)
+    assert not (tmp_path / "run").exists()
+
+
+# Other ways to tune.
+
+
+@pytest.fixture(scope="module")
+def base_only(tmp_path_factory, pretrained, photos):
+    """(run directory, pretrained, personalised) after two steps on the base with the frozen network's predictions."""
+    workdir = tmp_path_factory.mktemp("base_only") / "run"
+    pipeline = pj.load_pipeline(pretrained)
+    config = config_of(
+        pretrained, tune=("base",), training__num_steps=2, training__prior__form="frozen_prediction", seed=4
+    )
+    return workdir, pipeline, pj.personalize(pipeline, pj.load_subject(photos, "Dog", 16), config, workdir)
+
+
+def test_one_stage_can_be_tuned_alone_by_the_frozen_networks_predictions(base_only, pretrained):
+    workdir, pipeline, personalized = base_only
+    tuned = personalized.pipeline
+    assert not equal(tuned.params["base"], pipeline.params["base"])
+    for name in ("text_encoder", "super_resolution"):
+        assert equal(tuned.params[name], pipeline.params[name])
+    assert tuned.stages == pipeline.stages
+    assert [path.name for path in (workdir / "class_images").iterdir()] == ["base"]
+    assert not (workdir / "super_resolution").exists()
+    assert equal(pipeline.params["base"], pj.load_pipeline(pretrained).params["base"])
+    rows = [json.loads(line) for line in (workdir / "base" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["prior_loss"] > 0
+
+
+def test_runs_of_one_registry_have_identifiers_of_their_own(run, base_only):
+    names = [json.loads((d / "subject" / "subject.json").read_text()) for d in (run, base_only[0])]
+    assert not set(names[0]["token_ids"]) & set(names[1]["token_ids"])
+
+
+def test_a_text_encoder_that_is_tuned_is_kept(pretrained, photos, tmp_path):
+    pipeline = pj.load_pipeline(pretrained)
+    config = config_of(
+        pretrained,
+        tune=("base",),
+        training__num_steps=1,
+        training__checkpoint_every=1,
+        training__prior__weight=0.0,
+        training__trainable=((".*", True),),
+    )
+    personalized = pj.personalize(pipeline, pj.load_subject(photos, "dog", 16), config, tmp_path / "run")
+    assert not (tmp_path / "run" / "class_images").exists()
+    kept = pj.load_personalized(tmp_path / "run").pipeline.params
+    for name in ("base", "text_encoder"):
+        assert not equal(personalized.pipeline.params[name], pipeline.params[name])
+        assert equal(personalized.pipeline.params[name], kept[name])
