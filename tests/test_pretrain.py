@@ -1,0 +1,130 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import pretrain_world
+from personalize_jax.errors import UserError
+from personalize_jax.pipeline import load_pipeline
+from personalize_jax.pretrain import pretrain, untrained_pipeline, world_examples
+from tests import tiny
+
+SMALLEST = {"channels": (16,), "patch": 2, "down_blocks": (1,), "up_blocks": (0,), "attention": (False,)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled(lightly_compiled):
+    """These tests run their programs a few times."""
+
+
+def data():
+    """Ten pictures of 16 pixels with the object in their left half, and two captions each."""
+    image = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 4), np.uint8)
+    image[..., 3] = 0
+    image[:, :, :8, 3] = 255
+    captions = np.array([[tiny.CAPTIONS[(i + j) % 3] for j in range(2)] for i in range(10)])
+    return {"image": image, "captions": captions}
+
+
+def config(stage, num_steps=4, **changes):
+    """The shipped configuration of a stage, shrunk."""
+    shrunk = pretrain_world.get_config(stage).unlock()
+    shrunk.stage = {**{"base": tiny.BASE, "super_resolution": tiny.SUPER_RESOLUTION}[stage], "network": SMALLEST}
+    if stage == "base":
+        shrunk.text_encoder.update(tiny.TEXT)
+    shrunk.training.update(num_steps=num_steps, batch_size=4, log_every=1, checkpoint_every=2)
+    shrunk.training.optimizer.update(warmup_steps=1, decay_steps=1)
+    shrunk.update(changes)
+    return shrunk.lock()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """(directory, pipeline) of a base model's pretraining."""
+    directory = tmp_path_factory.mktemp("base")
+    return directory, pretrain(config("base"), directory, data())
+
+
+def test_both_stages_are_pretrained_one_after_the_other_saved_and_sampled(base, tmp_path):
+    folder = str(base[0] / "pipeline")
+    cascade = pretrain(config("super_resolution", pretrained=folder), tmp_path, data())
+    loaded = load_pipeline(tmp_path / "pipeline")
+    assert [stage.name for stage in loaded.stages] == ["base", "super_resolution"]
+    # The text encoder and its counts are the base model's; training the second stage leaves them as they are.
+    np.testing.assert_array_equal(loaded.tokenizer.counts, base[1].tokenizer.counts)
+    before = load_pipeline(folder)
+    for name in ("text_encoder", "base"):
+        jax.tree.map(np.testing.assert_array_equal, loaded.params[name], before.params[name])
+    pictures = loaded.sample(["a dog"], [0], batch_size=1)
+    assert [p.shape for p in pictures] == [(1, 8, 8, 3), (1, 16, 16, 3)]
+    np.testing.assert_allclose(
+        loaded.params["super_resolution"]["head"]["kernel"],
+        cascade.params["super_resolution"]["head"]["kernel"],
+        rtol=1e-3,
+        atol=1e-6,
+    )
+
+
+def test_what_is_exported_is_the_average_of_what_was_trained(base):
+    directory, pipeline = base
+    start = untrained_pipeline(config("base"))
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), pipeline.params, start.params)
+    assert moved["base"]["head"]["kernel"] > 0 and moved["text_encoder"]["tokens"]["embedding"] > 0
+    assert [json.loads(line)["step"] for line in (directory / "metrics.jsonl").open()] == [1, 2, 3, 4]
+
+
+def test_counts_are_of_the_words_that_were_seen(base):
+    counts, tokenizer = base[1].tokenizer.counts, base[1].tokenizer
+    seen = {token for caption in tiny.CAPTIONS for token in tokenizer.encode(caption)}
+    assert set(np.flatnonzero(counts)) <= seen
+    assert counts[tokenizer.encode("a")[0]] > 0
+    assert not any(counts[token] for token in tokenizer.special_ids)
+    # Sixteen captions of at most seven words or parts of words.
+    assert 0 < counts.sum() <= 16 * (tiny.TEXT["max_length"] - 1)
+
+
+def test_a_finished_pretraining_is_prolonged(base, tmp_path):
+    """Nothing but the end of the learning rate's schedule depends on the number of steps."""
+    constant = {"decay_steps": 0, "warmup_steps": 0}
+
+    def run(directory, num_steps):
+        changed = config("base", num_steps).unlock()
+        changed.training.optimizer.update(constant)
+        return pretrain(changed.lock(), directory, data())
+
+    run(tmp_path / "prolonged", 2)
+    prolonged, straight = run(tmp_path / "prolonged", 4), run(tmp_path / "straight", 4)
+    jax.tree.map(np.testing.assert_array_equal, prolonged.params, straight.params)
+    np.testing.assert_array_equal(prolonged.tokenizer.counts, straight.tokenizer.counts)
+
+
+def test_examples_have_the_resolutions_of_their_stage_and_the_object_as_mask(base):
+    given = data()
+    pipeline = untrained_pipeline(config("super_resolution", pretrained=str(base[0] / "pipeline")))
+    examples = world_examples(pipeline, given)
+    np.testing.assert_array_equal(examples.image, given["image"][..., :3])
+    assert examples.low_res.shape == (10, 8, 8, 3)
+    mean = given["image"][:, 2:4, 4:6, :3].mean((1, 2))
+    np.testing.assert_allclose(examples.low_res[:, 1, 2], mean, atol=0.5)
+    np.testing.assert_array_equal(examples.object_mask, given["image"][..., 3])
+    tokens = pipeline.tokenizer(given["captions"][3].tolist())
+    np.testing.assert_array_equal(examples.tokens[examples.caption[3]], tokens)
+
+
+def test_the_first_stage_must_exist_before_the_second(tmp_path):
+    with pytest.raises(UserError, match="No pipeline"):
+        pretrain(config("super_resolution", pretrained=str(tmp_path)), tmp_path / "run", data())
+
+
+@pytest.mark.parametrize("stage", ["base", "super_resolution"])
+def test_shipped_configurations_are_complete_and_locked(stage):
+    shipped = pretrain_world.get_config(stage)
+    assert shipped.is_locked and shipped.stage.name == stage
+    training = shipped.training
+    assert training.num_steps % training.steps_per_dispatch == 0
+    assert training.optimizer.warmup_steps + training.optimizer.decay_steps <= training.num_steps
+    with pytest.raises(AttributeError):
+        shipped.training.learning_rate = 1.0
+    with pytest.raises(ValueError, match="base or super_resolution"):
+        pretrain_world.get_config("latent")
