@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from configs import world
-from personalize_jax import configuration
 from personalize_jax.pictures import read_png
 from tests import processes
 
@@ -117,16 +115,6 @@ def test_a_configuration_without_all_keys(pretrained, photos, tmp_path):
     flag = f"--config={tmp_path / 'short.py'}:{pretrained}"
     sentence = refused(personalize(tmp_path, pretrained, photos, "--class_noun=dog", flag))
     assert "lacks report.contexts" in sentence and not (tmp_path / "run").exists()
-
-
-def test_every_key_is_asked_for():
-    flat = world.get_config().to_dict()
-
-    def keys(tree, prefix=""):
-        for key, value in tree.items():
-            yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
-
-    assert sorted(keys(flat)) == sorted(configuration.KEYS)
 
 
 @pytest.mark.parametrize("parent", ["a file", "/proc"])
