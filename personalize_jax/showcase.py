@@ -54,13 +54,14 @@ def show(
             )
     write_text(workdir / "metrics.json", json.dumps({name: value for name, (value, _) in scores.items()}, indent=2))
 
-    panels = [Panel("The photos", subject.class_prompt, subject.images_NHWC)]
+    panels = [Panel("The photos", f"a {PLACEHOLDER} {noun}", subject.images_NHWC)]
     panels += [
         Panel(f'"a {PLACEHOLDER} {noun}" in {len(prompts)} contexts', prompt, images)
         for prompt, images in zip(prompts, in_context, strict=True)
     ]
     panels += [
-        Panel(f'"{subject.class_prompt}" {name}', subject.class_prompt, shown) for name, (_, shown) in of_class.items()
+        Panel(f'"{subject.class_prompt}" before and after', subject.class_prompt, shown, note=name)
+        for name, (_, shown) in of_class.items()
     ]
     temporary = workdir / ".gallery.png"
     gallery(panels).save(temporary)
