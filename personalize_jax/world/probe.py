@@ -242,5 +242,5 @@ def main(output: Path, data_dir: Path) -> None:
 
 if __name__ == "__main__":
     _OUTPUT = flags.DEFINE_string("output", None, "Folder for probe.safetensors and probe.json.", required=True)
-    _DATA_DIR = flags.DEFINE_string("data_dir", "runs/world_data", "Folder of the rendered world.")
+    _DATA_DIR = flags.DEFINE_string("data_dir", "runs/data", "Folder of the rendered world.")
     app.run(lambda _: main(Path(_OUTPUT.value), Path(_DATA_DIR.value)))
