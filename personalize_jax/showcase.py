@@ -18,7 +18,7 @@ from personalize_jax.pipeline.storage import write_text
 from personalize_jax.report import Panel, gallery, read_metrics, report_html
 from personalize_jax.subject.identifier import PLACEHOLDER, substitute
 from personalize_jax.world.probe import Probe
-from personalize_jax.world.scene import COLOURS, CONTEXTS, PATTERNS
+from personalize_jax.world.scene import CLASSES, COLOURS, CONTEXTS, PATTERNS
 
 CLASS_PANEL = 8  # class pictures shown; all of them are measured
 
@@ -94,6 +94,7 @@ def world_scores(
     """
     probe = Probe.load()
     truth = world_metrics.subject_truth(probe.read(personalized.subject.images_NHWC))
+    truth["class_id"] = CLASSES.index(personalized.subject.class_noun.noun)  # known, unlike what photographs look like
     pictures = np.concatenate(in_context)
     reading = probe.read(pictures)
     scores = {}

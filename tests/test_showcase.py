@@ -36,7 +36,9 @@ class PixelProbe:
 def score(monkeypatch):
     """Scores of pictures in contexts and of class pictures by cascade."""
     monkeypatch.setattr(showcase, "Probe", PixelProbe)
-    personalized = SimpleNamespace(subject=SimpleNamespace(images_NHWC=pictures_of(3)))
+    # The photos look like another class to the probe: what the subject is was said, not read.
+    photos, class_noun = pictures_of(3, class_id=7), SimpleNamespace(noun=CLASSES[SUBJECT["class_id"]])
+    personalized = SimpleNamespace(subject=SimpleNamespace(images_NHWC=photos, class_noun=class_noun))
 
     def score(in_context, of_class):
         config = ConfigDict({"report": {"contexts": tuple(in_context), "images_per_context": 2}})
