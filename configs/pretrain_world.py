@@ -7,10 +7,10 @@ python -m personalize_jax.pretrain --config=configs/pretrain_world.py:super_reso
 The weights in `personalize_jax/assets/world` are a first, short training, far from converged, on 2 cores of an AMD EPYC
 (Zen 4) that had other work as well:
 
-| | pictures seen | of | settings | CPU hours | loss, last 500 steps |
+| | pictures seen | of | settings | CPU hours, about | loss, last 500 steps |
 |---|---|---|---|---|---|
 | base | 179,200 | 80,000 | num_steps=5600 | 1.5 | .372 |
-| super_resolution | 11,200 | 10,000 | num_steps=700, decay 350, warmup 50, ema_decay=.99 | .3 | .07 |
+| super_resolution | 11,200 | 10,000 | num_steps=700, decay 350, warmup 50, ema_decay=.99 | .3 | .067 |
 
 Base loss by mean over 500 steps: .510 at 1,500, .440 at 2,500, .403 at 3,500, .410 at 4,500, .372 at 5,600. The first
 500 of its steps saw an earlier lighting of the world. `python -m experiments.pretrained_cascade` gives the probe's
