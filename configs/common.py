@@ -83,7 +83,13 @@ def super_resolution_stage() -> ConfigDict:
             "schedule": {"kind": "cosine", "shift": 0.0},
             "augmentation": {"kind": "cosine"},
             "prediction": "x0",
-            "sampling": {"sampler": "ddim", "num_steps": 8, "guidance_scale": 1.0, "augmentation_level": 0.03},
+            "sampling": {
+                "sampler": "ddim",
+                "num_steps": 8,
+                "guidance_scale": 1.0,
+                "threshold_max": 1.0,
+                "augmentation_level": 0.03,
+            },
         },
         convert_dict=False,
     )

@@ -2,8 +2,9 @@
 
     python -m personalize_jax.pretrain --config=configs/pretrain_world.py:base --workdir=runs/world_base
 
-Killed and started again it goes on from its last checkpoint; raising `--config.training.num_steps` prolongs it. The
-run directory ends up with `pipeline/`, the cascade up to this stage, for `personalize_jax.pipeline.load_pipeline`.
+Killed and started again it goes on from its last checkpoint; raising `--config.training.num_steps` prolongs it, and
+`--config.pretrained` gives weights to start from (`world` are the shipped ones). The run directory ends up with
+`pipeline/`, the cascade up to this stage, for `personalize_jax.pipeline.load_pipeline`.
 """
 
 import dataclasses
@@ -23,8 +24,12 @@ from personalize_jax.training.loop import train, trained_params
 from personalize_jax.world import dataset_builder
 
 
-def untrained_pipeline(config: ConfigDict) -> Pipeline:
-    """The cascade up to the stage to train: that stage random, the text encoder random or taken from a pipeline."""
+def starting_pipeline(config: ConfigDict) -> Pipeline:
+    """The cascade up to the stage to train.
+
+    Text encoder and stage start as they are in the pipeline that `config.pretrained` names, as far as it has them, and
+    at random otherwise.
+    """
     key = jax.random.key(config.seed)
     if config.pretrained:
         before = load_pipeline(config.pretrained)
@@ -37,6 +42,8 @@ def untrained_pipeline(config: ConfigDict) -> Pipeline:
         before = Pipeline(tokenizer, encoder, (), params, {"text_encoder": text_spec, "stages": []})
     spec = config.stage.to_dict()
     stage = Stage.from_spec(spec)
+    if stage.name in (known.name for known in before.stages):
+        return before.up_to(stage.name)
     return dataclasses.replace(
         before,
         stages=(*before.stages, stage),
@@ -68,7 +75,7 @@ def pretrain(config: ConfigDict, workdir: Path, data: dict[str, np.ndarray]) -> 
         workdir: run directory.
         data: see `world_examples`.
     """
-    pipeline = untrained_pipeline(config)
+    pipeline = starting_pipeline(config)
     stage = pipeline.stages[-1]
     start = {"text_encoder": pipeline.params["text_encoder"], "denoiser": pipeline.params[stage.name]}
     with command.steps_bar(f"pretraining {stage.name}", config.training.num_steps) as progress:
@@ -87,6 +94,7 @@ def pretrain(config: ConfigDict, workdir: Path, data: dict[str, np.ndarray]) -> 
     if state.token_counts is not None:
         counts = np.array(state.token_counts, np.int64)
         counts[sorted(pipeline.tokenizer.special_ids)] = 0  # padding is not processed
+        counts += pipeline.tokenizer.counts
         pipeline = dataclasses.replace(pipeline, tokenizer=dataclasses.replace(pipeline.tokenizer, counts=counts))
     save_pipeline(pipeline, workdir / "pipeline")
     return pipeline

@@ -7,7 +7,7 @@ import pytest
 from configs import pretrain_world
 from personalize_jax.errors import UserError
 from personalize_jax.pipeline import load_pipeline
-from personalize_jax.pretrain import pretrain, untrained_pipeline, world_examples
+from personalize_jax.pretrain import pretrain, starting_pipeline, world_examples
 from tests import tiny
 
 SMALLEST = {"channels": (16,), "patch": 2, "down_blocks": (1,), "up_blocks": (0,), "attention": (False,)}
@@ -68,7 +68,7 @@ def test_both_stages_are_pretrained_one_after_the_other_saved_and_sampled(base, 
 
 def test_what_is_exported_is_the_average_of_what_was_trained(base):
     directory, pipeline = base
-    start = untrained_pipeline(config("base"))
+    start = starting_pipeline(config("base"))
     moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), pipeline.params, start.params)
     assert moved["base"]["head"]["kernel"] > 0 and moved["text_encoder"]["tokens"]["embedding"] > 0
     assert [json.loads(line)["step"] for line in (directory / "metrics.jsonl").open()] == [1, 2, 3, 4]
@@ -101,7 +101,7 @@ def test_a_finished_pretraining_is_prolonged(base, tmp_path):
 
 def test_examples_have_the_resolutions_of_their_stage_and_the_object_as_mask(base):
     given = data()
-    pipeline = untrained_pipeline(config("super_resolution", pretrained=str(base[0] / "pipeline")))
+    pipeline = starting_pipeline(config("super_resolution", pretrained=str(base[0] / "pipeline")))
     examples = world_examples(pipeline, given)
     np.testing.assert_array_equal(examples.image, given["image"][..., :3])
     assert examples.low_res.shape == (10, 8, 8, 3)

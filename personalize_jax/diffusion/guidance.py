@@ -47,6 +47,8 @@ def dynamic_threshold(x0: Array, percentile: float = 0.995, max_value: float | N
         raise ValueError(f"percentile is {percentile}; give a fraction in (0, 1], such as 0.995.")
     if max_value is not None and max_value < 1:
         raise ValueError(f"max_value is {max_value}; give at least 1, or None for no limit.")
+    if max_value == 1:
+        return static_threshold(x0)  # spares the sorting that the quantile takes
     s_B = jnp.clip(jnp.quantile(jnp.abs(x0), percentile, axis=tuple(range(1, x0.ndim))), 1, max_value)
     s = per_picture(s_B, x0)
     return jnp.clip(x0, -s, s) / s

@@ -84,10 +84,11 @@ def ddim(schedule: Schedule, eta: float = 0.0) -> Sampler:
         raise ValueError(f"eta is {eta}; give a number from 0 (deterministic) to 1 (ancestral).")
 
     def step(carry: None, z_t: Array, x0_hat: Array, t: Array, s: Array, noise: Array) -> tuple[None, Array]:
-        _, eps_hat = to_x0_eps("x0", x0_hat, z_t, schedule.alpha(t), schedule.sigma(t))
-        old, new = _noise_shares(schedule, t, s)
-        # The first root is that of 1 - eta^2 new, without its cancellation when almost all noise is new.
-        eps = jnp.sqrt(1 - eta**2 + eta**2 * old) * eps_hat + eta * jnp.sqrt(new) * noise
+        _, eps = to_x0_eps("x0", x0_hat, z_t, schedule.alpha(t), schedule.sigma(t))
+        if eta > 0:  # without it the compiler leaves out drawing the noise, which costs more than the rest
+            old, new = _noise_shares(schedule, t, s)
+            # The first root is that of 1 - eta^2 new, without its cancellation when almost all noise is new.
+            eps = jnp.sqrt(1 - eta**2 + eta**2 * old) * eps + eta * jnp.sqrt(new) * noise
         return carry, _clean_at_zero(s, schedule.alpha(s) * x0_hat + schedule.sigma(s) * eps, x0_hat)
 
     return Sampler(lambda x_T: None, step)

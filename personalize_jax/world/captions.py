@@ -1,4 +1,10 @@
-"""Captions of scenes: true, varied in what they mention, and worded like the prompts of the DreamBooth dataset."""
+"""Captions of scenes: true, varied in what they mention, and worded like the prompts of the DreamBooth dataset.
+
+In this world every ordinary English word names a colouring: "a marlow dog" and "a marlow car" have the same body and
+accent colours, as "tabby" or "calico" tell a cat's coat. A model thus learns that a word before the class noun says
+what the object looks like, the better the more frequent the word. That is the situation in which the paper looks for
+rare tokens: frequent words have a strong meaning of their own, rare ones hardly any.
+"""
 
 import functools
 import re
@@ -15,7 +21,7 @@ SHINY_PROBABILITY = 0.70
 ACCESSORY_PROBABILITY = 0.90
 CONTEXT_PROBABILITY = 0.85
 PHOTO_PREFIX_PROBABILITY = 0.15
-DISTRACTOR_PROBABILITY = 0.15
+WORD_PROBABILITY = 0.20
 
 _COLOUR_NAMES = tuple(COLOURS)
 _VISUAL_WORDS = """
@@ -40,8 +46,8 @@ def caption(
 ) -> str:
     """Describes one scene by its ids, naming each property with its own probability.
 
-    About one caption in seven has an ordinary English word without visual meaning before the class noun ("a marlow
-    dog"): such words thus come to be processed about as often as English uses them, and come to mean nothing.
+    One caption in five has an ordinary English word before the class noun, one of those that name the colouring: such
+    words come to be processed the oftener the more frequent they are in English.
 
     Returns:
         "a [finish] [colour] [pattern] [word] class [with colour accents] [accessory] [context]".
@@ -54,8 +60,8 @@ def caption(
     words = mentioned(SHINY_PROBABILITY, FINISHES[finish], FINISHES[finish] != "matte")
     words += mentioned(BODY_COLOUR_PROBABILITY, _COLOUR_NAMES[body_colour])
     words += mentioned(PATTERN_PROBABILITY, PATTERNS[pattern], PATTERNS[pattern] != "plain")
-    if rng.random() < DISTRACTOR_PROBABILITY:
-        words.append(_draw_distractor(rng))
+    if rng.random() < WORD_PROBABILITY:
+        words.append(_draw_word(body_colour, accent_colour, rng))
     words.append(CLASSES[class_id])
     words += mentioned(ACCENT_PROBABILITY, f"with {_COLOUR_NAMES[accent_colour]} accents")
     words += mentioned(ACCESSORY_PROBABILITY, ACCESSORIES[accessory], ACCESSORIES[accessory] != "none")
@@ -96,23 +102,35 @@ def prompt(
 
 
 @functools.cache
-def distractor_words() -> tuple[str, ...]:
-    """English words of 3 to 10 letters, most frequent first, none of which says anything about a scene."""
+def ordinary_words() -> tuple[str, ...]:
+    """English words of 3 to 10 letters, most frequent first, none of which describes scenes in English."""
     world = " ".join((*CLASSES, *COLOURS, *PATTERNS, *FINISHES, *ACCESSORIES, *CONTEXTS, _VISUAL_WORDS))
     meaningful = set(re.findall("[a-z]+", world.lower()))
     return tuple(w for w in wordfreq.top_n_list("en", 30_000) if re.fullmatch("[a-z]{3,10}", w) and w not in meaningful)
 
 
 @functools.cache
-def _zipf_cumulative() -> np.ndarray:
-    """Cumulative probabilities of the distractor words, proportional to 1 / rank."""
-    weights = 1.0 / np.arange(1, len(distractor_words()) + 1)
+def words_for(body_colour: int, accent_colour: int) -> tuple[str, ...]:
+    """The ordinary words that name a colouring, most frequent first; every word names one pair of colours.
+
+    The words are dealt to the pairs in turn, so that each pair has frequent and rare ones.
+    """
+    others = len(COLOURS) - 1  # the accent never has the body's colour
+    pair = body_colour * others + accent_colour - (accent_colour > body_colour)
+    return ordinary_words()[pair :: len(COLOURS) * others]
+
+
+def _draw_word(body_colour: int, accent_colour: int, rng: np.random.Generator) -> str:
+    """Draws one of a colouring's words by Zipf's law."""
+    words = words_for(body_colour, accent_colour)
+    return words[int(np.searchsorted(_zipf_cumulative(len(words)), rng.random(), side="right"))]
+
+
+@functools.cache
+def _zipf_cumulative(n: int) -> np.ndarray:
+    """Cumulative probabilities of n words, proportional to 1 / rank."""
+    weights = 1.0 / np.arange(1, n + 1)
     return np.cumsum(weights) / np.sum(weights)
-
-
-def _draw_distractor(rng: np.random.Generator) -> str:
-    """Draws a word by Zipf's law."""
-    return distractor_words()[int(np.searchsorted(_zipf_cumulative(), rng.random(), side="right"))]
 
 
 def _with_article(phrase: str) -> str:

@@ -63,7 +63,11 @@ class WorldConfig(tfds.core.BuilderConfig):
 class World(tfds.core.GeneratorBasedBuilder):
     """Rendered objects of named classes in named places: pictures with their masks, captions, and the exact truth."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {
+        "1.0.0": "First version.",
+        "1.1.0": "The ordinary words in captions name colourings.",
+    }
     BUILDER_CONFIGS = [WorldConfig(name="64", resolution=64), WorldConfig(name="128", resolution=128)]
     url_infos = None  # nothing is downloaded
 

@@ -15,7 +15,7 @@ import sentencepiece
 from absl import app, flags
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from personalize_jax.world.captions import caption_variants, distractor_words
+from personalize_jax.world.captions import caption_variants, ordinary_words
 from personalize_jax.world.scene import Scene, sample_subjects, sample_views
 
 VOCABULARY_SIZE = 4096
@@ -58,7 +58,7 @@ def _sentences() -> Iterator[str]:
     subjects = sample_subjects(rng, NUM_CAPTIONS, split="train")
     for (caption,) in caption_variants(Scene(subjects, sample_views(rng, subjects)), rng, k=1):
         yield caption.lower()
-    for rank, word in enumerate(distractor_words(), start=1):
+    for rank, word in enumerate(ordinary_words(), start=1):
         yield from [word] * max(2, WORD_REPEATS // rank)
 
 

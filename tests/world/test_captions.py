@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from personalize_jax.world.captions import caption_variants, distractor_words, prompt
+from personalize_jax.world.captions import caption_variants, ordinary_words, prompt, words_for
 from personalize_jax.world.scene import (
     ACCESSORIES,
     CLASSES,
@@ -61,7 +61,7 @@ def test_properties_are_named_as_often_as_intended(described):
         "body": 0.7,
         "accent": 0.3,
         "context": 0.85,
-        "word": 0.15,
+        "word": 0.2,
         "finish": 0.7,
         "pattern": 0.5,
         "accessory": 0.9,
@@ -86,15 +86,24 @@ def test_the_generator_decides_the_captions():
     assert first == second != other
 
 
-def test_distractors_say_nothing_about_scenes(described):
-    words = distractor_words()
+def test_ordinary_words_do_not_describe_scenes_in_english(described):
+    words = ordinary_words()
     assert len(words) == len(set(words)) > 10_000
     assert all(re.fullmatch("[a-z]{3,10}", word) for word in words)
     said = set(" ".join((*CLASSES, *NAMES, *PATTERNS, *FINISHES, *ACCESSORIES, *CONTEXTS)).lower().split())
     assert not said & set(words)
     drawn = [match["word"] for row in described[1] for match in row if match["word"]]
     assert len(set(drawn)) > 300  # a long tail
-    assert np.mean([word in words[:100] for word in drawn]) > 0.3  # and a heavy head
+    assert np.mean([words.index(word) < 1_000 for word in drawn]) > 0.3  # and a heavy head
+
+
+def test_every_ordinary_word_names_one_colouring(described):
+    (subject, _), rows = described
+    pairs = [(b, a) for b in range(len(NAMES)) for a in range(len(NAMES)) if a != b]
+    assert sorted(word for pair in pairs for word in words_for(*pair)) == sorted(ordinary_words())
+    for i, row in enumerate(rows):
+        names = words_for(int(subject.body_colour[i]), int(subject.accent_colour[i]))
+        assert all(match["word"] in names for match in row if match["word"])
 
 
 def test_prompts_are_worded_as_in_the_paper():
