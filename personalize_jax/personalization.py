@@ -100,14 +100,27 @@ def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir
     command.record_config(config, workdir, may_change, outdates=[workdir / "report.html"])
 
 
-def tune_without_prior(pipeline: Pipeline, tuned: Personalized, config: ConfigDict, workdir: Path) -> Pipeline:
-    """The tuned cascade with a base stage that was tuned without the prior term: what the term is there to prevent."""
+def tune_base_again(
+    pipeline: Pipeline, tuned: Personalized, config: ConfigDict, workdir: Path, name: str, **prior: float | str
+) -> Pipeline:
+    """The tuned cascade with a base stage that was tuned with another prior term, to compare.
+
+    Args:
+        pipeline: the pretrained cascade.
+        tuned: what `personalize` made in `workdir`.
+        config: of that run.
+        workdir: of that run.
+        name: of this tuning, for its directory.
+        **prior: what is different in `config.training.prior`; weight=0 shows what the term is there to prevent.
+    """
     training = config.training.copy_and_resolve_references().unlock()
-    training.prior.weight = 0.0
+    training.prior.update(prior)
     stage = pipeline.stages[0]
-    with phase(workdir, "tuning without prior"):
-        directory = workdir / f"{stage.name}_without_prior"
-        params = tune(pipeline, stage, tuned.subject, {}, training, config.seed, directory)
+    drawn = {}
+    if training.prior.weight > 0:
+        drawn = draw_class_images(pipeline, tuned.subject, [stage.name], config, workdir)
+    with phase(workdir, f"tuning {stage.name} {name}".replace("_", " ")):
+        params = tune(pipeline, stage, tuned.subject, drawn, training, config.seed, workdir / f"{stage.name}_{name}")
     return tuned.pipeline.replace_params(**params)
 
 

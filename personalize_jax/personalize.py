@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from personalize_jax import command, manifest, showcase
-from personalize_jax.personalization import begin, load_subject, personalize, tune_without_prior
+from personalize_jax.personalization import begin, load_subject, personalize, tune_base_again
 from personalize_jax.pipeline import load_pipeline
 
 
@@ -40,7 +40,7 @@ def main(_: list[str]) -> None:
             compared = None
             base = pipeline.stages[0].name
             if config.report.without_prior and base in config.tune and config.training.prior.weight > 0:
-                compared = tune_without_prior(pipeline, personalized, config, workdir)
+                compared = tune_base_again(pipeline, personalized, config, workdir, "without_prior", weight=0.0)
             showcase.show(pipeline, personalized, compared, config, workdir)
     print(f"Pictures: {workdir / 'gallery.png'}\nReport:   {workdir / 'report.html'}")
 

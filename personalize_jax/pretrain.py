@@ -30,7 +30,7 @@ def starting_pipeline(config: ConfigDict) -> Pipeline:
     Text encoder and stage start as they are in the pipeline that `config.pretrained` names, as far as it has them, and
     at random otherwise.
     """
-    key = jax.random.key(config.seed)
+    key = jax.random.fold_in(jax.random.key(config.seed), np.uint32(2**32 - 1))  # steps of the training fold in theirs
     if config.pretrained:
         before = load_pipeline(config.pretrained)
     else:

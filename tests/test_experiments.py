@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments import heldout_subjects
 from experiments.pretrained_cascade import prompt_grid
 from personalize_jax.world.scene import CLASSES, COLOURS, CONTEXTS
 from tests import processes
@@ -47,3 +48,25 @@ def test_prompts_say_the_truth():
     for i, text in enumerate(prompts):
         words = CLASSES[truth["class_ids"][i]], CONTEXTS[truth["contexts"][i]], tuple(COLOURS)[truth["colours"][i]]
         assert all(word in text for word in words)
+
+
+def test_means_are_taken_score_by_score_and_tabled_with_blanks():
+    subjects = [
+        {"pretrained": {"leakage": 0.0}, "sampled": {"leakage": 0.25, "context": 1.0}},
+        {"pretrained": {"leakage": 0.5}, "sampled": {"leakage": 0.75, "context": 0.5}},
+    ]
+    means = heldout_subjects.mean(subjects)
+    assert means == {"pretrained": {"leakage": 0.25}, "sampled": {"leakage": 0.5, "context": 0.75}}
+    rows = heldout_subjects.table(means).splitlines()
+    assert rows[0] == "| | leakage | context |"
+    assert rows[2:] == ["| pretrained | 0.25 |  |", "| sampled | 0.50 | 0.75 |"]
+
+
+def test_enlarging_is_measured_on_the_object():
+    """The middle of the picture is the object: there the enlarged views are off by a tenth of the range."""
+    truth = np.zeros((8, 128, 128, 4), np.uint8)
+    truth[:, 32:96, 32:96, 3] = 255
+    enlarged = np.full((8, 128, 128, 3), 200, np.uint8)
+    enlarged[:, 32:96, 32:96] = 26
+    psnr = heldout_subjects.object_psnr(enlarged, truth)
+    assert psnr == pytest.approx(-20 * np.log10(26 / 255))

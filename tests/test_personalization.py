@@ -71,7 +71,7 @@ def test_a_run_leaves_what_the_readme_says(run):
         "class images",
         "tuning base",
         "tuning super_resolution",
-        "tuning without prior",
+        "tuning base without prior",
         "samples",
     }
     assert json.loads((run / "config.json").read_text())["training"]["num_steps"] == 6

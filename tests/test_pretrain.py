@@ -74,6 +74,20 @@ def test_what_is_exported_is_the_average_of_what_was_trained(base):
     assert [json.loads(line)["step"] for line in (directory / "metrics.jsonl").open()] == [1, 2, 3, 4]
 
 
+def test_training_goes_on_from_given_weights(base, tmp_path):
+    """One more step of next to no length: the weights and the counts are those given, and a little."""
+    more = config("base", num_steps=1, pretrained=str(base[0] / "pipeline")).unlock()
+    more.training.optimizer.learning_rate = 1e-9
+    given = load_pipeline(base[0] / "pipeline")
+    pipeline = pretrain(more, tmp_path, data())
+    assert [stage.name for stage in pipeline.stages] == ["base"]
+    for name in ("text_encoder", "base"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), pipeline.params[name], given.params[name]
+        )
+    assert given.tokenizer.counts.sum() < pipeline.tokenizer.counts.sum() <= 2 * given.tokenizer.counts.sum()
+
+
 def test_counts_are_of_the_words_that_were_seen(base):
     counts, tokenizer = base[1].tokenizer.counts, base[1].tokenizer
     seen = {token for caption in tiny.CAPTIONS for token in tokenizer.encode(caption)}

@@ -197,7 +197,7 @@ def check_finite(step: int, metrics: dict[str, Any]) -> None:
         if not np.isfinite(value):
             raise UserError(
                 f"The {name} is {float(value)} at step {step}; the last checkpoint is kept: "
-                "start again with a lower optimizer.learning_rate."
+                "start again in another --workdir with a lower optimizer.learning_rate."
             )
 
 

@@ -87,6 +87,19 @@ def heldout_subject(class_noun: str, index: int, num_photos: int = 5) -> Heldout
     return HeldoutSubject(subject, render(Scene(repeated, views), RESOLUTION)[..., :3])
 
 
+def unseen_views(held: HeldoutSubject, count: int) -> np.ndarray:
+    """Render further views of a subject, in contexts that none of its photos show; deterministic.
+
+    Returns:
+        uint8 [count, 128, 128, 4], the fourth channel the object's mask.
+    """
+    rng = np.random.default_rng([SEED, len(CLASSES), int(held.subject.class_id[0]), count])  # not a subject's
+    repeated = jax.tree.map(lambda a: np.repeat(a, count, 0), held.subject)
+    places = [c for c, context in enumerate(CONTEXTS) if context not in PHOTO_CONTEXTS]
+    contexts = rng.permutation(places)[np.arange(count) % len(places)].astype(np.int32)
+    return render(Scene(repeated, sample_views(rng, repeated, context=contexts, accessory=0)), RESOLUTION)
+
+
 def define_flags() -> None:
     """The command line."""
     flags.DEFINE_enum("class_noun", None, CLASSES, "What the subject is.")

@@ -4,7 +4,7 @@ import pytest
 from configs import world
 from personalize_jax.errors import UserError
 from personalize_jax.pictures import read_png
-from personalize_jax.world.photos import PHOTO_CONTEXTS, RESOLUTION, heldout_subject
+from personalize_jax.world.photos import PHOTO_CONTEXTS, RESOLUTION, heldout_subject, unseen_views
 from personalize_jax.world.scene import CLASSES, CONTEXTS, SPLITS, split_of
 from tests import processes
 
@@ -27,6 +27,16 @@ def test_subjects_are_held_out_and_others_than_one_another():
 def test_each_photo_shows_another_view():
     photos = heldout_subject("dog", 0, num_photos=2).photos.astype(int)
     assert abs(photos[0] - photos[1]).mean() > 5
+
+
+def test_unseen_views_show_the_subject_otherwise_than_its_photos():
+    held = heldout_subject("dog", 0, num_photos=2)
+    views = unseen_views(held, 2)
+    assert views.shape == (2, RESOLUTION, RESOLUTION, 4) and views.dtype == np.uint8
+    shares = views[..., 3].mean(axis=(1, 2)) / 255
+    assert all(0.1 < share < 0.9 for share in shares)  # the mask of an object that fills much of the picture
+    for photo in held.photos.astype(int):
+        assert (abs(views[..., :3] - photo).mean(axis=(1, 2, 3)) > 5).all()
 
 
 def test_photos_are_taken_where_no_report_looks():
