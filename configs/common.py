@@ -56,7 +56,7 @@ def base_stage() -> ConfigDict:
             "schedule": {"kind": "cosine", "shift": 0.0},
             "augmentation": {"kind": "cosine"},
             "prediction": "v",
-            "sampling": {"sampler": "ddim", "num_steps": 24, "guidance_scale": 3.0},
+            "sampling": {"sampler": "dpm_solver_pp", "num_steps": 12, "guidance_scale": 2.0},
         },
         convert_dict=False,
     )

@@ -50,7 +50,9 @@ def get_config() -> ConfigDict:
     training.num_steps = 200
     training.batch_size = 8
     training.prior.weight = 1.0
-    training.optimizer.learning_rate = 2e-4
+    training.prior.caption_dropout = 0.2
+    training.optimizer.learning_rate = 4e-4
+    training.optimizer.decay_steps = 100
     training.checkpoint_every = 50
     training.log_every = 5
 
