@@ -53,7 +53,7 @@ def test_what_pretraining_read_was_counted(pipeline):
     for words in (*CLASSES, *COLOURS, *CONTEXTS):
         assert all(tokenizer.counts[token] > 1000 for token in tokenizer.encode(words)), words
     assert not any(tokenizer.counts[token] for token in tokenizer.special_ids)
-    assert np.sum(tokenizer.counts == 0) > 500  # identifiers for many subjects
+    assert np.sum(tokenizer.counts == 0) > 400  # identifiers for hundreds of subjects
 
 
 @pytest.mark.parametrize("noun", CLASSES)
