@@ -22,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from personalize_jax import command
+from personalize_jax.configuration import PRIOR_FORMS
 from personalize_jax.errors import UserError
 from personalize_jax.metrics.world import colour_entropy, leakage, prompt_fidelity, subject_fidelity
 from personalize_jax.personalization import SubjectPhotos, personalize, tune_base_again
@@ -39,7 +40,6 @@ from personalize_jax.world.scene import CLASSES, CONTEXTS
 CLASS_SAMPLES = 64
 CLASS_SEED = 10_000
 NUM_VIEWS = 8
-PRIOR_FORMS = ("sampled", "frozen_prediction")
 
 Scores = dict[str, dict[str, float]]
 

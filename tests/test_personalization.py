@@ -269,19 +269,19 @@ def refusal(workdir, pretrained, photos, noun="dog", **changes):
 
 @pytest.fixture(scope="module")
 def base_only(tmp_path_factory, run, pretrained, photos):
-    """(run directory, pretrained, personalised) after two steps on the base with the frozen network's predictions.
+    """(run directory, pretrained, personalised) after two steps on the base towards the class images.
 
     `run` comes before it in the registry.
     """
     workdir = tmp_path_factory.mktemp("base_only") / "run"
     pipeline = pj.load_pipeline(pretrained)
     config = tiny_world.get_config(
-        pretrained, tune=("base",), training__num_steps=2, training__prior__form="frozen_prediction", seed=4
+        pretrained, tune=("base",), training__num_steps=2, training__prior__form="sampled", seed=4
     )
     return workdir, pipeline, pj.personalize(pipeline, pj.load_subject(photos, "Dog", 16), config, workdir)
 
 
-def test_one_stage_can_be_tuned_alone_by_the_frozen_networks_predictions(base_only, pretrained):
+def test_one_stage_can_be_tuned_alone_with_class_images_as_targets(base_only, pretrained):
     workdir, pipeline, personalized = base_only
     tuned = personalized.pipeline
     assert not equal(tuned.params["base"], pipeline.params["base"])
