@@ -9,7 +9,8 @@ in these ways, some of them beyond recognition, so that it learns to be unsure a
 Its limits: patterns are its weakest property (spots are taken for plain, and the stripes of a striped subject for its
 body); a picture of plain noise is given a context (probability .71) and a body colour (.52) too confidently, though no
 class. The shipped weights come from 1700 steps on 90,240 renders, most of them of an earlier renderer that softened
-the borders between materials more; the accuracies are measured on renders of the present one.
+the borders between materials more, before empty pictures and the heavier weight of patterns were part of the training;
+the accuracies are measured on renders of the present one.
 """
 
 import functools
