@@ -1,6 +1,7 @@
 """Checkpoints of the train state, written by orbax."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,15 +21,19 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, keep: int = 2) -> None:
-        """Open a directory, made if missing.
+        """Name a directory, which is made when it is first read or written.
 
         Args:
             directory: of the checkpoints.
             keep: how many of the latest stay; two, so that one survives if the other is damaged.
         """
         self.directory = directory.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._keep = keep
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True)
+        return ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, step: int, state: Any) -> None:
         """Write in the background; the state may be donated as soon as this returns.
@@ -79,6 +84,8 @@ class Checkpoints:
         Raises:
             UserError: it cannot be written.
         """
+        if "_manager" not in vars(self):  # never needed
+            return
         with self._writing():
             self._manager.wait_until_finished()
         self._manager.close()

@@ -84,7 +84,7 @@ def use_eight_devices(directory):
     joined = jax.jit(lambda a, b: separate(2 * interleave((a,), (b,))[0], 2)).lower(half, half).compile()
     seen = {
         "refusal": refusal,
-        "refused_wrote": [str(path) for path in (directory / "refused").rglob("*") if path.is_file()],
+        "refused_wrote": (directory / "refused").exists(),
         "kernel_shape": kernel.shape,
         "kernel_shard": kernel.addressable_shards[0].data.shape,
         "interleave": joined.as_text(),
