@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from personalize_jax import command
+from personalize_jax.errors import UserError
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Pipeline, Stage, Tokenizer, load_pipeline, save_pipeline
 from personalize_jax.pipeline.storage import ASSETS
@@ -25,10 +26,13 @@ from personalize_jax.world import dataset_builder
 
 
 def starting_pipeline(config: ConfigDict) -> Pipeline:
-    """The cascade up to the stage to train.
+    """The cascade up to the stage to train, which is as `config.stage` says.
 
-    Text encoder and stage start as they are in the pipeline that `config.pretrained` names, as far as it has them, and
-    at random otherwise.
+    Parameters of text encoder and stage are those of the pipeline that `config.pretrained` names, as far as it has
+    them, and random otherwise.
+
+    Raises:
+        UserError: that pipeline's stage has another network.
     """
     key = jax.random.fold_in(jax.random.key(config.seed), np.uint32(2**32 - 1))  # steps of the training fold in theirs
     if config.pretrained:
@@ -42,13 +46,22 @@ def starting_pipeline(config: ConfigDict) -> Pipeline:
         before = Pipeline(tokenizer, encoder, (), params, {"text_encoder": text_spec, "stages": []})
     spec = config.stage.to_dict()
     stage = Stage.from_spec(spec)
-    if stage.name in (known.name for known in before.stages):
-        return before.up_to(stage.name)
+    params = before.params
+    names = [known.name for known in before.stages]
+    i = names.index(stage.name) if stage.name in names else len(names)
+    if i == len(names):
+        random = stage.init_params(jax.random.fold_in(key, 1), before.text_encoder.width)
+        params = {**params, stage.name: random}
+    elif before.stages[i].network != stage.network:
+        raise UserError(
+            f"The {stage.name} of {config.pretrained} has another network than config.stage; give the same to go on "
+            "from it."
+        )
     return dataclasses.replace(
         before,
-        stages=(*before.stages, stage),
-        params={**before.params, stage.name: stage.init_params(jax.random.fold_in(key, 1), before.text_encoder.width)},
-        spec={**before.spec, "stages": [*before.spec["stages"], spec]},
+        stages=(*before.stages[:i], stage),
+        params=params,
+        spec={**before.spec, "stages": [*before.spec["stages"][:i], spec]},
     )
 
 

@@ -88,6 +88,19 @@ def test_training_goes_on_from_given_weights(base, tmp_path):
     assert given.tokenizer.counts.sum() < pipeline.tokenizer.counts.sum() <= 2 * given.tokenizer.counts.sum()
 
 
+def test_a_stage_that_goes_on_is_as_its_configuration_says(base):
+    folder = str(base[0] / "pipeline")
+    more = config("base", pretrained=folder).unlock()
+    more.stage.sampling = {**more.stage.sampling, "guidance_scale": 7.5}
+    pipeline = starting_pipeline(more)
+    assert pipeline.stages[0].sampling.guidance_scale == 7.5
+    assert pipeline.spec["stages"][0]["sampling"]["guidance_scale"] == 7.5
+    jax.tree.map(np.testing.assert_array_equal, pipeline.params["base"], load_pipeline(folder).params["base"])
+    more.stage.network = {**SMALLEST, "channels": (32,)}
+    with pytest.raises(UserError, match="another network than config.stage"):
+        starting_pipeline(more)
+
+
 def test_counts_are_of_the_words_that_were_seen(base):
     counts, tokenizer = base[1].tokenizer.counts, base[1].tokenizer
     seen = {token for caption in tiny.CAPTIONS for token in tokenizer.encode(caption)}
