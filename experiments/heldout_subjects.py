@@ -24,7 +24,7 @@ from tqdm import tqdm
 from personalize_jax import command
 from personalize_jax.configuration import PRIOR_FORMS
 from personalize_jax.errors import UserError
-from personalize_jax.metrics.world import colour_entropy, leakage, prompt_fidelity, subject_fidelity
+from personalize_jax.metrics.world import accuracy, colour_entropy, leakage, subject_fidelity
 from personalize_jax.personalization import SubjectPhotos, personalize, tune_base_again
 from personalize_jax.personalized import Personalized
 from personalize_jax.pictures import save_png
@@ -81,19 +81,20 @@ def measure(
         "without prior": tune_base_again(pretrained, tuned, config, workdir, "without_prior", weight=0.0),
     }
 
+    probe = Probe.load()
     texts, contexts = prompts_in_contexts(held, tuned, config, images_per_context)
     seeds = list(range(images_per_context)) * len(config.report.contexts)
     scores = {}
     for name, pipeline in bases.items():
         scores[name] = {}
         if name != "pretrained":
-            scores[name] |= of_subject(pipeline.sample_stage(pipeline.stages[0], texts, seeds), held, contexts)
-        scores[name] |= of_class(pipeline, held, tuned.subject.class_prompt)
+            scores[name] |= of_subject(probe, pipeline.sample_stage(pipeline.stages[0], texts, seeds), held, contexts)
+        scores[name] |= of_class(probe, pipeline, held, tuned.subject.class_prompt)
     before = scores["pretrained"]["entropy"]
     for row in scores.values():
         row["diversity kept"] = row["entropy"] / max(before, 1e-6)
     scores["pretrained"] |= {"view PSNR": view_fidelity(pretrained, held, f"a {held.class_noun}")}
-    scores[f"{form}, super-resolved"] = of_subject(tuned.pipeline.sample(texts, seeds)[-1], held, contexts) | {
+    scores[f"{form}, super-resolved"] = of_subject(probe, tuned.pipeline.sample(texts, seeds)[-1], held, contexts) | {
         "view PSNR": view_fidelity(tuned.pipeline, held, tuned.subject.labels[0])
     }
     return scores
@@ -108,19 +109,18 @@ def prompts_in_contexts(
     return [prompt(held.class_noun, context=CONTEXTS[c], identifier=identifier) for c in contexts], contexts
 
 
-def of_subject(pictures: np.ndarray, held: HeldoutSubject, contexts: np.ndarray) -> dict[str, float]:
+def of_subject(probe: Probe, pictures: np.ndarray, held: HeldoutSubject, contexts: np.ndarray) -> dict[str, float]:
     """Shares of the pictures that show the subject's properties and the prompt's context."""
     names = ("class_id", "body_colour", "accent_colour", "pattern")
     truth = {name: int(getattr(held.subject, name)[0]) for name in names}
-    reading = Probe.load().read(pictures)
-    context = prompt_fidelity(reading, truth["class_id"], contexts=contexts)["context"]
-    return subject_fidelity(reading, **truth) | {"context": context}
+    reading = probe.read(pictures)
+    return subject_fidelity(reading, **truth) | accuracy(reading, context=contexts)
 
 
-def of_class(pipeline: Pipeline, held: HeldoutSubject, class_prompt: str) -> dict[str, float]:
+def of_class(probe: Probe, pipeline: Pipeline, held: HeldoutSubject, class_prompt: str) -> dict[str, float]:
     """Diversity of the base model's pictures of "a class", and how many have the subject's colour."""
     seeds = range(CLASS_SEED, CLASS_SEED + CLASS_SAMPLES)
-    reading = Probe.load().read(pipeline.sample_stage(pipeline.stages[0], [class_prompt] * CLASS_SAMPLES, seeds))
+    reading = probe.read(pipeline.sample_stage(pipeline.stages[0], [class_prompt] * CLASS_SAMPLES, seeds))
     return {"entropy": colour_entropy(reading), "leakage": leakage(reading, int(held.subject.body_colour[0]))}
 
 

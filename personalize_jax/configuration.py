@@ -45,7 +45,8 @@ def check(pipeline: Pipeline, config: ConfigDict) -> None:
         config: of `configs/world.py`.
 
     Raises:
-        UserError: it lacks keys, or names stages or forms of the prior that there are not.
+        UserError: it lacks keys, names stages or forms of the prior that there are not, or its rules of what is trained
+            do not fit.
     """
     if missing := [key for key in KEYS if not _has(config, key)]:
         raise UserError(
@@ -59,7 +60,8 @@ def check(pipeline: Pipeline, config: ConfigDict) -> None:
         form = trainings[name].prior.form
         if form not in PRIOR_FORMS:
             raise UserError(f"The prior's form for {name} is {form!r}; give one of {', '.join(PRIOR_FORMS)}.")
-        if trains_text_encoder(pipeline, name, trainings[name]) and i > 0:
+        trains_text = trains_text_encoder(pipeline, name, trainings[name])  # refuses rules that do not fit, too
+        if trains_text and i > 0:
             raise UserError(
                 f"The rules for {name} train the text encoder, which the stages tuned before it have been fitted to; "
                 f"leave that to the first stage of config.tune, {config.tune[0]}."

@@ -123,16 +123,16 @@ def test_whatever_is_imported_is_pinned_as_installed() -> None:
 
 def test_nothing_is_left_to_the_resolver() -> None:
     pins = requirements(ROOT / "requirements.txt")
-    todo = {(name, "") for name in pins}
-    seen = set(todo)
-    while todo:
-        name, extra = todo.pop()
+    pending = {(name, "") for name in pins}
+    seen = set(pending)
+    while pending:
+        name, extra = pending.pop()
         for requirement in map(Requirement, importlib.metadata.requires(name) or []):
             if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
                 assert normalised(requirement.name) in pins, f"{name} needs {requirement}"
                 new = {(requirement.name, wanted) for wanted in requirement.extras} - seen
                 seen |= new
-                todo |= new
+                pending |= new
 
 
 @pytest.mark.parametrize("document", [f for f in TEXTS if f != Path(__file__)], ids=name_of)

@@ -85,7 +85,7 @@ def ddim(schedule: Schedule, eta: float = 0.0) -> Sampler:
 
     def step(carry: None, z_t: Array, x0_hat: Array, t: Array, s: Array, noise: Array) -> tuple[None, Array]:
         _, eps = to_x0_eps("x0", x0_hat, z_t, schedule.alpha(t), schedule.sigma(t))
-        if eta > 0:  # without it the compiler leaves out drawing the noise, which costs more than the rest
+        if eta > 0:  # otherwise the noise goes unused, and the compiler need not draw it
             old, new = _noise_shares(schedule, t, s)
             # The first root is that of 1 - eta^2 new, without its cancellation when almost all noise is new.
             eps = jnp.sqrt(1 - eta**2 + eta**2 * old) * eps + eta * jnp.sqrt(new) * noise

@@ -5,6 +5,7 @@
 Subjects are those of the held-out split, which pretraining never saw.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,11 +81,7 @@ def heldout_subject(class_noun: str, index: int, num_photos: int = 5) -> Heldout
         raise UserError(f"The world has no {class_noun!r}; give one of {', '.join(CLASSES)}.")
     rng = np.random.default_rng([SEED, CLASSES.index(class_noun), index])
     subject = sample_subjects(rng, 1, split="heldout", class_id=CLASSES.index(class_noun))
-    repeated = jax.tree.map(lambda a: np.repeat(a, num_photos, 0), subject)
-    chosen = rng.permutation(PHOTO_CONTEXTS)[np.arange(num_photos) % len(PHOTO_CONTEXTS)]
-    contexts = np.array([CONTEXTS.index(context) for context in chosen], np.int32)
-    views = sample_views(rng, repeated, context=contexts, accessory=0)
-    return HeldoutSubject(subject, render(Scene(repeated, views), RESOLUTION)[..., :3])
+    return HeldoutSubject(subject, _render_views(rng, subject, PHOTO_CONTEXTS, num_photos)[..., :3])
 
 
 def unseen_views(held: HeldoutSubject, count: int) -> np.ndarray:
@@ -94,9 +91,14 @@ def unseen_views(held: HeldoutSubject, count: int) -> np.ndarray:
         uint8 [count, 128, 128, 4], the fourth channel the object's mask.
     """
     rng = np.random.default_rng([SEED, len(CLASSES), int(held.subject.class_id[0]), count])  # not a subject's
-    repeated = jax.tree.map(lambda a: np.repeat(a, count, 0), held.subject)
-    places = [c for c, context in enumerate(CONTEXTS) if context not in PHOTO_CONTEXTS]
-    contexts = rng.permutation(places)[np.arange(count) % len(places)].astype(np.int32)
+    return _render_views(rng, held.subject, [c for c in CONTEXTS if c not in PHOTO_CONTEXTS], count)
+
+
+def _render_views(rng: np.random.Generator, subject: Subject, places: Sequence[str], count: int) -> np.ndarray:
+    """Views of one subject, going through the places in random order: uint8 [count, 128, 128, 4]."""
+    repeated = jax.tree.map(lambda a: np.repeat(a, count, 0), subject)
+    chosen = rng.permutation(places)[np.arange(count) % len(places)]
+    contexts = np.array([CONTEXTS.index(context) for context in chosen], np.int32)
     return render(Scene(repeated, sample_views(rng, repeated, context=contexts, accessory=0)), RESOLUTION)
 
 

@@ -150,13 +150,13 @@ def sample_subjects(
         pattern_phase=rng.random((n, 3), np.float32),
         finish=(rng.random(n) < SHINY_PROBABILITY).astype(np.int32),
     )
-    todo = np.arange(n)
-    while todo.size:  # combinations of other splits are drawn again
-        body = rng.integers(len(COLOURS), size=todo.size)
-        subject.body_colour[todo] = body
-        subject.accent_colour[todo] = (body + rng.integers(1, len(COLOURS), size=todo.size)) % len(COLOURS)
-        subject.pattern[todo] = rng.choice(len(PATTERNS), size=todo.size, p=PATTERN_PROBABILITIES)
-        todo = np.flatnonzero(split_of(subject) != SPLITS.index(split))
+    pending = np.arange(n)
+    while pending.size:  # combinations of other splits are drawn again
+        body = rng.integers(len(COLOURS), size=pending.size)
+        subject.body_colour[pending] = body
+        subject.accent_colour[pending] = (body + rng.integers(1, len(COLOURS), size=pending.size)) % len(COLOURS)
+        subject.pattern[pending] = rng.choice(len(PATTERNS), size=pending.size, p=PATTERN_PROBABILITIES)
+        pending = np.flatnonzero(split_of(subject) != SPLITS.index(split))
     return subject
 
 
