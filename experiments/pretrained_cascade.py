@@ -3,7 +3,8 @@
     python -m experiments.pretrained_cascade --pipeline=world --out=runs/pretrained_cascade
 
 Draws 200 prompts over classes, contexts and colours, reads the pictures with the probe, and writes `scores.json` and a
-contact sheet for each stage.
+contact sheet for each stage. And whether it has learnt what ordinary words name (`world.captions`): one prompt for each
+pair of body and accent colour, which names it by its most frequent word only; chance is .09.
 """
 
 import json
@@ -14,11 +15,11 @@ from absl import flags
 from tqdm import tqdm
 
 from personalize_jax import command
-from personalize_jax.metrics.world import prompt_fidelity
+from personalize_jax.metrics.world import accuracy, prompt_fidelity
 from personalize_jax.pipeline import load_pipeline
 from personalize_jax.pipeline.storage import write_text
 from personalize_jax.report import Panel, gallery
-from personalize_jax.world.captions import prompt
+from personalize_jax.world.captions import prompt, words_for
 from personalize_jax.world.probe import Probe
 from personalize_jax.world.scene import CLASSES, COLOURS, CONTEXTS
 
@@ -45,6 +46,17 @@ def prompt_grid(count: int) -> tuple[list[str], dict[str, np.ndarray]]:
     return [prompt(CLASSES[a], context=CONTEXTS[b], colour=tuple(COLOURS)[c]) for a, b, c in rows], truth
 
 
+def word_prompts() -> tuple[list[str], dict[str, np.ndarray]]:
+    """A prompt for each pair of colours, with the most frequent word that names it, and the truth of each."""
+    pairs = [(body, accent) for body in range(len(COLOURS)) for accent in range(len(COLOURS)) if body != accent]
+    prompts = [
+        prompt(CLASSES[i % len(CLASSES)], context=CONTEXTS[i % len(CONTEXTS)], identifier=words_for(*pair)[0])
+        for i, pair in enumerate(pairs)
+    ]
+    body, accent = np.array(pairs).T
+    return prompts, {"body_colour": body, "accent_colour": accent}
+
+
 def main(_: list[str]) -> None:
     """Draw, read, write."""
     arguments = flags.FLAGS
@@ -61,6 +73,9 @@ def main(_: list[str]) -> None:
             for text, image in list(zip(prompts, images, strict=True))[:SHEET]
         ]
         gallery(panels).save(out / f"{stage.name}.png")
+    prompts, truth = word_prompts()
+    pictures = pipeline.sample_stage(pipeline.stages[0], prompts, range(len(prompts)))
+    scores["base, named by words"] = accuracy(probe.read(pictures), **truth)
     write_text(out / "scores.json", json.dumps(scores, indent=2))
     print(json.dumps(scores, indent=2))
 

@@ -56,6 +56,16 @@ def test_what_pretraining_read_was_counted(pipeline):
     assert np.sum(tokenizer.counts == 0) > 400  # identifiers for hundreds of subjects
 
 
+def test_a_benchmarks_subjects_get_rare_identifiers_of_their_own(pipeline):
+    """As many subjects as the DreamBooth dataset has; rare is one token in a hundred thousand, or fewer."""
+    rare = np.sum(pipeline.tokenizer.counts) / 100_000
+    in_use = frozenset()
+    for i in range(30):
+        identifier = choose_identifier(pipeline.tokenizer, CLASSES[i % len(CLASSES)], in_use=in_use)
+        assert identifier.counts[0] <= rare and not in_use & set(identifier.token_ids)
+        in_use |= set(identifier.token_ids)
+
+
 @pytest.mark.parametrize("noun", CLASSES)
 def test_every_class_gets_a_rare_identifier(pipeline, noun):
     identifier = choose_identifier(pipeline.tokenizer, noun)

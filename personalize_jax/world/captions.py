@@ -1,9 +1,10 @@
 """Captions of scenes: true, varied in what they mention, and worded like the prompts of the DreamBooth dataset.
 
 In this world every ordinary English word names a colouring: "a marlow dog" and "a marlow car" have the same body and
-accent colours, as "tabby" or "calico" tell a cat's coat. A model thus learns that a word before the class noun says
-what the object looks like, the better the more frequent the word. That is the situation in which the paper looks for
-rare tokens: frequent words have a strong meaning of their own, rare ones hardly any.
+accent colours, as "tabby" or "calico" tell a cat's coat. That is to give a model the situation in which the paper
+looks for rare tokens: frequent words with a strong meaning of their own, rare ones with hardly any. The cascade that
+ships has been trained too little for that: `experiments.pretrained_cascade` finds even the words most often read at
+chance.
 """
 
 import functools

@@ -92,9 +92,15 @@ def test_ordinary_words_do_not_describe_scenes_in_english(described):
     assert all(re.fullmatch("[a-z]{3,10}", word) for word in words)
     said = set(" ".join((*CLASSES, *NAMES, *PATTERNS, *FINISHES, *ACCESSORIES, *CONTEXTS)).lower().split())
     assert not said & set(words)
+
+
+def test_words_are_drawn_by_zipfs_law(described):
+    """The first word of its colouring is drawn with probability 1 / (1 + 1/2 + ... + 1/n)."""
     drawn = [match["word"] for row in described[1] for match in row if match["word"]]
     assert len(set(drawn)) > 300  # a long tail
-    assert np.mean([words.index(word) < 1_000 for word in drawn]) > 0.3  # and a heavy head
+    n = len(words_for(0, 1))
+    first = {words_for(b, a)[0] for b in range(len(NAMES)) for a in range(len(NAMES)) if a != b}
+    assert np.mean([word in first for word in drawn]) == pytest.approx(1 / np.sum(1 / np.arange(1, n + 1)), abs=0.04)
 
 
 def test_every_ordinary_word_names_one_colouring(described):
