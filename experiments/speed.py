@@ -3,8 +3,10 @@
     python -m experiments.speed --config=configs/world.py --out=runs/speed
 
 For each stage: pictures trained and drawn a second; model FLOPs utilisation, the share of what a plain float32 matrix
-product reaches on the same devices; and the share of a training's time in which the devices wait for the host. Wants an
-otherwise idle machine, and two host devices are tried by XLA_FLAGS=--xla_force_host_platform_device_count=2.
+product reaches on the same devices; and the share of a training's time in which the devices wait for the host. Before
+them, what a convolution reaches with the channels last, as the networks keep them, and first. Wants an otherwise idle
+machine. Two host devices are tried by XLA_FLAGS=--xla_force_host_platform_device_count=2, other batches by
+--config.training.batch_size= and --config.super_resolution_training.batch_size=.
 """
 
 import json
@@ -29,6 +31,7 @@ from personalize_jax.training.checkpoint import Checkpoints
 from personalize_jax.training.loop import prepare, train
 
 MATRIX = 2048
+CONVOLUTION = {"batch": 16, "side": 16, "channels": 128}
 STEPS = 20
 PICTURES = 32
 
@@ -54,6 +57,24 @@ def matmul_rate() -> float:
     a = jnp.ones((MATRIX, MATRIX))
     product = jax.jit(jnp.matmul)
     return 2 * MATRIX**3 / seconds(lambda: product(a, a), repeats=9)
+
+
+def convolution_rate(layout: str) -> float:
+    """FLOP/s of a 3x3 convolution and its two gradients; `layout` orders batch N, height H, width W and channels C."""
+    side, channels = CONVOLUTION["side"], CONVOLUTION["channels"]
+    sizes = {"N": CONVOLUTION["batch"], "H": side, "W": side, "C": channels}
+    x, kernel = jnp.ones([sizes[axis] for axis in layout]), jnp.ones((3, 3, channels, channels))
+
+    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=(layout, "HWIO", layout))
+
+    @jax.jit
+    def with_gradients(x: jax.Array, kernel: jax.Array) -> object:
+        y, pull_back = jax.vjp(convolve, x, kernel)
+        return y, pull_back(y)
+
+    flops = 3 * 2 * 9 * channels * x.size
+    return flops / seconds(lambda: with_gradients(x, kernel), repeats=9)
 
 
 def forward_flops(pipeline: Pipeline, stage: Stage) -> float:
@@ -128,6 +149,7 @@ def main(_: list[str]) -> None:
     results: dict[str, object] = {
         "devices": [str(device) for device in jax.devices()],
         "matrix product, GFLOP/s": rate / 1e9,
+        "convolution, GFLOP/s": {layout: convolution_rate(layout) / 1e9 for layout in ("NHWC", "NCHW")},
     }
     for stage in pipeline.stages:
         with tempfile.TemporaryDirectory() as folder:
