@@ -1,0 +1,85 @@
+"""Softmax attention behind one function: which kernel computes it is a key of the configuration."""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+from personalize_jax.errors import UserError
+
+Implementation = Literal["xla", "cudnn", "flash"]
+BLOCK = 128  # sequences of the flash kernel come in multiples of this
+
+
+def attend(
+    q_BLND: Array,
+    k_BSND: Array,
+    v_BSND: Array,
+    implementation: Implementation = "xla",
+    mask_BS: Array | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+) -> Array:
+    """softmax(q k^T scale) v for N heads of D dimensions each; the softmax is in float32.
+
+    Args:
+        q_BLND: queries.
+        k_BSND: keys.
+        v_BSND: values.
+        implementation: "xla" runs everywhere and writes the L x S scores to memory; "cudnn" (GPU, bfloat16 or float16)
+            and "flash" (TPU, a Pallas kernel) never do.
+        mask_BS: True at keys that may be attended to; None for all.
+        scale: of the scores; 1 / sqrt(D) if None.
+        is_causal: whether a query attends only to the keys up to its own position.
+
+    Returns:
+        [B, L, N, D].
+
+    Raises:
+        UserError: an unknown implementation.
+    """
+    if implementation not in get_args(Implementation):
+        raise UserError(f"attention is {implementation!r}; give one of {', '.join(get_args(Implementation))}.")
+    if implementation == "flash":
+        scale = q_BLND.shape[-1] ** -0.5 if scale is None else scale
+        return _flash(q_BLND, k_BSND, v_BSND, mask_BS, scale, is_causal)
+    mask_B11S = None if mask_BS is None else mask_BS[:, None, None, :]
+    return jax.nn.dot_product_attention(
+        q_BLND, k_BSND, v_BSND, mask=mask_B11S, scale=scale, is_causal=is_causal, implementation=implementation
+    )
+
+
+def _flash(q_BLND: Array, k_BSND: Array, v_BSND: Array, mask_BS: Array | None, scale: float, is_causal: bool) -> Array:
+    B, L, S = *q_BLND.shape[:2], k_BSND.shape[1]
+
+    def prepare(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK), (0, 0), (0, 0)))
+        return jnp.swapaxes(x, 1, 2)
+
+    q, k, v = prepare(q_BLND), prepare(k_BSND), prepare(v_BSND)
+    # A query attends to the keys of its own segment: 0 holds what counts, 1 padding and masked keys.
+    kept_BS = jnp.ones((B, S), bool) if mask_BS is None else mask_BS
+    keys = jnp.pad(~kept_BS, ((0, 0), (0, k.shape[2] - S)), constant_values=True).astype(jnp.int32)
+    segments = flash.SegmentIds(q=jnp.zeros((B, q.shape[2]), jnp.int32), kv=keys)
+    blocks = _blocks(B, q.shape[2], k.shape[2])
+    out = flash.flash_attention(q, k, v, segment_ids=segments, causal=is_causal, sm_scale=scale, block_sizes=blocks)
+    return jnp.swapaxes(out, 1, 2)[:, :L]
+
+
+def _blocks(batch: int, length: int, keys: int) -> flash.BlockSizes:
+    q, k = (next(size for size in (512, 256, BLOCK) if n % size == 0) for n in (length, keys))
+    return flash.BlockSizes(
+        block_q=q,
+        block_k_major=k,
+        block_k=k,
+        block_b=1,
+        block_q_major_dkv=q,
+        block_k_major_dkv=k,
+        block_k_dkv=k,
+        block_q_dkv=q,
+        block_k_major_dq=k,
+        block_k_dq=k,
+        block_q_dq=q,
+    )
