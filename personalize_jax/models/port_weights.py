@@ -1,0 +1,280 @@
+"""Parameters of public networks, from and to safetensors files that name and lay out tensors as PyTorch does.
+
+Paths of parameters mirror PyTorch's names: `down_blocks_0/resnets_1/conv1/kernel` here is
+`down_blocks.0.resnets.1.conv1.weight` there. Kernels are [I, O] and [h, w, I, O] here, [O, I] and [O, I, h, w] there.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from personalize_jax.errors import UserError
+from personalize_jax.models.params import Params, flatten, unflatten
+
+Network = Literal["unet", "autoencoder", "clip", "t5"]
+Shape = tuple[int, ...]
+
+MAX_SHARD_BYTES = 10 * 10**9  # as diffusers
+_STEMS = ("diffusion_pytorch_model", "model")
+_PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+# A number is an index into a list, except in the names linear_1, linear_2, wi_0 and wi_1.
+_INDEX = re.compile(r"(?<!\blinear)(?<!\bwi)_(\d+)(?=/|$)")
+
+# Other names that files have for the same tensor: patterns over the name that is written, and what replaces them.
+_ALTERNATIVES: Mapping[Network, tuple[tuple[str, str], ...]] = {
+    "unet": (),
+    "autoencoder": (  # before diffusers 0.15
+        (r"\.to_q\.", ".query."),
+        (r"\.to_k\.", ".key."),
+        (r"\.to_v\.", ".value."),
+        (r"\.to_out\.0\.", ".proj_attn."),
+    ),
+    "clip": ((r"^text_model\.", ""),),  # since transformers 5
+    "t5": ((r"^shared\.", "encoder.embed_tokens."),),
+}
+# Tensors that are no parameters: buffers of older files.
+_IGNORED: Mapping[Network, str] = {"unet": "(?!)", "autoencoder": "(?!)", "clip": r".*\.position_ids", "t5": "(?!)"}
+
+
+def torch_names(path: str, network: Network) -> list[str]:
+    """PyTorch's names for a parameter: the one that is written, then others that files may have for it.
+
+    Args:
+        path: of the parameter, slash-separated.
+        network: whose parameter it is.
+    """
+    modules, _, leaf = path.rpartition("/")
+    name = ".".join([*_INDEX.sub(r".\1", modules).split("/"), _LEAVES.get(leaf, leaf)]).lstrip(".")
+    others = [re.sub(pattern, other, name) for pattern, other in _ALTERNATIVES[network] if re.search(pattern, name)]
+    return [name, *others]
+
+
+def load_weights(
+    folder: Path, abstract: Params, network: Network, dtype: DTypeLike, sharding: Params | None = None
+) -> Params:
+    """Read the parameters of one network from a component's folder.
+
+    Arrays go one by one to their dtype and sharding, so that the host never holds much more than the result.
+
+    Args:
+        folder: of the component; it holds `diffusion_pytorch_model.safetensors` or `model.safetensors`, whole or
+            sharded; of these the variant `fp16` if there is no other.
+        abstract: tree of the parameters' shapes.
+        network: whose naming the file follows.
+        dtype: of the parameters.
+        sharding: tree as `abstract` with a sharding for each parameter; None for the default device.
+
+    Raises:
+        UserError: no such file, a damaged one, pickled weights, or tensors missing, surplus or of other shapes.
+    """
+    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(abstract).items()}
+    shardings = {} if sharding is None else flatten(sharding)
+    stored = {tensor.name: tensor for file in _weight_files(folder) for tensor in _read_header(file)}
+    tensors = _match(shapes, stored, network, folder)
+    params = {}
+    # Largest first: what is being converted stands beside the result, and must be small once the result is large.
+    for path in sorted(shapes, key=lambda path: math.prod(shapes[path]), reverse=True):
+        array = _from_torch(tensors[path].read(), len(shapes[path]), path)
+        array = jax.device_put(np.asarray(array, dtype, order="C"), shardings.get(path))
+        params[path] = jax.block_until_ready(array)  # the host's copy lives as long as the transfer
+    return unflatten({path: params[path] for path in shapes})
+
+
+def save_weights(
+    params: Params,
+    folder: Path,
+    file_name: str,
+    network: Network,
+    dtype: DTypeLike,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write the parameters of one network so that diffusers or transformers loads them.
+
+    A reader sees a file's old content or the new, never a part. Files of an earlier save that hold the same are removed.
+
+    Args:
+        params: what to write.
+        folder: of the component; made if missing.
+        file_name: `diffusion_pytorch_model.safetensors` for diffusers, `model.safetensors` for transformers.
+        network: whose naming the file follows.
+        dtype: of the stored tensors.
+        max_shard_bytes: larger networks are written as several files of at most that size, and their index.
+
+    Raises:
+        UserError: the files cannot be written.
+    """
+    flat = flatten(params)
+    shards = _split({path: leaf.size * jnp.dtype(dtype).itemsize for path, leaf in flat.items()}, max_shard_bytes)
+    stem = file_name.removesuffix(".safetensors")
+    files = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    files = files if len(shards) > 1 else [file_name]
+    names = {path: torch_names(path, network)[0] for path in flat}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:  # files get their names at its end
+            for file, paths in zip(files, shards, strict=True):
+                arrays = {names[path]: _to_torch(np.asarray(flat[path]), path, dtype) for path in paths}
+                save_file(arrays, stack.enter_context(replacing(folder / file)), {"format": "pt"})
+            if len(shards) > 1:
+                placed = {names[path]: file for file, paths in zip(files, shards, strict=True) for path in paths}
+                total = sum(leaf.size for leaf in flat.values()) * jnp.dtype(dtype).itemsize
+                index = {"metadata": {"total_size": total}, "weight_map": placed}
+                files.append(f"{file_name}.index.json")
+                stack.enter_context(replacing(folder / files[-1])).write_text(json.dumps(index, indent=2))
+        for pattern in (file_name, f"{file_name}.index.json", f"{stem}-*-of-*.safetensors"):
+            for file in folder.glob(pattern):
+                if file.name not in files:
+                    file.unlink()
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be written ({error}); check free space and permissions.") from error
+
+
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Yield where to write, beside `file`, which what is there replaces at the end, unless there was an error."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """Where a tensor is stored."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: Shape
+    offset: int
+
+    def read(self) -> np.ndarray:
+        # Mapping the file into memory instead would count its pages as ours, besides the result.
+        try:
+            array = np.fromfile(self.file, _DTYPES[self.dtype], math.prod(self.shape), offset=self.offset)
+            return array.reshape(self.shape)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.file} cannot be read ({error}); restore the file.") from error
+
+
+def _read_header(file: Path) -> list[_Tensor]:
+    try:
+        # The format: the length of a header in JSON, the header, the tensors. safe_open checks that all is sound, but
+        # hands out no bfloat16 as numpy array.
+        with safe_open(file, "numpy"), file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header: dict[str, Any] = json.loads(stream.read(length))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as safetensors ({error}); restore the file.") from error
+    header.pop("__metadata__", None)
+    return [
+        _Tensor(name, file, spec["dtype"], tuple(spec["shape"]), 8 + length + spec["data_offsets"][0])
+        for name, spec in header.items()
+    ]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of the variant to load."""
+    for variant in ("", ".fp16"):
+        for stem in _STEMS:
+            if (file := folder / f"{stem}{variant}.safetensors").is_file():
+                return [file]
+            for name in {f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json"}:
+                if (file := folder / name).is_file():
+                    return _shards(file)
+    if any(file for pattern in _PICKLES for file in folder.glob(pattern)):
+        raise UserError(
+            f"{folder} has pickled weights only, which may run code and are not read; convert them in Python with "
+            "`diffusers.DiffusionPipeline.from_pretrained(folder).save_pretrained(out, safe_serialization=True)`."
+        )
+    raise UserError(
+        f"{folder} has no {' or '.join(f'{stem}.safetensors' for stem in _STEMS)}; give weights as safetensors."
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} cannot be read as an index of shards ({error!r}); restore the file.") from error
+    for name in names:
+        # The index comes with the model: what it names must not lead out of the folder.
+        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise UserError(f"{index} names {name!r} where the name of a safetensors file in its folder is expected.")
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index} names {name}, which is not in its folder; download the model again.")
+    return [index.parent / name for name in names]
+
+
+def _match(
+    shapes: Mapping[str, Shape], stored: Mapping[str, _Tensor], network: Network, folder: Path
+) -> dict[str, _Tensor]:
+    """The tensor for each path, after checking that they fit each other."""
+    matched, known = {}, set()
+    for path, shape in shapes.items():
+        names = torch_names(path, network)
+        known.update(names)
+        name = next((name for name in names if name in stored), None)
+        if name is None:
+            raise UserError(f"{folder} has no tensor {names[0]}; give a model whose config.json describes its weights.")
+        tensor, expected = stored[name], _torch_shape(shape, path)
+        # Linear layers of old files are 1x1 convolutions.
+        if tensor.shape != expected and not (len(shape) == 2 and tensor.shape == (*expected, 1, 1)):
+            raise UserError(f"{folder} has {name} of shape {tensor.shape} where config.json asks for {expected}.")
+        if tensor.dtype not in _DTYPES:
+            raise UserError(f"{folder} has {name} of type {tensor.dtype}; the types {', '.join(_DTYPES)} can be read.")
+        matched[path] = tensor
+    for name in sorted(stored.keys() - known):
+        if not re.fullmatch(_IGNORED[network], name):
+            raise UserError(f"{folder} has a tensor {name} that the network of its config.json does not have.")
+    return matched
+
+
+def _torch_shape(shape: Shape, path: str) -> Shape:
+    if not path.endswith("kernel"):
+        return shape
+    return (shape[-1], shape[-2], *shape[:-2])
+
+
+def _from_torch(array: np.ndarray, ndim: int, path: str) -> np.ndarray:
+    """A view of the array in our layout, with `ndim` dimensions."""
+    if not path.endswith("kernel"):
+        return array
+    if ndim == 2 and array.ndim == 4:
+        array = array[:, :, 0, 0]
+    return np.moveaxis(array, (1, 0), (-2, -1))
+
+
+def _to_torch(array: np.ndarray, path: str, dtype: DTypeLike) -> np.ndarray:
+    if path.endswith("kernel"):
+        array = np.moveaxis(array, (-1, -2), (0, 1))
+    return np.asarray(array, dtype, order="C")
+
+
+def _split(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Paths in groups of at most `max_bytes`, in order; a larger array is a group of its own."""
+    groups, filled = [[]], 0
+    for path, size in sizes.items():
+        if groups[-1] and filled + size > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(path)
+        filled += size
+    return groups

@@ -1,0 +1,230 @@
+"""The folder that diffusers' pipelines are saved in: what lies where, and on the Hugging Face hub.
+
+model_index.json                      the pipeline's class, and the class of each component
+unet/config.json                      networks, beside their weights; vae and text_encoder likewise
+scheduler/scheduler_config.json       image_noising_scheduler likewise
+tokenizer/                            files of transformers
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from personalize_jax.errors import UserError
+from personalize_jax.models.port_weights import replacing
+
+INDEX = "model_index.json"
+NETWORKS = {  # components with weights, and the classes that can be used
+    "text_encoder": ("CLIPTextModel", "T5EncoderModel"),
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+}
+SCHEDULERS = ("scheduler", "image_noising_scheduler")
+COMPONENTS = (*NETWORKS, *SCHEDULERS, "tokenizer")
+
+
+class Layout(NamedTuple):
+    """Components of a pipeline class.
+
+    Attributes:
+        needed: those it must have.
+        optional: those it may lack.
+        unused: those that diffusers knows, and that count for nothing here.
+    """
+
+    needed: tuple[str, ...]
+    optional: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+_SAFETY = ("safety_checker", "feature_extractor")
+PIPELINES = {
+    "StableDiffusionPipeline": Layout(
+        ("vae", "text_encoder", "tokenizer", "unet", "scheduler"), (), (*_SAFETY, "image_encoder")
+    ),
+    "IFPipeline": Layout(("text_encoder", "tokenizer", "unet", "scheduler"), (), (*_SAFETY, "watermarker")),
+    # It may share the text encoder of the pipeline before it.
+    "IFSuperResolutionPipeline": Layout(
+        ("unet", "scheduler", "image_noising_scheduler"), ("text_encoder", "tokenizer"), (*_SAFETY, "watermarker")
+    ),
+}
+_TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Components:
+    """A pipeline's folder.
+
+    Attributes:
+        folder: where it lies.
+        pipeline: the class, a key of `PIPELINES`.
+        classes: of each component that is present, among `COMPONENTS`.
+        configs: content of the configuration of each network and scheduler that is present.
+    """
+
+    folder: Path
+    pipeline: str
+    classes: Mapping[str, str]
+    configs: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder of the tokenizer's files."""
+        return self.folder / "tokenizer" if "tokenizer" in self.classes else None
+
+
+def resolve(source: str | Path) -> Path:
+    """Return the folder that a source means, after downloading it if need be.
+
+    Args:
+        source: a folder, or "organisation/repository" on the Hugging Face hub. Of this the configurations, the
+            tokenizer and the safetensors are downloaded, the latter in the variant `fp16` if there is no other.
+
+    Raises:
+        UserError: neither a folder nor a repository that can be read.
+    """
+    if str(source) and Path(source).is_dir():
+        return Path(source)
+    if not _HUB_NAME.fullmatch(str(source)):
+        raise UserError(
+            f"{str(source)!r} is no folder; give one with a {INDEX}, or a repository of the Hugging Face hub such as "
+            "'stable-diffusion-v1-5/stable-diffusion-v1-5'."
+        )
+    weights = [f"{name}/*.safetensors" for name in NETWORKS]
+    others = [f"{name}/{file}" for name in COMPONENTS for file in _TOKENIZER_FILES]
+    # Repositories also hold variants beside the weights, and all of it in single files outside the components.
+    folder = _download(str(source), [INDEX, *others, *weights], ["*fp16*", "*non_ema*"])
+    bare = [name for name in NETWORKS if (folder / name).is_dir() and not any((folder / name).glob("*.safetensors"))]
+    if bare:
+        _download(str(source), [f"{name}/*fp16*.{kind}" for name in bare for kind in ("safetensors", "json")], [])
+    return folder
+
+
+def _download(repository: str, wanted: list[str], unwanted: list[str]) -> Path:
+    from huggingface_hub import snapshot_download  # slow to import, and seldom needed
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=unwanted))
+    except Exception as error:  # of several libraries: no network, no such repository, no permission
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{repository!r} is no folder and could not be downloaded from the Hugging Face hub "
+            f"({type(error).__name__}: {reason}); check the name, the network and, for gated models, the access token."
+        ) from error
+
+
+def read_components(folder: Path) -> Components:
+    """Read a pipeline's index and the configurations of its components.
+
+    Args:
+        folder: with a `model_index.json`.
+
+    Raises:
+        UserError: no such folder, a pipeline or component that cannot be used, a file missing or damaged.
+    """
+    index = _read_json(folder / INDEX)
+    pipeline = str(index.get("_class_name"))
+    if pipeline not in PIPELINES:
+        raise UserError(f"{folder} holds a {pipeline}; give one of {', '.join(PIPELINES)}.")
+    layout = PIPELINES[pipeline]
+    classes = {
+        name: _checked_class(folder, name, value[-1])
+        for name, value in index.items()
+        if isinstance(value, list) and value[-1:] != [None] and name not in layout.unused
+    }
+    for name in layout.needed:
+        if name not in classes:
+            raise UserError(f"{folder} has no {name}, which a {pipeline} needs; save the pipeline with it.")
+    configs = {name: _read_json(_config_file(folder, name)) for name in classes if name != "tokenizer"}
+    components = Components(folder, pipeline, classes, configs)
+    if components.tokenizer is not None and not components.tokenizer.is_dir():
+        raise UserError(f"{folder} has no folder tokenizer; give a complete pipeline.")
+    return components
+
+
+def _checked_class(folder: Path, name: str, class_name: Any) -> str:
+    # Names become paths, so that only known ones pass.
+    if name not in COMPONENTS:
+        raise UserError(f"{folder} has a component {name!r}; those that can be used are {', '.join(COMPONENTS)}.")
+    usable = NETWORKS.get(name, (class_name,))
+    if class_name not in usable:
+        raise UserError(f"{folder} has the {name} {class_name}; give a pipeline with {' or '.join(usable)}.")
+    return str(class_name)
+
+
+def write_model_index(folder: Path, pipeline: str, classes: Mapping[str, str]) -> None:
+    """Write `model_index.json`, from which diffusers knows what to load; to be written last.
+
+    Args:
+        folder: of the pipeline; made if missing.
+        pipeline: its class, a key of `PIPELINES`.
+        classes: of its components; others of the pipeline are told to be absent.
+    """
+    layout = PIPELINES[pipeline]
+    components = {name: (_library(class_name), class_name) for name, class_name in classes.items()}
+    absent = {name: (None, None) for name in (*layout.optional, *layout.unused) if name not in classes}
+    _write_json(folder / INDEX, {"_class_name": pipeline, **components, **absent, "requires_safety_checker": False})
+
+
+def _library(class_name: str) -> str:
+    diffusers = class_name.endswith("Scheduler") or class_name in ("UNet2DConditionModel", "AutoencoderKL")
+    return "diffusers" if diffusers else "transformers"
+
+
+def write_component_config(folder: Path, name: str, config: Mapping[str, Any]) -> None:
+    """Write the configuration of a network or scheduler.
+
+    Args:
+        folder: of the pipeline; made if missing.
+        name: of the component, among `COMPONENTS`.
+        config: content of the file.
+    """
+    _write_json(_config_file(folder, name), config)
+
+
+def copy_tokenizer(components: Components, folder: Path) -> None:
+    """Copy a tokenizer's files to another pipeline.
+
+    Args:
+        components: the pipeline to copy from.
+        folder: the pipeline to copy to; made if missing.
+    """
+    if components.tokenizer is None:
+        return
+    (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+    for file in (file for pattern in _TOKENIZER_FILES for file in components.tokenizer.glob(pattern)):
+        with replacing(folder / "tokenizer" / file.name) as temporary:
+            shutil.copyfile(file, temporary)
+
+
+def _config_file(folder: Path, name: str) -> Path:
+    if name in SCHEDULERS:
+        return folder / name / "scheduler_config.json"
+    if name in NETWORKS:
+        return folder / name / "config.json"
+    raise UserError(
+        f"{name!r} is no component with a configuration; give one of {', '.join((*NETWORKS, *SCHEDULERS))}."
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); give a folder that diffusers saved.") from error
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON ({error}); restore the file.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a {type(content).__name__} where an object is expected; restore the file.")
+    return content
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(content, indent=2))
