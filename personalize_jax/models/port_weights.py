@@ -105,7 +105,7 @@ def save_weights(
 ) -> None:
     """Write the parameters of one network so that diffusers or transformers loads them.
 
-    A reader sees a file's old content or the new, never a part. Files of an earlier save that hold the same are removed.
+    A reader sees a file's old content or the new, never a part. Other files of an earlier save are removed.
 
     Args:
         params: what to write.
