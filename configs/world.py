@@ -16,6 +16,8 @@ def get_config() -> ConfigDict:
             "pretrained": "world",
             "subject": {
                 "num_tokens": 1,  # of the identifier
+                "rule": "rarest",  # which tokens are chosen, or "paper"
+                "frequency": "recorded",  # or "sentencepiece", "bpe_rank", a file of captions: subject/frequency.py
                 "registry": "runs/registry.json",  # identifiers in use, shared by runs
                 "class_threshold": 0.6,  # least score of a class noun found by the classifier
             },

@@ -8,7 +8,7 @@ from personalize_jax.training.trainable import partition
 
 _OF_RUN = {
     "": ("seed", "pretrained", "tune"),
-    "subject.": ("num_tokens", "registry", "class_threshold"),
+    "subject.": ("num_tokens", "rule", "frequency", "registry", "class_threshold"),
     "class_images.": ("count", "num_steps", "guidance_scale", "batch_size"),
     "report.": ("contexts", "images_per_context", "class_samples", "without_prior", "batch_size"),
 }

@@ -22,8 +22,10 @@ from personalize_jax.pipeline import Pipeline, Sampling, Stage, Text, save_pipel
 from personalize_jax.pipeline.cascade import encode_tokens
 from personalize_jax.subject.class_noun import Classifier, determine
 from personalize_jax.subject.dataset import MANIFEST, SubjectDataset, read_dataset, write_dataset
-from personalize_jax.subject.identifier import Identifier, Registry, choose_identifier
+from personalize_jax.subject.frequency import token_frequencies
+from personalize_jax.subject.identifier import Identifier, choose_identifier
 from personalize_jax.subject.images import SubjectImage, load_images
+from personalize_jax.subject.registry import Registry
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
 from personalize_jax.training.loop import train, trained_params
 from personalize_jax.training.prior import class_images
@@ -132,8 +134,15 @@ def determine_subject(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigD
     classifier, nouns = class_knowledge(config)
     class_noun = determine(photos.images, photos.class_noun, classifier, nouns, config.subject.class_threshold)
 
+    tokenizer, settings = pipeline.tokenizer, config.subject
+    at_random = settings.rule == "paper"
+    frequencies = None if at_random else token_frequencies(tokenizer, settings.frequency)
+    seed = config.seed if at_random else None
+
     def choose(in_use: frozenset[int]) -> Identifier:
-        return choose_identifier(pipeline.tokenizer, class_noun.noun, config.subject.num_tokens, in_use)
+        return choose_identifier(
+            tokenizer, class_noun.noun, settings.num_tokens, in_use, seed, settings.rule, frequencies
+        )
 
     registry = Registry(Path(config.subject.registry))
     identifier = registry.reserve(workdir.name, class_noun.noun, workdir, choose)

@@ -1,11 +1,26 @@
 """Captions to token ids, and how often each token was processed in pretraining."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import json
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
+from tokenizers.models import BPE
+from transformers import CLIPTokenizer, PreTrainedTokenizerFast, T5Tokenizer
+
+from personalize_jax.errors import UserError
+
+PUBLIC_MAX_LENGTH = 77  # of CLIP's position embeddings, and of IF's training captions
+
+# The ways in which a folder holds each vocabulary, any one of them. transformers takes a missing file for an empty
+# vocabulary, so that they are looked for first.
+_CLASSES = {
+    "T5Tokenizer": (T5Tokenizer, (("tokenizer.json",), ("spiece.model",))),
+    "CLIPTokenizer": (CLIPTokenizer, (("tokenizer.json",), ("vocab.json", "merges.txt"))),
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -14,14 +29,17 @@ class Tokenizer:
 
     Attributes:
         backend: the `transformers` tokenizer.
-        max_length: longest sequence, the end-of-sequence token included.
+        max_length: longest sequence, the special tokens that are added included.
         counts: int64 [V], how often the text encoder processed each token in pretraining: the predetermined
-            frequencies of the specification ([0057]).
+            frequencies of the specification ([0057]). None for public vocabularies, of which nobody recorded them;
+            `subject.frequency` has what to take instead.
+        clean: what texts go through before they are encoded, if anything.
     """
 
     backend: PreTrainedTokenizerFast
     max_length: int
-    counts: np.ndarray
+    counts: np.ndarray | None
+    clean: Callable[[str], str] | None = None
 
     @classmethod
     def read(cls, file: Path, max_length: int, counts: np.ndarray | None = None) -> "Tokenizer":
@@ -33,6 +51,36 @@ class Tokenizer:
             counts = np.zeros(len(backend), np.int64)
         return cls(backend, max_length, counts)
 
+    @classmethod
+    def from_folder(
+        cls, folder: Path, max_length: int = PUBLIC_MAX_LENGTH, clean: Callable[[str], str] | None = None
+    ) -> "Tokenizer":
+        """Read the tokenizer of a public pipeline: T5's or CLIP's, in the files that `transformers` writes.
+
+        Args:
+            folder: with `tokenizer_config.json`, and `tokenizer.json`, `spiece.model` (T5), or `vocab.json` and
+                `merges.txt` (CLIP).
+            max_length: longest sequence.
+            clean: what texts go through before they are encoded, such as `caption_cleaning.clean_caption`.
+
+        Raises:
+            UserError: the folder holds no such tokenizer.
+        """
+        name = _class_name(folder / "tokenizer_config.json")
+        if name not in _CLASSES:
+            raise UserError(f"{folder} holds a {name}; give the folder of a {' or a '.join(_CLASSES)}.")
+        backend_class, vocabularies = _CLASSES[name]
+        if not any(all((folder / file).is_file() for file in files) for files in vocabularies):
+            wanted = ", or ".join(" and ".join(files) for files in vocabularies)
+            raise UserError(f"{folder} lacks its {name}'s vocabulary; add {wanted}.")
+        try:
+            backend = backend_class.from_pretrained(str(folder))
+        except Exception as error:  # transformers, tokenizers and sentencepiece each raise their own kinds
+            raise UserError(f"The {name} in {folder} cannot be read ({error}); restore its files.") from error
+        backend.backend_tokenizer.no_padding()  # a tokenizer.json may ask for either, and `__call__` sees to both
+        backend.backend_tokenizer.no_truncation()
+        return cls(backend, max_length, None, clean)
+
     @property
     def size(self) -> int:
         """Number of tokens V."""
@@ -40,12 +88,17 @@ class Tokenizer:
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Ids of padding, end of sequence and unknown."""
+        """Ids of padding, end of sequence, unknown and the like."""
         return frozenset(self.backend.all_special_ids)
 
+    @property
+    def is_t5(self) -> bool:
+        """Whether the vocabulary is T5's, whose ids the paper names."""
+        return isinstance(self.backend, T5Tokenizer)
+
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens."""
-        return self.backend.encode(text, add_special_tokens=False)
+        """Token ids of a text, cleaned, without special tokens."""
+        return self._encode_batch([text])[0]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids."""
@@ -58,11 +111,51 @@ class Tokenizer:
             texts: captions; longer ones are cut.
 
         Returns:
-            int32 [B, max_length], each row closed by the end-of-sequence token and padded.
+            int32 [B, max_length], each row opened by the beginning-of-sequence token if the vocabulary has one, closed
+            by the end-of-sequence token, and padded.
         """
         tokens_BL = np.full((len(texts), self.max_length), self.backend.pad_token_id, np.int32)
-        encodings = self.backend.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        for row, encoding in zip(tokens_BL, encodings, strict=True):
-            ids = encoding.ids[: self.max_length - 1] + [self.backend.eos_token_id]
+        opening = [] if self.backend.bos_token_id is None else [self.backend.bos_token_id]
+        for row, ids in zip(tokens_BL, self._encode_batch(texts), strict=True):
+            ids = [*opening, *ids][: self.max_length - 1] + [self.backend.eos_token_id]
             row[: len(ids)] = ids
         return tokens_BL
+
+    def save(self, folder: Path) -> None:
+        """Write the files from which `from_folder`, diffusers and transformers, old and new, read the tokenizer.
+
+        Args:
+            folder: made if missing; files of the same names are replaced. `counts` and `clean` are not written.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        model = self.backend.backend_tokenizer.model
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.backend.save_pretrained(str(folder))
+            # What transformers before version 5 reads; T5's can only be copied, if that is what this one came from.
+            if isinstance(model, BPE):
+                model.save(str(folder))
+            elif self.is_t5 and self.backend.can_save_slow_tokenizer:
+                with contextlib.suppress(shutil.SameFileError):
+                    shutil.copyfile(self.backend.vocab_file, folder / "spiece.model")
+        except Exception as error:  # tokenizers raises plain exceptions
+            raise UserError(
+                f"The tokenizer cannot be written to {folder} ({error}); check free space and permissions."
+            ) from error
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        cleaned = list(texts) if self.clean is None else [self.clean(text) for text in texts]
+        encodings = self.backend.backend_tokenizer.encode_batch(cleaned, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+
+def _class_name(config_file: Path) -> str:
+    """The class that a tokenizer's configuration names; transformers before version 5 added "Fast" to some."""
+    try:
+        return str(json.loads(config_file.read_text(encoding="utf-8"))["tokenizer_class"]).removesuffix("Fast")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{config_file} cannot be read as a tokenizer's configuration ({error!r}); give the folder of a tokenizer."
+        ) from error

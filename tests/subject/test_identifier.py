@@ -1,24 +1,19 @@
-"""Identifiers are the rarest tokens that survive re-encoding, and no two subjects of a registry share one."""
+"""Identifiers are the rarest tokens that survive re-encoding."""
 
 import io
-import json
 import logging
-import multiprocessing
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
 
 from personalize_jax.errors import UserError
-from personalize_jax.subject.identifier import (
-    Identifier,
-    Registry,
-    choose_identifier,
-    substitute,
-    warn_without_placeholder,
-)
+from personalize_jax.pipeline.caption_cleaning import clean_caption
+from personalize_jax.pipeline.tokenizer import Tokenizer
+from personalize_jax.subject.frequency import token_frequencies
+from personalize_jax.subject.identifier import Identifier, choose_identifier, substitute, warn_without_placeholder
+from tests import public_tokenizers, tiny
 
 
 class WordVocabulary:
@@ -174,94 +169,77 @@ def test_placeholder(caplog):
     assert '"a cat" has no [V]' in record.getMessage()
 
 
-# --- the registry ---
+# --- public vocabularies ---
+
+NOUNS = ["dog", "backpack", "teapot", "bear plushie", "robot toy"]
 
 
-def reserve(path: Path, n: int, num_tokens: int = 1) -> Identifier:
-    registry = Registry(path)
-    return registry.reserve(
-        f"subject {n}",
-        "dog",
-        path.parent / f"run{n}",
-        lambda in_use: choose_identifier(WORDS, "dog", num_tokens, in_use),
-    )
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    return Tokenizer.from_folder(public_tokenizers.t5_folder(tmp_path_factory.mktemp("t5")), clean=clean_caption)
 
 
-def test_runs_get_different_tokens_and_keep_them(tmp_path):
-    path = tmp_path / "new folder" / "subjects.json"
-    assert Registry(path).in_use() == frozenset()
-    first, second = reserve(path, 0), reserve(path, 1)
-    assert (first.text, second.text) == ("xyz", "ok")
-    before = path.read_bytes()
-    assert reserve(path, 0, num_tokens=3) == first
-    assert path.read_bytes() == before
-    assert Registry(path).in_use() == {*first.token_ids, *second.token_ids}
-    [subject, _] = Registry(path).subjects()
-    assert subject == ("subject 0", first, "dog", str((path.parent / "run0").resolve()))
+@pytest.fixture(scope="module", params=["T5", "CLIP", "CLIP of SD 2"])
+def public(request, tmp_path_factory):
+    """A vocabulary, its frequencies, and those of its tokens of one to three letters."""
+    if request.param == "T5":
+        tokenizer, source = request.getfixturevalue("t5"), "sentencepiece"
+    else:
+        pad = "!" if request.param.endswith("2") else public_tokenizers.EOS
+        tokenizer = Tokenizer.from_folder(public_tokenizers.clip_folder(tmp_path_factory.mktemp("clip"), pad))
+        source = "bpe_rank"
+    frequencies = token_frequencies(tokenizer, source)
+    texts = [tokenizer.decode([i]).strip() for i in range(tokenizer.size)]
+    return tokenizer, frequencies, frequencies[[len(text) <= 3 and text.isalpha() for text in texts]]
 
 
-def slow_reserve(path: Path, n: int, barrier) -> None:
-    barrier.wait()
-    for m in range(20):
-        numbers = Registry(path)
-        numbers.reserve(f"{n} {m}", "dog", path.parent / f"{n}-{m}", lambda in_use: lowest_free(in_use))
+def chosen_for_ten(tokenizer, noun, num_tokens, **how):
+    in_use = frozenset()
+    for _ in range(10):
+        identifier = choose_identifier(tokenizer, noun, num_tokens, in_use, **how)
+        assert len(identifier.token_ids) == num_tokens and not in_use.intersection(identifier.token_ids)
+        in_use |= set(identifier.token_ids)
+        for context in ("", " in the jungle", " on top of a wooden floor"):
+            prompt = f"a {identifier.text} {noun}{context}"
+            expected = [*tokenizer.encode("a"), *identifier.token_ids, *tokenizer.encode(noun + context)]
+            assert tokenizer.encode(prompt) == expected, prompt
+        yield identifier
+    assert len(in_use) == 10 * num_tokens
 
 
-def lowest_free(in_use: frozenset[int]) -> Identifier:
-    token_id = next(i for i in range(1000) if i not in in_use)
-    return Identifier("x", (token_id,), (0,))
+@pytest.mark.parametrize("num_tokens", [1, 2, 3])
+@pytest.mark.parametrize("noun", NOUNS)
+def test_ten_subjects_get_rare_tokens_of_public_vocabularies(public, noun, num_tokens):
+    tokenizer, frequencies, of_short = public
+    for identifier in chosen_for_ten(tokenizer, noun, num_tokens, frequencies=frequencies):
+        assert identifier.counts == tuple(frequencies[list(identifier.token_ids)])
+        assert list(identifier.counts) == sorted(identifier.counts)
+        assert np.mean(of_short < max(identifier.counts)) < 0.02  # rarer are 2 % of the short tokens at most
+        assert all(len(tokenizer.decode([i])) <= 3 for i in identifier.token_ids)
 
 
-def test_processes_that_reserve_at_once_get_different_tokens(tmp_path):
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(2)
-    path = tmp_path / "subjects.json"
-    processes = [context.Process(target=slow_reserve, args=(path, n, barrier)) for n in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    subjects = Registry(path).subjects()
-    assert len({subject.name for subject in subjects}) == 40
-    assert Registry(path).in_use() == set(range(40))
+@pytest.mark.parametrize("num_tokens", [1, 2, 3])
+def test_the_papers_rule_draws_short_tokens_of_the_middle(t5, num_tokens):
+    for identifier in chosen_for_ten(t5, "dog", num_tokens, seed=0, rule="paper"):
+        assert all(5000 <= i <= 10000 and len(t5.decode([i])) <= 3 for i in identifier.token_ids)
+        assert identifier.counts == ()
 
 
-def test_registry_guards(tmp_path):
-    path = tmp_path / "subjects.json"
-    taken = reserve(path, 0)
-    with pytest.raises(UserError, match="holds a 'dog', not a 'cat'"):
-        Registry(path).reserve("rex", "cat", tmp_path / "run0", lambda _: taken)
-    with pytest.raises(ValueError, match="another subject has them"):
-        Registry(path).reserve("rex", "dog", tmp_path / "run1", lambda _: taken)
-    assert len(Registry(path).subjects()) == 1
+def test_the_papers_rule_draws_uniformly_by_a_seed(t5):
+    ids = [choose_identifier(t5, "dog", seed=seed, rule="paper").token_ids[0] for seed in range(200)]
+    assert ids[7] == choose_identifier(t5, "dog", seed=7, rule="paper").token_ids[0]
+    short = [i for i in range(5000, 10001) if len(t5.decode([i])) <= 3 and t5.decode([i]).isalpha()]
+    allowed = [i for i in short if t5.encode(f"a {t5.decode([i])} dog") == [*t5.encode("a"), i, *t5.encode("dog")]]
+    assert set(ids) <= set(allowed)
+    places = np.sort(np.searchsorted(allowed, ids)) / len(allowed)
+    assert np.abs(places - np.linspace(0, 1, 200)).max() < 0.12  # Kolmogorov-Smirnov at 0.5 %
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"subjects": [{}]}', '{"subjects": 1}', "null"])
-def test_damaged_registry_is_named_and_kept(tmp_path, content):
-    path = tmp_path / "subjects.json"
-    path.write_text(content)
-    with pytest.raises(UserError, match="subjects.json is not a registry"):
-        reserve(path, 0)
-    assert path.read_text() == content
-
-
-def test_failed_write_leaves_the_registry_as_it_was(tmp_path, monkeypatch):
-    path = tmp_path / "subjects.json"
-    reserve(path, 0)
-    before = path.read_text()
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(type(path), "write_text", full)
-    with pytest.raises(UserError, match="No space left"):
-        reserve(path, 1)
-    assert path.read_text() == before
-    assert json.loads(before)["subjects"][0]["identifier"] == "xyz"
-
-
-def test_registry_in_a_place_that_cannot_be(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be (read|written)"):
-        reserve(tmp_path / "file" / "subjects.json", 0)
+def test_rules_that_do_not_fit_are_refused(t5):
+    tokenizer = tiny.tokenizer()
+    with pytest.raises(UserError, match="draws from the tokens of T5"):
+        choose_identifier(tokenizer, "dog", seed=0, rule="paper")
+    with pytest.raises(UserError, match='\'shortest\' were asked for; choose "rarest" or "paper"'):
+        choose_identifier(tokenizer, "dog", rule="shortest")
+    with pytest.raises(UserError, match="no frequencies are recorded"):
+        choose_identifier(t5, "dog")

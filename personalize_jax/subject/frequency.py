@@ -1,0 +1,99 @@
+"""How often a text encoder met each token: the predetermined frequencies of the specification ([0057]), or stand-ins.
+
+Frequencies are recorded of the embedded cascade only. Of a public text encoder there is what its vocabulary tells of
+the text that the vocabulary was made from, and what captions tell that the user has.
+"""
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from personalize_jax.errors import UserError
+from personalize_jax.pipeline.tokenizer import Tokenizer
+
+_CAPTIONS_AT_ONCE = 10_000
+
+
+def token_frequencies(tokenizer: Tokenizer, source: str) -> np.ndarray:
+    """The frequency of each token, from where `source` says.
+
+    Args:
+      tokenizer: The pretrained cascade's.
+      source: "recorded": how often pretraining processed each token; "sentencepiece": expected occurrences among a
+        billion tokens by the scores of a SentencePiece unigram vocabulary (T5), which are log-probabilities;
+        "bpe_rank": the size of the vocabulary less the rank of a token's merge (CLIP), later merges being rarer: an
+        order and no more, not to be read as counts; or the path of a text file of captions, one a line, in which
+        tokens are counted as the text encoder would process them.
+
+    Returns:
+      int64 [V], higher for more frequent tokens. Of special tokens it says nothing.
+
+    Raises:
+      UserError: The tokenizer has no such frequencies, or the file cannot be read.
+    """
+    if source in _SOURCES:
+        return _SOURCES[source](tokenizer)
+    return _in_captions(tokenizer, Path(source))
+
+
+def _recorded(tokenizer: Tokenizer) -> np.ndarray:
+    if tokenizer.counts is None:
+        raise UserError(
+            'frequencies "recorded" in pretraining were asked for, and this public tokenizer comes with none; '
+            'take "sentencepiece" for T5, "bpe_rank" for CLIP, or a file of captions'
+        )
+    return tokenizer.counts
+
+
+def _sentencepiece(tokenizer: Tokenizer) -> np.ndarray:
+    model = _model(tokenizer, "sentencepiece", "Unigram")
+    frequencies = np.zeros(tokenizer.size, np.int64)
+    frequencies[: len(model["vocab"])] = np.rint(np.exp([score for _, score in model["vocab"]]) * 1e9)
+    return frequencies
+
+
+def _bpe_rank(tokenizer: Tokenizer) -> np.ndarray:
+    model = _model(tokenizer, "bpe_rank", "BPE")
+    frequencies = np.full(tokenizer.size, tokenizer.size, np.int64)  # single bytes come before all merges
+    for rank, merge in enumerate(model["merges"], start=1):
+        frequencies[model["vocab"]["".join(merge)]] = tokenizer.size - rank
+    return frequencies
+
+
+def _in_captions(tokenizer: Tokenizer, file: Path) -> np.ndarray:
+    counts = np.zeros(tokenizer.size, np.int64)
+    try:
+        with file.open(encoding="utf-8") as captions:
+            while batch := list(itertools.islice(captions, _CAPTIONS_AT_ONCE)):
+                counts += np.bincount(tokenizer([line.strip() for line in batch]).ravel(), minlength=len(counts))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"token frequencies from {str(file)!r} were asked for, which cannot be read as a text file ({error}); give "
+            f"a file with one caption a line, or one of {', '.join(_SOURCES)}"
+        ) from error
+    counts[sorted(tokenizer.special_ids)] = 0  # padding is not processed
+    if not counts.any():
+        raise UserError(f"{file} holds no captions to count tokens in; give a file with one caption a line")
+    return counts
+
+
+def _model(tokenizer: Tokenizer, source: str, kind: str) -> dict[str, Any]:
+    """The vocabulary's model, which must be of a kind."""
+    model = json.loads(tokenizer.backend.backend_tokenizer.to_str())["model"]
+    if model["type"] != kind:
+        raise UserError(
+            f"frequencies by {source!r} were asked of a {model['type']} vocabulary, and need a {kind} one; take "
+            '"sentencepiece" for T5, "bpe_rank" for CLIP, or a file of captions'
+        )
+    return model
+
+
+_SOURCES: dict[str, Callable[[Tokenizer], np.ndarray]] = {
+    "recorded": _recorded,
+    "sentencepiece": _sentencepiece,
+    "bpe_rank": _bpe_rank,
+}

@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+import sentencepiece
+
+from personalize_jax.errors import UserError
+from personalize_jax.pipeline.caption_cleaning import clean_caption
+from personalize_jax.pipeline.tokenizer import Tokenizer
+from personalize_jax.subject.frequency import token_frequencies
+from tests import public_tokenizers, tiny
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    return Tokenizer.from_folder(public_tokenizers.t5_folder(tmp_path_factory.mktemp("t5")))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return Tokenizer.from_folder(public_tokenizers.clip_folder(tmp_path_factory.mktemp("clip")))
+
+
+def test_recorded_are_the_counts(t5):
+    tokenizer = tiny.tokenizer()
+    np.testing.assert_array_equal(token_frequencies(tokenizer, "recorded"), tokenizer.counts)
+    with pytest.raises(UserError, match='comes with none; take "sentencepiece" for T5'):
+        token_frequencies(t5, "recorded")
+
+
+def test_sentencepiece_scores_are_probabilities(t5):
+    frequencies = token_frequencies(t5, "sentencepiece")
+    assert frequencies.shape == (t5.size,) and frequencies.dtype == np.int64
+    ordinary = [i for i in range(t5.size) if i not in t5.special_ids]
+    assert 0.99e9 < frequencies[ordinary].sum() < 1.01e9
+    reference = sentencepiece.SentencePieceProcessor(t5.backend.vocab_file)
+    scores = np.array([reference.get_score(i) for i in ordinary])
+    np.testing.assert_allclose(np.log(frequencies[ordinary] / 1e9), scores, atol=1e-3)
+
+
+def test_later_merges_are_rarer(clip):
+    frequencies = token_frequencies(clip, "bpe_rank")
+    assert frequencies.shape == (clip.size,) and frequencies.dtype == np.int64
+    single_bytes, merged = frequencies[:512], frequencies[512:49406]  # CLIP's ids are in the order of its merges
+    assert np.all(np.diff(merged) < 0)
+    assert single_bytes.min() > merged.max() and merged.min() > 0
+
+
+def test_captions_are_counted_as_the_text_encoder_reads_them(clip, tmp_path):
+    file = tmp_path / "captions.txt"
+    file.write_text("a dog\n\na <b>red</b> dog and a teapot\n" + "snow " * 100)
+    tokenizer = Tokenizer(clip.backend, 20, None, clean_caption)
+    frequencies = token_frequencies(tokenizer, str(file))
+    wanted = {"a": 3, "dog": 2, "red": 1, "and": 1, "teapot": 1, "snow": 18}
+    assert {word: int(frequencies[tokenizer.encode(word)[0]]) for word in wanted} == wanted
+    assert frequencies.sum() == sum(wanted.values()) + len(tokenizer.encode("teapot")) - 1
+
+
+def test_unsuitable_sources_are_refused(t5, clip, tmp_path):
+    with pytest.raises(UserError, match="'bpe_rank' were asked of a Unigram vocabulary"):
+        token_frequencies(t5, "bpe_rank")
+    with pytest.raises(UserError, match="'sentencepiece' were asked of a BPE vocabulary"):
+        token_frequencies(clip, "sentencepiece")
+    with pytest.raises(UserError, match="or one of recorded, sentencepiece, bpe_rank"):
+        token_frequencies(clip, "nothing.txt")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot be read as a text file"):
+        token_frequencies(clip, str(tmp_path / "binary"))
+    (tmp_path / "empty").write_text("\n\n")
+    with pytest.raises(UserError, match="holds no captions"):
+        token_frequencies(clip, str(tmp_path / "empty"))
