@@ -9,6 +9,7 @@ def training() -> ConfigDict:
         {
             "num_steps": 1000,
             "batch_size": 8,  # of each half: subject and class
+            "microbatches": 1,  # parts of a batch that go through the networks one after another, to save memory
             "caption_dropout": 0.0,
             "object_weight": 0.0,  # added to the loss weight of the object's pixels, where masks are known
             "augmentation_levels": (0.0, 0.0),  # of the low-resolution picture, super-resolution only
@@ -19,6 +20,15 @@ def training() -> ConfigDict:
                 "caption_dropout": 0.1,
             },
             "trainable": (("denoiser/", True), ("text_encoder/", False)),
+            # Low-rank adapters of frozen kernels; with trainable=((".*", False),) nothing else is trained.
+            "lora": {
+                "rank": 0,  # 0 switches them off
+                # Whole paths of kernels, and how many of a kernel's dimensions are inputs: here the embedded cascade's.
+                "targets": (
+                    ("denoiser/.*attention/(query|key|value)/kernel", 1),
+                    ("denoiser/.*attention/out/kernel", 2),
+                ),
+            },
             "ema_decay": 0.0,  # 0 switches it off
             "optimizer": {
                 "learning_rate": 1e-4,

@@ -4,19 +4,21 @@ from ml_collections import ConfigDict
 
 from personalize_jax.errors import UserError
 from personalize_jax.pipeline import Pipeline
-from personalize_jax.training.trainable import partition
+from personalize_jax.training.trainable import select
 
 _OF_RUN = {
     "": ("seed", "pretrained", "tune"),
-    "subject.": ("num_tokens", "rule", "frequency", "registry", "class_threshold"),
+    "subject.": ("num_tokens", "registry", "class_threshold"),
     "class_images.": ("count", "num_steps", "guidance_scale", "batch_size"),
     "report.": ("contexts", "images_per_context", "class_samples", "without_prior", "batch_size"),
 }
 _OF_TRAINING = {
     "": (
-        *("num_steps", "batch_size", "steps_per_dispatch", "log_every", "checkpoint_every", "mesh", "sharding"),
+        *("num_steps", "batch_size", "microbatches", "steps_per_dispatch", "log_every", "checkpoint_every"),
+        *("mesh", "sharding"),
         *("caption_dropout", "object_weight", "augmentation_levels", "weighting", "trainable", "ema_decay"),
     ),
+    "lora.": ("rank", "targets"),
     "prior.": ("weight", "form", "caption_dropout"),
     "optimizer.": ("learning_rate", "warmup_steps", "decay_steps", "b1", "b2", "weight_decay", "clip_norm"),
 }
@@ -71,7 +73,7 @@ def check(pipeline: Pipeline, config: ConfigDict) -> None:
 def trains_text_encoder(pipeline: Pipeline, stage_name: str, training: ConfigDict) -> bool:
     """Whether tuning a stage changes the text encoder too, by the rules of its training."""
     params = {"denoiser": pipeline.params[stage_name], "text_encoder": pipeline.params["text_encoder"]}
-    return "text_encoder" in partition(params, training.trainable)[0]
+    return "text_encoder" in select(params, training).networks
 
 
 def _has(config: ConfigDict, dotted_key: str) -> bool:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import time
@@ -23,10 +22,13 @@ from personalize_jax.pipeline import Stage
 from personalize_jax.training import sharding
 from personalize_jax.training.checkpoint import Checkpoints
 from personalize_jax.training.examples import Batch, Examples, draw_batch
+from personalize_jax.training.lora import init_adapters
 from personalize_jax.training.losses import Objective, personalization_loss
 from personalize_jax.training.optimizer import make_optimizer
 from personalize_jax.training.step import TrainState, init_state, make_train_step, make_train_steps
-from personalize_jax.training.trainable import merge, partition
+from personalize_jax.training.trainable import LORA, merge, select
+
+_ADAPTER_PURPOSE = np.uint32(2**32 - 2)  # folded into the run's key for adapters; the steps fold in their numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,24 +82,29 @@ def prepare(
     """Place everything on the mesh and build the program; the arguments are those of `train`."""
     mesh = sharding.make_mesh(config.mesh)
     _check(config, mesh)
-    trained, frozen = partition(pretrained, config.trainable)
+    root_key = jax.random.key(seed)
+    selection = select(pretrained, config)
+    frozen = selection.frozen
     objective = Objective(config.weighting, config.prior.weight, config.prior.form, tuple(config.augmentation_levels))
     if objective.prior_form == "frozen_prediction" and objective.prior_weight > 0:
         frozen = pretrained
     optimizer = make_optimizer(config.optimizer, config.num_steps)
-    make_state = functools.partial(
-        init_state,
-        optimizer=optimizer,
-        ema=config.ema_decay > 0,
-        vocabulary_size=text_encoder.vocab_size if "text_encoder" in trained else None,
-    )
-    abstract = jax.eval_shape(make_state, trained)
+    vocabulary_size = text_encoder.vocab_size if "text_encoder" in selection.networks else None
+
+    def make_state(trained: Params) -> TrainState:
+        params = dict(trained)
+        if selection.adapted:
+            key = jax.random.fold_in(root_key, _ADAPTER_PURPOSE)
+            params[LORA] = init_adapters(pretrained, selection.adapted, config.lora.rank, key)
+        return init_state(params, optimizer, config.ema_decay > 0, vocabulary_size)
+
+    abstract = jax.eval_shape(make_state, selection.trained)
     state_shardings = sharding.shardings(abstract, config.sharding, mesh)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, state_shardings)
     state = checkpoints.restore(abstract)
     if state is None:
         # Copied, since the state is donated and the caller keeps the pretrained parameters.
-        state = jax.jit(make_state, out_shardings=state_shardings)(jax.tree.map(np.array, trained))
+        state = jax.jit(make_state, out_shardings=state_shardings)(jax.tree.map(np.array, selection.trained))
 
     draw = Draw(
         config.batch_size,
@@ -110,9 +117,9 @@ def prepare(
         return personalization_loss(stage, text_encoder, objective, params, frozen_params, batch, rng)
 
     steps = make_train_steps(
-        make_train_step(loss, optimizer, config.ema_decay),
+        make_train_step(loss, optimizer, config.ema_decay, config.microbatches),
         lambda examples, key: sharding.shard_batch(draw(examples, key), mesh),
-        jax.random.key(seed),
+        root_key,
         config.steps_per_dispatch,
     )
     advance = jax.jit(steps, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh)))
@@ -174,15 +181,25 @@ def _check(config: ConfigDict, mesh: Mesh) -> None:
         raise UserError(
             f"batch_size is {config.batch_size} and the mesh splits it {shards} ways; give a multiple of that."
         )
+    if config.microbatches < 1 or config.batch_size % (config.microbatches * shards):
+        raise UserError(
+            f"batch_size is {config.batch_size} and microbatches {config.microbatches}, and the mesh splits each part "
+            f"{shards} ways; give microbatches of 1 or more whose product with that divides batch_size."
+        )
     if config.num_steps % config.steps_per_dispatch:
         raise UserError(
             f"num_steps is {config.num_steps} and steps_per_dispatch {config.steps_per_dispatch}; give a multiple."
         )
 
 
+def averaged(state: TrainState) -> Params:
+    """The average of what was trained, or the last values without one; adapters are under `trainable.LORA`."""
+    return state.params if state.ema is None else state.ema
+
+
 def trained_params(state: TrainState, pretrained: Params) -> Params:
-    """What to sample with: the averaged parameters, or the last ones without an average, completed by `pretrained`."""
-    return merge(state.params if state.ema is None else state.ema, pretrained)
+    """What to sample with: the `averaged` parameters, completed by `pretrained`, with adapters applied."""
+    return merge(averaged(state), pretrained)
 
 
 def check_finite(step: int, metrics: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ class TrainState(NamedTuple):
 
     Attributes:
         step: number of updates done, int32.
-        params: the trained parameters, and no others.
+        params: the trained parameters, and no others; under "lora" adapters, if there are any.
         ema: their exponential moving average, or None when it is off.
         opt_state: of the optimiser.
         token_counts: int32 [V], how often each token went through the text encoder in training it; or None when the
@@ -55,7 +55,7 @@ def init_state(
 
 
 def make_train_step(
-    loss: Loss, optimizer: optax.GradientTransformation, ema_decay: float
+    loss: Loss, optimizer: optax.GradientTransformation, ema_decay: float, microbatches: int = 1
 ) -> Callable[[TrainState, Params, dict[str, Batch], Array], tuple[TrainState, dict[str, Array]]]:
     """Build `train_step(state, frozen_params, batch, rng) -> (state, metrics)`.
 
@@ -66,15 +66,20 @@ def make_train_step(
         loss: (merged params, frozen params, batch, rng) -> (loss, metrics).
         optimizer: optax chain.
         ema_decay: of the moving average, used when the state has one.
+        microbatches: parts of the batch that go through the networks one after another, see `accumulated`.
     """
 
     def train_step(
         state: TrainState, frozen_params: Params, batch: dict[str, Batch], rng: Array
     ) -> tuple[TrainState, dict[str, Array]]:
-        def objective(params: Params) -> tuple[Array, dict[str, Array]]:
-            return loss(merge(params, frozen_params), frozen_params, batch, rng)
+        def differentiated(batch: dict[str, Batch], rng: Array) -> tuple[Params, dict[str, Array]]:
+            def objective(params: Params) -> tuple[Array, dict[str, Array]]:
+                return loss(merge(params, frozen_params), frozen_params, batch, rng)
 
-        (value, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+            (value, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+            return gradient, metrics | {"loss": value}
+
+        gradient, metrics = accumulated(differentiated, microbatches)(batch, rng)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -86,10 +91,44 @@ def make_train_step(
         if counts is not None:
             tokens = jnp.concatenate([half.tokens.ravel() for half in batch.values()])
             counts = counts.at[tokens].add(1)
-        metrics |= {"loss": value, "gradient_norm": optax.global_norm(gradient)}
+        metrics |= {"gradient_norm": optax.global_norm(gradient)}
         return TrainState(state.step + 1, params, ema, opt_state, counts), metrics
 
     return train_step
+
+
+Differentiated = Callable[[dict[str, Batch], Array], tuple[Params, dict[str, Array]]]
+
+
+def accumulated(differentiated: Differentiated, count: int) -> Differentiated:
+    """Go through a batch in parts, for a large batch in little memory: (batch, rng) -> (gradient, metrics), averaged.
+
+    Each part has a key of its own. What the loss stratifies over its batch, such as times, is stratified over each
+    part. The parts run in a loop, whose convolution gradients are slow on CPU, see `make_train_steps`.
+
+    Args:
+        differentiated: (batch, rng) -> (gradient, metrics), both means over the batch.
+        count: number of parts, a divisor of the batch size; with 1 there is no loop.
+    """
+    if count == 1:
+        return differentiated
+
+    def split(a: Array) -> Array:
+        # Part i has rows i, i + count, ...: a sharded batch stays in place, and every part is spread over the devices.
+        return jnp.moveaxis(a.reshape(-1, count, *a.shape[1:]), 1, 0)
+
+    def means(batch: dict[str, Batch], rng: Array) -> tuple[Params, dict[str, Array]]:
+        def add_part(total: Params, part: tuple[dict[str, Batch], Array]) -> tuple[Params, dict[str, Array]]:
+            gradient, metrics = differentiated(*part)
+            return jax.tree.map(jnp.add, total, gradient), metrics
+
+        parts = jax.tree.map(split, batch), jax.random.split(rng, count)
+        first = jax.tree.map(lambda a: a[0], parts)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(differentiated, *first)[0])
+        total, metrics = jax.lax.scan(add_part, zeros, parts)
+        return jax.tree.map(lambda g: g / count, total), jax.tree.map(jnp.mean, metrics)
+
+    return means
 
 
 def make_train_steps(

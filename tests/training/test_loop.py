@@ -186,6 +186,9 @@ def test_a_diverged_training_stops_and_keeps_its_last_finite_checkpoint(tmp_path
 def test_settings_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(UserError, match="num_steps is 5 and steps_per_dispatch 2"):
         train_linear(tmp_path / "run", num_steps=5, steps_per_dispatch=2)
+    for parts in (3, 0):
+        with pytest.raises(UserError, match=f"batch_size is 4 and microbatches {parts}"):
+            train_linear(tmp_path / "run", microbatches=parts)
     with pytest.raises(UserError, match=r"\(3, 1, 1\).*1 devices"):
         train_linear(tmp_path / "run", mesh=(3, 1, 1))
     with pytest.raises(UserError, match="no rule of config.training.trainable"):

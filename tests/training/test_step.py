@@ -89,3 +89,56 @@ def test_every_step_has_keys_of_its_own_which_only_its_number_decides():
     assert len(set(drawn)) == len(drawn)
     _, again = steps(state._replace(step=jnp.asarray(3, jnp.int32)), FROZEN, {})
     assert float(again["noise"]) == drawn[6]
+
+
+ROWS = 8
+
+
+def rows_of(tokens_per_row=2):
+    x = jnp.arange(float(ROWS * 3)).reshape(ROWS, 1, 1, 3) / 10
+    tokens = jnp.arange(ROWS * tokens_per_row).reshape(ROWS, -1) % 6
+    return {half: Batch(sign * x, tokens, None, None, None) for half, sign in (("instance", 1), ("prior", -2))}
+
+
+def regression(params, frozen_params, batch, rng):
+    """A mean over rows, with a gradient that differs between them and no randomness."""
+    instance, prior = (jnp.tanh(params["w"] * batch[half].x + params["offset"]) for half in ("instance", "prior"))
+    prior_loss = jnp.mean(jnp.square(prior - batch["prior"].x))
+    return jnp.mean(jnp.square(instance - 1)) + prior_loss, {"prior_loss": prior_loss}
+
+
+def test_microbatches_give_the_step_of_the_whole_batch():
+    optimizer = optax.sgd(0.1)
+    state = init_state({"w": normal_vector()}, optimizer, ema=True, vocabulary_size=6)
+    whole, parts = (
+        jax.jit(make_train_step(regression, optimizer, 0.9, k))(state, FROZEN, rows_of(), jax.random.key(0))
+        for k in (1, 4)
+    )
+    assert parts[1].keys() == whole[1].keys()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), parts, whole)
+    assert not np.allclose(whole[0].params["w"], state.params["w"], atol=1e-3)
+
+
+def normal_vector():
+    return jnp.array([0.3, -0.2, 0.5])
+
+
+def test_the_parts_of_a_batch_are_all_of_it_each_with_its_own_key_in_one_trace():
+    traces, seen = [], []
+
+    def loss(params, frozen_params, batch, rng):
+        traces.append(batch["instance"].x.shape)
+        noise = jax.random.normal(rng)
+        jax.debug.callback(lambda x, n: seen.append((x.ravel().tolist(), float(n))), batch["instance"].x[..., 0], noise)
+        return jnp.sum(params["w"]) * noise, {}
+
+    optimizer = optax.sgd(0.1)
+    state = init_state({"w": normal_vector()}, optimizer, ema=False, vocabulary_size=None)
+    jax.block_until_ready(
+        jax.jit(make_train_step(loss, optimizer, 0.0, 4))(state, FROZEN, rows_of(), jax.random.key(0))
+    )
+    jax.effects_barrier()
+    assert set(traces) == {(ROWS // 4, 1, 1, 3)} and len(traces) < 4
+    rows, noise = zip(*seen, strict=True)
+    np.testing.assert_array_equal(sorted(sum(rows, [])), rows_of()["instance"].x[:, 0, 0, 0])
+    assert len(set(noise)) == 4
