@@ -1,10 +1,12 @@
 """The low-resolution picture that conditions a super-resolution network: made, enlarged and noised.
 
 Pixels are areas: pixel i of n covers [i / n, (i + 1) / n]. `downsample` averages over areas and `upsample`
-interpolates between their centres (PyTorch's align_corners=False), so that neither shifts the picture.
+interpolates between their centres (PyTorch's align_corners=False), so that neither shifts the picture. The networks of
+DeepFloyd IF have learnt from pictures enlarged in another way, see `upsample`.
 """
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -24,8 +26,14 @@ def downsample(x_BHWC: Array, size: int) -> Array:
     return x_BHWC.reshape(batch, size, height // size, size, width // size, channels).mean((2, 4))
 
 
-def upsample(low_BHWC: Array, size: int) -> Array:
-    """[B, size, size, C] pictures by bilinear interpolation; the border's half pixel repeats the edge.
+def upsample(low_BHWC: Array, size: int, corners: bool = False) -> Array:
+    """[B, size, size, C] pictures by bilinear interpolation.
+
+    Args:
+        low_BHWC: pictures.
+        size: side of the larger pictures.
+        corners: whether the centres of the corner pixels stay in the corners (PyTorch's align_corners=True, as in
+            DeepFloyd IF). Otherwise pixels are areas, and the border's half pixel repeats the edge.
 
     Raises:
         ValueError: size is below the pictures' sides.
@@ -33,7 +41,10 @@ def upsample(low_BHWC: Array, size: int) -> Array:
     batch, height, width, channels = low_BHWC.shape
     if size < max(height, width):
         raise ValueError(f"Pictures of {height}x{width} cannot be enlarged to {size}x{size}; use downsample.")
-    return jax.image.resize(low_BHWC, (batch, size, size, channels), "bilinear", antialias=False)
+    if not corners:
+        return jax.image.resize(low_BHWC, (batch, size, size, channels), "bilinear", antialias=False)
+    rows, columns = _corner_weights(height, size), _corner_weights(width, size)
+    return jnp.einsum("ih,bhwc,jw->bijc", rows, low_BHWC, columns, precision="highest")
 
 
 def sample_levels(key: Array, batch: int, low: float = 0.0, high: float = 1.0) -> Array:
@@ -60,3 +71,8 @@ def augment(schedule: Schedule, low_BHWC: Array, level_B: ArrayLike, noise: Arra
         alpha_level low + sigma_level noise.
     """
     return add_noise(low_BHWC, noise, schedule.alpha(level_B), schedule.sigma(level_B))
+
+
+def _corner_weights(n: int, size: int) -> Array:
+    """[size, n] weights that interpolate n points linearly at `size` points, the first and the last kept."""
+    return jnp.maximum(1 - jnp.abs(jnp.linspace(0.0, n - 1.0, size)[:, None] - jnp.arange(n)), 0)

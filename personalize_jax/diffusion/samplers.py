@@ -1,20 +1,25 @@
 """Samplers as step functions from z_t to z_s, s < t, under one loop.
 
 A sampler sees a network only through x0_hat, so that prediction kind, guidance and thresholding are the caller's.
-Every step to s = 0 returns x0_hat itself, without noise.
+Where variances are learned, the pair (x0_hat, v) takes the place of x0_hat: v of its shape, about in [-1, 1], says
+where between its bounds the variance lies. Every step to s = 0 returns x0_hat itself, without noise.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from personalize_jax.diffusion.prediction import to_x0_eps
+from personalize_jax.diffusion.prediction import per_picture, to_x0_eps
 from personalize_jax.diffusion.schedule import Schedule
 
-Denoise = Callable[[Array, Array], Array]
+Denoised = Array | tuple[Array, Array]
+Denoise = Callable[[Array, Array], Denoised]
+Variance = Literal["small", "large", "learned_range"]
+SpacingKind = Literal["leading", "trailing", "linspace"]
 
 
 class Sampler(NamedTuple):
@@ -26,7 +31,24 @@ class Sampler(NamedTuple):
     """
 
     init: Callable[[Array], Any]
-    step: Callable[[Any, Array, Array, Array, Array, Array], tuple[Any, Array]]
+    step: Callable[[Any, Array, Denoised, Array, Array, Array], tuple[Any, Array]]
+
+
+class Spacing(NamedTuple):
+    """Which indices of a discrete schedule sampling visits, in the terms of diffusers' scheduler files.
+
+    (Lin et al. 2023, table 2.)
+
+    Attributes:
+        kind: "leading" counts up from `offset` in steps of N // num_steps, "trailing" down from N - 1 in steps of
+            N / num_steps, "linspace" spreads indices evenly from 0 to N - 1.
+        offset: the least index of "leading" (diffusers' `steps_offset`); the others take no notice of it.
+        ends_clean: whether the last step leads to the clean picture or to index 0 (`set_alpha_to_one`).
+    """
+
+    kind: SpacingKind
+    offset: int = 0
+    ends_clean: bool = True
 
 
 def posterior(schedule: Schedule, z_t: Array, x0: Array, t: Array, s: Array) -> tuple[Array, Array]:
@@ -34,37 +56,62 @@ def posterior(schedule: Schedule, z_t: Array, x0: Array, t: Array, s: Array) -> 
 
     Args:
         schedule: the forward process.
-        z_t: noisy pictures at time t.
+        z_t: [B, ...] noisy pictures at time t.
         x0: clean pictures, of z_t's shape.
-        t: time of z_t, scalar in (0, 1].
-        s: earlier time, scalar in [0, t).
+        t: time of z_t in (0, 1], scalar or [B].
+        s: earlier time in [0, t), of t's shape.
 
     Returns:
-        The mean, of z_t's shape, and the scalar variance.
+        The mean, of z_t's shape, and the variance, of t's shape.
     """
     old, new = _noise_shares(schedule, t, s)
-    mean = schedule.alpha(s) * (old / schedule.alpha(t) * z_t + new * x0)
-    return mean, new * schedule.sigma(s) ** 2
+    # The square root and the noise scales stand for old alpha_s / alpha_t, which would be 0 / 0 where alpha_t is 0.
+    of_z_t, of_x0 = jnp.sqrt(old) * schedule.sigma(s) / schedule.sigma(t), new * schedule.alpha(s)
+    mean = per_picture(of_z_t, z_t) * z_t + per_picture(of_x0, z_t) * x0
+    return mean, step_variances(schedule, t, s)[0]
 
 
-def ancestral(schedule: Schedule, variance: Literal["small", "large"] = "small") -> Sampler:
+def step_variances(schedule: Schedule, t: Array, s: Array) -> tuple[Array, Array]:
+    """Variances of the step from t to s < t, each of t's shape (Ho et al. 2020, section 3.2).
+
+    The small one is the posterior's, sigma_{t|s}^2 sigma_s^2 / sigma_t^2, right for data that is one point; the large
+    one is the forward step's, sigma_{t|s}^2, right for data that is standard normal. Other data lies between.
+    """
+    _, new = _noise_shares(schedule, t, s)
+    return new * schedule.sigma(s) ** 2, new * schedule.sigma(t) ** 2
+
+
+def learned_log_variance(small: Array, large: Array, v: Array) -> Array:
+    """Log variance that a network puts between the bounds (Nichol & Dhariwal 2021, eq. 15).
+
+    v = -1 is small and v = 1 large. A small variance of 0, as in a step to s = 0, counts as 1e-20.
+    """
+    share = (v + 1) / 2
+    return share * jnp.log(large) + (1 - share) * jnp.log(jnp.maximum(small, 1e-20))
+
+
+def ancestral(schedule: Schedule, variance: Variance = "small") -> Sampler:
     """The stochastic sampler of DDPM (Ho et al. 2020, algorithm 2; specification [0040]).
 
     Args:
         schedule: the forward process.
-        variance: "small" is the posterior's, sigma_{t|s}^2 sigma_s^2 / sigma_t^2, right for data that is one point;
-            "large" is the forward step's, sigma_{t|s}^2, right for data that is standard normal (ibid., section 3.2).
+        variance: "small" or "large", see `step_variances`; "learned_range" lies where the network says, see
+            `learned_log_variance`, and its steps take the pair (x0_hat, v) for x0_hat.
 
     Raises:
         ValueError: unknown variance.
     """
-    if variance not in ("small", "large"):
-        raise ValueError(f"variance is {variance!r}; give small or large.")
+    if variance not in get_args(Variance):
+        raise ValueError(f"variance is {variance!r}; give one of {', '.join(get_args(Variance))}.")
 
-    def step(carry: None, z_t: Array, x0_hat: Array, t: Array, s: Array, noise: Array) -> tuple[None, Array]:
-        mean, posterior_variance = posterior(schedule, z_t, x0_hat, t, s)
-        _, new = _noise_shares(schedule, t, s)
-        std = jnp.sqrt(posterior_variance if variance == "small" else new * schedule.sigma(t) ** 2)
+    def step(carry: None, z_t: Array, x0_hat: Denoised, t: Array, s: Array, noise: Array) -> tuple[None, Array]:
+        small, large = step_variances(schedule, t, s)
+        if variance == "learned_range":
+            x0_hat, v = x0_hat
+            std = jnp.exp(learned_log_variance(small, large, v) / 2)
+        else:
+            std = jnp.sqrt(small if variance == "small" else large)
+        mean, _ = posterior(schedule, z_t, x0_hat, t, s)
         return carry, _clean_at_zero(s, mean + std * noise, x0_hat)
 
     return Sampler(lambda x_T: None, step)
@@ -72,6 +119,8 @@ def ancestral(schedule: Schedule, variance: Literal["small", "large"] = "small")
 
 def ddim(schedule: Schedule, eta: float = 0.0) -> Sampler:
     """DDIM (Song et al. 2021, eq. 12 and 16; specification [0040]).
+
+    The noise is what x0_hat, thresholded or not, leaves of z_t: diffusers' `use_clipped_model_output=True`.
 
     Args:
         schedule: the forward process.
@@ -117,15 +166,31 @@ def dpm_solver_pp(schedule: Schedule) -> Sampler:
     return Sampler(init, step)
 
 
-def timesteps(num_steps: int) -> Array:
-    """[num_steps + 1] float32 times, evenly from 1 to 0.
+def timesteps(num_steps: int, spacing: Spacing | None = None, num_timesteps: int | None = None) -> Array:
+    """[num_steps + 1] float32 times: evenly from 1 to 0, or those that a spacing takes of a discrete schedule.
+
+    Each step leads from a time to the next in the list, as in diffusers' DDPM. Its DDIM goes N // num_steps indices
+    down instead: the same for "leading", and for "trailing" where num_steps divides N.
+
+    Args:
+        num_steps: evaluations of the network.
+        spacing: which indices n to visit; t = (n + 1) / N. A single step of "linspace" starts from N - 1.
+        num_timesteps: N, needed with a spacing.
 
     Raises:
-        ValueError: num_steps below 1.
+        ValueError: num_steps below 1 or beyond what the spacing has room for, N missing, or unknown kind.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; give at least 1.")
-    return jnp.linspace(1.0, 0.0, num_steps + 1)
+    if spacing is None:
+        return jnp.linspace(1.0, 0.0, num_steps + 1)
+    if num_timesteps is None:
+        raise ValueError(f"The spacing {spacing.kind!r} is of discrete schedules; give num_timesteps.")
+    n = _indices(num_steps, spacing, num_timesteps)
+    if num_steps > num_timesteps or n[0] >= num_timesteps:
+        raise ValueError(f"{num_steps} steps of {spacing} do not fit {num_timesteps} timesteps; give fewer.")
+    end = 0 if spacing.ends_clean else 1
+    return jnp.asarray(np.append(n + 1, end) / num_timesteps, jnp.float32)
 
 
 def initial_noise(keys_B: Array, shape: tuple[int, ...]) -> Array:
@@ -137,7 +202,8 @@ def sample(denoise: Denoise, sampler: Sampler, ts: Array, keys_B: Array, shape: 
     """Draws a batch of pictures; a picture depends on its own key, not on its neighbours or the size of the batch.
 
     Args:
-        denoise: (z_t [B, *shape], scalar t) -> x0_hat [B, *shape], float32 as z_t is.
+        denoise: (z_t [B, *shape], scalar t) -> x0_hat [B, *shape], float32 as z_t is; (x0_hat, v) for a sampler that
+            takes learned variances.
         sampler: the method.
         ts: [steps + 1] decreasing times, as `timesteps` gives them; a discrete schedule of N needs steps <= N.
         keys_B: one random key a picture, used for nothing else.
@@ -161,6 +227,17 @@ def sample(denoise: Denoise, sampler: Sampler, ts: Array, keys_B: Array, shape: 
 
 def _noise(keys_B: Array, i: int | Array, shape: tuple[int, ...]) -> Array:
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), shape))(keys_B)
+
+
+def _indices(num_steps: int, spacing: Spacing, num_timesteps: int) -> np.ndarray:
+    """[num_steps] decreasing indices of a discrete schedule."""
+    if spacing.kind == "leading":
+        return num_timesteps // num_steps * np.arange(num_steps)[::-1] + spacing.offset
+    if spacing.kind == "trailing":
+        return np.round(np.arange(num_timesteps, 0, -num_timesteps / num_steps))[:num_steps] - 1
+    if spacing.kind == "linspace":
+        return np.round(np.linspace(0, num_timesteps - 1, max(num_steps, 2)))[::-1][:num_steps]
+    raise ValueError(f"spacing is {spacing.kind!r}; give one of {', '.join(get_args(SpacingKind))}.")
 
 
 def _noise_shares(schedule: Schedule, t: Array, s: Array) -> tuple[Array, Array]:

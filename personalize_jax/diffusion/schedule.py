@@ -29,7 +29,10 @@ class Schedule:
     num_timesteps: int | None = None
 
     def logsnr(self, t: ArrayLike) -> Array:
-        """Log signal-to-noise ratio, of t's shape; t in [0, 1]. Discrete schedules give +inf at t = 0."""
+        """Log signal-to-noise ratio, of t's shape; t in [0, 1].
+
+        Discrete schedules give +inf at t = 0, and -inf at t = 1 where their last beta is 1.
+        """
         return self.function(jnp.asarray(t), *self.arguments)
 
     def alpha(self, t: ArrayLike) -> Array:
@@ -74,15 +77,19 @@ def discrete(betas: Sequence[float] | np.ndarray) -> Schedule:
     Index n is t = (n + 1) / N; a t in between counts as the next noisier index, and t = 0 is exactly clean.
 
     Args:
-        betas: [N] variances in (0, 1).
+        betas: [N] variances in (0, 1); the last may be 1, so that nothing of the picture is left at t = 1.
 
     Raises:
-        ValueError: betas are not a non-empty list of numbers in (0, 1).
+        ValueError: betas are not a non-empty list of such numbers.
     """
     betas_N = np.asarray(betas, np.float64)
-    if betas_N.ndim != 1 or not betas_N.size or not np.all((betas_N > 0) & (betas_N < 1)):
-        raise ValueError(f"betas of shape {betas_N.shape} were given; give a non-empty list of numbers in (0, 1).")
-    log_alpha2_N = np.cumsum(np.log1p(-betas_N))
+    within = (betas_N > 0) & (betas_N < 1)
+    if betas_N.ndim != 1 or not betas_N.size or not within[:-1].all() or not (within[-1] or betas_N[-1] == 1):
+        raise ValueError(
+            f"betas of shape {betas_N.shape} were given; give a non-empty list of numbers in (0, 1), or 1 for the last."
+        )
+    with np.errstate(divide="ignore"):  # log 0 is meant
+        log_alpha2_N = np.cumsum(np.log1p(-betas_N))
     logsnr_N = log_alpha2_N - np.log(-np.expm1(log_alpha2_N))
     return Schedule(_table_logsnr, (np.inf, *logsnr_N.tolist()), num_timesteps=betas_N.size)
 
@@ -101,6 +108,20 @@ def squaredcos_betas(n: int = 1000) -> np.ndarray:
     """[n] betas of the discrete cosine schedule, at most 0.999 (Nichol & Dhariwal 2021, eq. 17; DeepFloyd IF)."""
     alpha2 = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.minimum(1 - alpha2[1:] / alpha2[:-1], 0.999)
+
+
+def rescale_zero_terminal_snr(betas: Sequence[float] | np.ndarray) -> np.ndarray:
+    """[N] betas whose last is 1: alpha is shifted to 0 at t = 1 and scaled to stay what it was at t = 1 / N.
+
+    (Lin et al. 2023, algorithm 1.) A network then needs the prediction "v" or "x0": eps tells nothing at t = 1.
+
+    Args:
+        betas: [N] variances in (0, 1).
+    """
+    alpha_N = np.sqrt(np.cumprod(1 - np.asarray(betas, np.float64)))
+    alpha_N = (alpha_N - alpha_N[-1]) * alpha_N[0] / (alpha_N[0] - alpha_N[-1])
+    alpha2_N = alpha_N**2
+    return 1 - alpha2_N / np.append(1.0, alpha2_N[:-1])
 
 
 def _cosine_logsnr(t: Array, shift: float, logsnr_min: float, logsnr_max: float) -> Array:

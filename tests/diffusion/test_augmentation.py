@@ -41,6 +41,17 @@ def test_upsample_stays_within_the_picture():
     np.testing.assert_allclose(upsample(x, 8), x, atol=1e-6)
 
 
+@pytest.mark.parametrize(("height", "width", "size"), [(8, 8, 32), (5, 3, 16), (1, 4, 7), (6, 6, 6)])
+@pytest.mark.parametrize("corners", [False, True])
+def test_upsample_agrees_with_torch(height, width, size, corners):
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(0).normal(size=(2, height, width, 3)).astype(np.float32)
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(x).permute(0, 3, 1, 2), (size, size), mode="bilinear", align_corners=corners
+    ).permute(0, 2, 3, 1)
+    np.testing.assert_allclose(upsample(jnp.asarray(x), size, corners), expected, atol=1e-5)
+
+
 def test_impossible_sizes_are_refused():
     for call in (lambda: downsample(ramp(16), 5), lambda: downsample(ramp(16), 0), lambda: upsample(ramp(16), 8)):
         with pytest.raises(ValueError, match="16x16"):

@@ -71,6 +71,15 @@ def test_each_picture_has_its_own_threshold(pair):
     np.testing.assert_allclose(dynamic_threshold(x0, 0.95), jnp.stack(alone), rtol=1e-6)
 
 
+@pytest.mark.parametrize("max_value", [1.0, 1.5, 100.0])
+def test_dynamic_threshold_agrees_with_diffusers(max_value, pair):
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    x0 = np.array(pair[0] * jnp.array([0.3, 1, 4])[:, None, None, None])
+    scheduler = diffusers.DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=0.95, sample_max_value=max_value)
+    expected = scheduler._threshold_sample(torch.from_numpy(x0))
+    np.testing.assert_allclose(dynamic_threshold(x0, 0.95, max_value), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("options", [{"percentile": 0}, {"percentile": 99.5}, {"max_value": 0.9}])
 def test_impossible_thresholds_are_refused(options):
     with pytest.raises(ValueError, match="give"):

@@ -43,6 +43,14 @@ def test_a_perfect_answer_gives_back_picture_and_noise(kind, batch):
     np.testing.assert_allclose(eps_hat, eps, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["v", "x0"])
+def test_pure_noise_is_all_eps(kind, batch):
+    z_t, output = batch[:2]
+    x0_hat, eps_hat = to_x0_eps(kind, output, z_t, 0.0, 1.0)
+    np.testing.assert_array_equal(x0_hat, -output if kind == "v" else output)
+    np.testing.assert_array_equal(eps_hat, z_t)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_answer_splits_the_input(kind, batch):
     x0, eps, alpha, sigma = batch

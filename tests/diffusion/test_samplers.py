@@ -11,6 +11,7 @@ from jax.scipy.stats import norm
 
 from personalize_jax.diffusion.samplers import (
     Sampler,
+    Spacing,
     ancestral,
     ddim,
     dpm_solver_pp,
@@ -19,7 +20,14 @@ from personalize_jax.diffusion.samplers import (
     sample,
     timesteps,
 )
-from personalize_jax.diffusion.schedule import cosine, discrete, linear, squaredcos_betas
+from personalize_jax.diffusion.schedule import (
+    cosine,
+    discrete,
+    linear,
+    rescale_zero_terminal_snr,
+    scaled_linear_betas,
+    squaredcos_betas,
+)
 
 MEAN, STD = 0.4, 0.3
 CENTRES, SHARES, WIDTH = jnp.array([-0.8, 0.1, 0.9]), jnp.array([0.5, 0.2, 0.3]), 0.1
@@ -152,6 +160,47 @@ def test_each_ancestral_variance_is_exact_for_its_own_data(variance, std):
     np.testing.assert_allclose(slope**2 * marginal[0] + (above - middle)[0, 0] ** 2, marginal[1], rtol=1e-5)
 
 
+def learned(v):
+    """A sampler of learned variance whose network always says v."""
+
+    def make(schedule):
+        init, step = ancestral(schedule, "learned_range")
+        return Sampler(init, lambda carry, z_t, x0_hat, *rest: step(carry, z_t, (x0_hat, v), *rest))
+
+    return make
+
+
+@pytest.mark.parametrize(("v", "variance"), [(-1.0, "small"), (1.0, "large")])
+@pytest.mark.parametrize(("t", "s"), [(1.0, 0.9), (0.3, 0.2), (0.1, 0.0)])
+def test_learned_variances_reach_from_small_to_large(v, variance, t, s):
+    z_t, x0_hat, noise = jax.random.normal(jax.random.key(3), (3, 2, 4, 4, 3))
+    schedule, arguments = SCHEDULES["squaredcos"], (None, z_t, x0_hat, jnp.float32(t), jnp.float32(s), noise)
+    _, expected = ancestral(schedule, variance).step(*arguments)
+    _, z_s = learned(jnp.full_like(z_t, v))(schedule).step(*arguments)
+    np.testing.assert_allclose(z_s, expected, atol=1e-5)
+
+
+def test_a_network_may_answer_with_its_variance():
+    schedule = cosine()
+    denoise = mixture_denoiser(schedule)
+    plain = draw(denoise, ancestral(schedule), timesteps(4), pictures=2)
+    paired = draw(
+        lambda z_t, t: (denoise(z_t, t), jnp.full_like(z_t, -1)),
+        ancestral(schedule, "learned_range"),
+        timesteps(4),
+        pictures=2,
+    )
+    np.testing.assert_allclose(paired, plain, atol=1e-5)
+
+
+def test_a_learned_variance_is_of_its_pixel():
+    z_t = jnp.zeros((1, 3))
+    step = learned(jnp.array([[-1.0, 0.0, 1.0]]))(cosine()).step
+    std = step(None, z_t, z_t, jnp.float32(0.5), jnp.float32(0.4), jnp.ones_like(z_t))[1][0]
+    assert std[0] < std[1] < std[2]
+    assert std[1] == pytest.approx(float(np.sqrt(std[0] * std[2])), rel=1e-5)  # halfway between the logarithms
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_ddim_with_eta_one_is_ancestral(schedule):
     z_t, x0_hat, noise = jax.random.normal(jax.random.key(3), (3, 2, 8, 8, 3))
@@ -228,7 +277,56 @@ def test_timesteps_run_evenly_from_noise_to_clean():
     np.testing.assert_array_equal(timesteps(1), [1, 0])
 
 
+@pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
+def test_sampling_starts_from_pure_noise(make):
+    """Where alpha is 0 nothing divides by it, and the picture comes from x0_hat alone."""
+    schedule = discrete(rescale_zero_terminal_snr(scaled_linear_betas(n=20)))
+    sampler, z_t = make(schedule), jnp.linspace(-2, 2, 9)
+    arguments = (jnp.float32(1), jnp.float32(0.5), jnp.zeros(9))
+    from_zero, from_mean = (
+        sampler.step(sampler.init(z_t), z_t, jnp.full(9, x0_hat), *arguments)[1] for x0_hat in (0.0, MEAN)
+    )
+    np.testing.assert_allclose(from_mean - from_zero, schedule.alpha(0.5) * MEAN, rtol=1e-5)
+    np.testing.assert_allclose(from_zero, from_zero[-1] * z_t / 2, atol=1e-6)
+    (x,) = solve(gaussian_denoiser(schedule), sampler, [timesteps(20)], z_t)
+    assert np.all(np.isfinite(x)) and x[4] == pytest.approx(MEAN, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "indices"),
+    [
+        (Spacing("leading"), [6, 4, 2, 0]),
+        (Spacing("leading", offset=1), [7, 5, 3, 1]),
+        (Spacing("trailing"), [9, 7, 4, 1]),
+        (Spacing("linspace"), [9, 6, 3, 0]),
+    ],
+)
+@pytest.mark.parametrize("ends_clean", [True, False])
+def test_spacings_visit_their_indices(spacing, indices, ends_clean):
+    schedule = discrete([0.1] * 10)
+    ts = timesteps(4, spacing._replace(ends_clean=ends_clean), 10)
+    np.testing.assert_array_equal(schedule.network_time(ts[:-1]), indices)
+    assert ts[-1] == (0 if ends_clean else np.float32(0.1))
+
+
+@pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
+def test_sampling_may_end_at_index_zero(make):
+    """Then the last step leads from index 0 to itself and changes nothing."""
+    schedule = discrete(squaredcos_betas(10))
+    ts = timesteps(4, Spacing("leading", ends_clean=False), 10)
+    early, late = solve(gaussian_denoiser(schedule), make(schedule), [ts[:-1], ts], jnp.linspace(-2, 2, 9))
+    np.testing.assert_allclose(late, early, atol=1e-6)
+
+
 def test_impossible_settings_are_refused():
-    for call in (lambda: timesteps(0), lambda: ddim(cosine(), eta=1.5), lambda: ancestral(cosine(), "medium")):
+    for call in (
+        lambda: timesteps(0),
+        lambda: timesteps(4, Spacing("leading")),
+        lambda: timesteps(11, Spacing("trailing"), 10),
+        lambda: timesteps(10, Spacing("leading", offset=1), 10),
+        lambda: timesteps(4, Spacing("middle"), 10),
+        lambda: ddim(cosine(), eta=1.5),
+        lambda: ancestral(cosine(), "medium"),
+    ):
         with pytest.raises(ValueError, match="give"):
             call()

@@ -8,6 +8,7 @@ from personalize_jax.diffusion.schedule import (
     discrete,
     linear,
     linear_betas,
+    rescale_zero_terminal_snr,
     scaled_linear_betas,
     squaredcos_betas,
 )
@@ -109,6 +110,16 @@ def test_squaredcos_follows_the_cosine():
     np.testing.assert_allclose(SCHEDULES["squaredcos"].alpha(t) ** 2, offset_cos2, rtol=1e-4)
 
 
+@pytest.mark.parametrize("betas", [linear_betas(), scaled_linear_betas(), squaredcos_betas(20)])
+def test_zero_terminal_snr_keeps_the_first_alpha_and_scales_the_rest(betas):
+    rescaled = rescale_zero_terminal_snr(betas)
+    before, alpha = (np.sqrt(np.cumprod(1 - b)) for b in (betas, rescaled))
+    assert alpha[0] == pytest.approx(before[0]) and alpha[-1] == 0
+    np.testing.assert_allclose(alpha[:-1] / (before - before[-1])[:-1], alpha[0] / (before[0] - before[-1]))
+    schedule = discrete(rescaled)
+    assert schedule.logsnr(1.0) == -np.inf and schedule.alpha(1.0) == 0 and schedule.sigma(1.0) == 1
+
+
 def test_schedules_are_static_arguments_by_value():
     traces = []
 
@@ -122,7 +133,7 @@ def test_schedules_are_static_arguments_by_value():
     assert traces == [cosine(), discrete([0.1, 0.2])]
 
 
-@pytest.mark.parametrize("betas", [[], [0.1, 1.0], [0.0, 0.1], [[0.1]], [float("nan")]])
+@pytest.mark.parametrize("betas", [[], [1.0, 0.1], [0.1, 1.1], [0.0, 0.1], [[0.1]], [float("nan")]])
 def test_impossible_betas_are_refused(betas):
     with pytest.raises(ValueError, match="betas"):
         discrete(betas)
