@@ -2,6 +2,18 @@
 
 from ml_collections import ConfigDict
 
+# Of the paper's prompts, those that a report shows.
+CONTEXTS = (
+    "in the jungle",
+    "in the snow",
+    "on the beach",
+    "on a cobblestone street",
+    "on top of a purple rug in a forest",
+    "with a mountain in the background",
+    "with a city in the background",
+    "floating on top of water",
+)
+
 
 def training() -> ConfigDict:
     """The keys that `personalize_jax.training.loop.train` reads."""
@@ -13,7 +25,9 @@ def training() -> ConfigDict:
             "caption_dropout": 0.0,
             "object_weight": 0.0,  # added to the loss weight of the object's pixels, where masks are known
             "augmentation_levels": (0.0, 0.0),  # of the low-resolution picture, super-resolution only
-            "weighting": "none",
+            "weighting": "none",  # or min_snr
+            "offset_noise": 0.0,  # standard deviation of noise that is the same in all of a picture
+            "vlb_weight": 0.0,  # of the bound that trains learned variances, usually 1; 0 leaves them alone
             "prior": {
                 "weight": 0.0,  # lambda
                 "form": "sampled",  # or frozen_prediction
@@ -45,6 +59,58 @@ def training() -> ConfigDict:
             "steps_per_dispatch": 1,
             "log_every": 20,
             "checkpoint_every": 500,
+        }
+    )
+
+
+def public_training() -> ConfigDict:
+    """How a stage of a public model is tuned: all layers, text encoder frozen, lambda 1."""
+    config = training()
+    config.prior.weight = 1.0
+    config.optimizer.b2 = 0.999
+    config.optimizer.weight_decay = 1e-2
+    config.lora.targets = (("denoiser/.*/(to_q|to_k|to_v|to_out_0|add_k_proj|add_v_proj)/kernel", 1),)
+    config.steps_per_dispatch = 10
+    return config
+
+
+def public(pretrained: str | tuple[str, ...]) -> ConfigDict:
+    """What the configurations of public models share.
+
+    Args:
+        pretrained: repository on the hub or folder, of each stage.
+    """
+    return ConfigDict(
+        {
+            "seed": 0,
+            "pretrained": pretrained,
+            "compute": {
+                "dtype": "bfloat16",  # of activations; parameters are float32
+                "remat": True,  # compute activations again in the backward pass
+                "attention": "xla",  # or flash (TPU), cudnn (GPU): these never hold the whole score matrix
+            },
+            "subject": {
+                "num_tokens": 1,  # of the identifier
+                "frequency": "recorded",  # how rare a token is: also sentencepiece, bpe_rank, or a file of captions
+                "rule": "rarest",  # or paper
+                "registry": "runs/registry.json",  # identifiers in use, shared by runs
+                "class_threshold": 0.6,  # least score of a class noun found by a classifier
+            },
+            "class_images": {
+                "count": 1000,
+                "num_steps": 100,
+                "guidance_scale": 7.5,
+                "batch_size": 16,
+            },
+            "tune": ("base",),
+            "training": public_training(),
+            "report": {
+                "contexts": CONTEXTS,
+                "images_per_context": 4,
+                "class_samples": 32,
+                "without_prior": False,  # tune the base once more without the prior term, to compare
+                "batch_size": 16,
+            },
         }
     )
 

@@ -31,16 +31,7 @@ def get_config() -> ConfigDict:
             "training": common.training(),
             "super_resolution_training": common.training(),
             "report": {
-                "contexts": (
-                    "in the jungle",
-                    "in the snow",
-                    "on the beach",
-                    "on a cobblestone street",
-                    "on top of a purple rug in a forest",
-                    "with a mountain in the background",
-                    "with a city in the background",
-                    "floating on top of water",
-                ),
+                "contexts": common.CONTEXTS,
                 "images_per_context": 2,
                 "class_samples": 32,
                 "without_prior": True,  # tune the base once more without the prior term, to compare

@@ -8,7 +8,7 @@ from personalize_jax.training.trainable import select
 
 _OF_RUN = {
     "": ("seed", "pretrained", "tune"),
-    "subject.": ("num_tokens", "registry", "class_threshold"),
+    "subject.": ("num_tokens", "rule", "frequency", "registry", "class_threshold"),
     "class_images.": ("count", "num_steps", "guidance_scale", "batch_size"),
     "report.": ("contexts", "images_per_context", "class_samples", "without_prior", "batch_size"),
 }
@@ -16,27 +16,29 @@ _OF_TRAINING = {
     "": (
         *("num_steps", "batch_size", "microbatches", "steps_per_dispatch", "log_every", "checkpoint_every"),
         *("mesh", "sharding"),
-        *("caption_dropout", "object_weight", "augmentation_levels", "weighting", "trainable", "ema_decay"),
+        *("caption_dropout", "object_weight", "augmentation_levels", "weighting", "offset_noise", "vlb_weight"),
+        *("trainable", "ema_decay"),
     ),
     "lora.": ("rank", "targets"),
     "prior.": ("weight", "form", "caption_dropout"),
     "optimizer.": ("learning_rate", "warmup_steps", "decay_steps", "b1", "b2", "weight_decay", "clip_norm"),
 }
-KEYS = (
-    *(section + key for section, keys in _OF_RUN.items() for key in keys),
-    *(
-        f"{part}.{section}{key}"
-        for part in ("training", "super_resolution_training")
-        for section, keys in _OF_TRAINING.items()
-        for key in keys
-    ),
-)
+_TRAININGS = {"base": "training", "super_resolution": "super_resolution_training"}
 PRIOR_FORMS = ("sampled", "frozen_prediction")
 
 
 def stage_trainings(config: ConfigDict) -> dict[str, ConfigDict]:
     """The training keys of each stage."""
-    return {"base": config.training, "super_resolution": config.super_resolution_training}
+    return {stage: config[part] for stage, part in _TRAININGS.items() if part in config}
+
+
+def keys(config: ConfigDict) -> list[str]:
+    """The dotted keys that a configuration must hold: those of the run, and of each training that it describes."""
+    parts = ["training", *(part for part in _TRAININGS.values() if part in config and part != "training")]
+    of_trainings = [
+        f"{part}.{section}{key}" for part in parts for section in _OF_TRAINING for key in _OF_TRAINING[section]
+    ]
+    return [section + key for section in _OF_RUN for key in _OF_RUN[section]] + of_trainings
 
 
 def check(pipeline: Pipeline, config: ConfigDict) -> None:
@@ -50,7 +52,7 @@ def check(pipeline: Pipeline, config: ConfigDict) -> None:
         UserError: it lacks keys, names stages or forms of the prior that there are not, or its rules of what is trained
             do not fit.
     """
-    if missing := [key for key in KEYS if not _has(config, key)]:
+    if missing := [key for key in keys(config) if not _has(config, key)]:
         raise UserError(
             f"The configuration lacks {', '.join(missing[:5])}; configs/world.py has every key, start there."
         )

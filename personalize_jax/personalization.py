@@ -5,7 +5,7 @@ cascade, each stage tuned on its own inputs. Every phase leaves its result in th
 where the last one stopped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,18 +17,24 @@ from personalize_jax import command, configuration
 from personalize_jax.configuration import stage_trainings
 from personalize_jax.errors import UserError
 from personalize_jax.manifest import phase
+from personalize_jax.models.params import Params
 from personalize_jax.personalized import Personalized
-from personalize_jax.pipeline import Pipeline, Sampling, Stage, Text, save_pipeline
+from personalize_jax.pipeline import Pipeline, Sampling, Stage, Text, load_pipeline, save_pipeline
 from personalize_jax.pipeline.cascade import encode_tokens
+from personalize_jax.pipeline.lora_file import save_lora
+from personalize_jax.pipeline.public import stage_folders
 from personalize_jax.subject.class_noun import Classifier, determine
 from personalize_jax.subject.dataset import MANIFEST, SubjectDataset, read_dataset, write_dataset
 from personalize_jax.subject.frequency import token_frequencies
 from personalize_jax.subject.identifier import Identifier, choose_identifier
 from personalize_jax.subject.images import SubjectImage, load_images
 from personalize_jax.subject.registry import Registry
+from personalize_jax.training import sharding
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
-from personalize_jax.training.loop import train, trained_params
+from personalize_jax.training.loop import averaged, latest, train, trained_params
 from personalize_jax.training.prior import class_images
+from personalize_jax.training.step import TrainState
+from personalize_jax.training.trainable import LORA
 
 
 class SubjectPhotos(NamedTuple):
@@ -36,6 +42,13 @@ class SubjectPhotos(NamedTuple):
 
     images: list[SubjectImage]
     class_noun: str | None
+
+
+class Tuned(NamedTuple):
+    """What tuning a stage changed: networks by name, and the adapters that were merged into them, if any."""
+
+    networks: Params
+    adapters: Params | None
 
 
 def load_subject(
@@ -53,6 +66,15 @@ def load_subject(
     """
     source = Path(images) if isinstance(images, str | Path) else [Path(file) for file in images]
     return SubjectPhotos(load_images(source, resolution), class_noun)
+
+
+def load_pretrained(config: ConfigDict) -> Pipeline:
+    """The pretrained cascade that a configuration names; a public one is read right into the shards of training."""
+
+    def place(shapes: Params) -> Params:
+        return sharding.shardings(shapes, config.training.sharding, sharding.make_mesh(config.training.mesh))
+
+    return load_pipeline(config.pretrained, place, **config.get("compute", {}))
 
 
 def personalize(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: str | Path) -> Personalized:
@@ -76,14 +98,16 @@ def personalize(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, w
     if with_prior := [name for name in config.tune if trainings[name].prior.weight > 0]:
         with phase(workdir, "class images"):
             drawn = draw_class_images(pipeline, subject, with_prior, config, workdir)
-    tuned = pipeline
+    tuned, adapters = pipeline, {}
     for name in config.tune:
         with phase(workdir, f"tuning {name}"):
             stage = pipeline.stage(name)
-            params = tune(tuned, stage, subject, drawn, trainings[name], config.seed, workdir / name)
-            tuned = tuned.replace_params(**params)
-    tuned = with_reduced_augmentation(tuned, config)
-    save_pipeline(tuned, workdir / "pipeline", np.float32)
+            networks, lora = tune(tuned, stage, subject, drawn, trainings[name], config.seed, workdir / name)
+            tuned = tuned.replace_params(**networks)
+            if lora is not None:
+                adapters[name] = lora
+    tuned = with_tuned_sampling(tuned, config, config.tune)
+    save_tuned(tuned, adapters, workdir / "pipeline")
     return Personalized(tuned, subject)
 
 
@@ -122,8 +146,9 @@ def tune_base_again(
     if training.prior.weight > 0:
         drawn = draw_class_images(pipeline, tuned.subject, [stage.name], config, workdir)
     with phase(workdir, f"tuning {stage.name} {name}".replace("_", " ")):
-        params = tune(pipeline, stage, tuned.subject, drawn, training, config.seed, workdir / f"{stage.name}_{name}")
-    return tuned.pipeline.replace_params(**params)
+        directory = workdir / f"{stage.name}_{name}"
+        networks, _ = tune(pipeline, stage, tuned.subject, drawn, training, config.seed, directory)
+    return tuned.pipeline.replace_params(**networks)
 
 
 def determine_subject(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path) -> SubjectDataset:
@@ -195,7 +220,7 @@ def tune(
     config: ConfigDict,
     seed: int,
     directory: Path,
-) -> dict:
+) -> Tuned:
     """Tune one stage on its own inputs.
 
     Args:
@@ -208,28 +233,88 @@ def tune(
         directory: for checkpoints and metrics.
 
     Returns:
-        The stage's parameters by its name, and the text encoder's if the stage's rules train them.
+        What the tuning changed.
     """
     start = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
     examples = {"instance": stage_examples(pipeline, stage, subject.images_NHWC, subject.labels)}
     if config.prior.weight > 0:
         pictures = drawn[stage.name]
         examples["prior"] = stage_examples(pipeline, stage, pictures, [subject.class_prompt] * len(pictures))
-    trains_text = configuration.trains_text_encoder(pipeline, stage.name, config)
-    if not trains_text:
+    if not configuration.trains_text_encoder(pipeline, stage.name, config):
         examples = {half: with_embeddings(pipeline, e) for half, e in examples.items()}
     with command.steps_bar(f"tuning {directory.name.replace('_', ' ')}", config.num_steps) as progress:
         state = train(stage, pipeline.text_encoder, start, examples, config, seed, directory, progress)
+    return tuned_networks(pipeline, stage, state, config)
+
+
+def tuned_networks(pipeline: Pipeline, stage: Stage, state: TrainState, config: ConfigDict) -> Tuned:
+    """What a train state says of a stage.
+
+    Args:
+        pipeline: the cascade before that stage was tuned.
+        stage: one of its stages.
+        state: of the tuning, at its end or on the way.
+        config: the stage's training keys.
+    """
+    start = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
     params = trained_params(state, start)
-    return {stage.name: params["denoiser"]} | ({"text_encoder": params["text_encoder"]} if trains_text else {})
+    networks = {stage.name: params["denoiser"]}
+    if configuration.trains_text_encoder(pipeline, stage.name, config):
+        networks["text_encoder"] = params["text_encoder"]
+    return Tuned(networks, averaged(state).get(LORA))
+
+
+def save_tuned(pipeline: Pipeline, adapters: Mapping[str, Params], folder: Path) -> None:
+    """Write a tuned cascade, and the adapters of public networks once more by themselves, in `lora/` beside theirs.
+
+    Args:
+        pipeline: with all changes.
+        adapters: by stage, where adapters were trained.
+        folder: see `save_pipeline`.
+    """
+    save_pipeline(pipeline, folder, np.float32)
+    if pipeline.is_public:
+        for stage, target in zip(pipeline.stages, stage_folders(folder, pipeline.stages), strict=True):
+            if stage.name in adapters:
+                save_lora(adapters[stage.name], target / "lora")
+
+
+def export(pipeline: Pipeline, config: ConfigDict, workdir: Path, out: Path) -> dict[str, int]:
+    """Write the cascade as a run's latest checkpoints have it; stages that it has not begun with stay as they were.
+
+    Args:
+        pipeline: the pretrained cascade.
+        config: of the run.
+        workdir: run directory.
+        out: folder to write to.
+
+    Returns:
+        The steps done by stage.
+
+    Raises:
+        UserError: the run has no checkpoint yet, or none that can be read.
+    """
+    tuned, adapters, steps = pipeline, {}, {}
+    for name in config.tune:
+        if (state := latest(workdir / name)) is None:
+            continue
+        networks, lora = tuned_networks(tuned, tuned.stage(name), state, stage_trainings(config)[name])
+        tuned, steps[name] = tuned.replace_params(**networks), int(state.step)
+        if lora is not None:
+            adapters[name] = lora
+    if not steps:
+        raise UserError(f"{workdir} holds no checkpoint yet; let the run reach its first one.")
+    save_tuned(with_tuned_sampling(tuned, config, list(steps)), adapters, out)
+    return steps
 
 
 def stage_examples(pipeline: Pipeline, stage: Stage, pictures: np.ndarray, labels: Sequence[str]) -> Examples:
-    """Labelled pictures at a stage's own resolution, with their low-resolution versions where it needs them."""
+    """Labelled pictures at a stage's own resolution, with low-resolution versions or latents where it needs them."""
     pictures = downsample_uint8(pictures, stage.resolution)
     low_res = None if stage.low_resolution is None else downsample_uint8(pictures, stage.low_resolution)
     tokens = pipeline.tokenizer(list(labels))[:, None]
-    return make_examples(pictures, tokens, pipeline.tokenizer([""])[0], low_res)
+    examples = make_examples(pictures, tokens, pipeline.tokenizer([""])[0], low_res)
+    return examples if pipeline.codec is None else examples._replace(latent=pipeline.to_latents(pictures))
 
 
 def with_embeddings(pipeline: Pipeline, examples: Examples) -> Examples:
@@ -238,17 +323,27 @@ def with_embeddings(pipeline: Pipeline, examples: Examples) -> Examples:
     return examples._replace(text=Text(*encoded))
 
 
-def with_reduced_augmentation(pipeline: Pipeline, config: ConfigDict) -> Pipeline:
-    """Sample tuned super-resolution stages at the augmentation level that they were tuned with."""
-    trainings = stage_trainings(config)
-    levels = {name: float(trainings[name].augmentation_levels[1]) for name in config.tune}
-    return pipeline.replace_sampling(
-        **{
-            stage.name: stage.sampling._replace(augmentation_level=levels[stage.name])
-            for stage in pipeline.stages
-            if stage.low_resolution is not None and stage.name in levels
-        }
-    )
+def with_tuned_sampling(pipeline: Pipeline, config: ConfigDict, names: Sequence[str]) -> Pipeline:
+    """Sample tuned stages as they were tuned.
+
+    A super-resolution stage at its augmentation level; and a stage whose variances were left alone while its mean moved
+    with the posterior's variance instead.
+
+    Args:
+        pipeline: the tuned cascade.
+        config: of the run.
+        names: the stages that were tuned.
+    """
+    samplings = {}
+    for name in names:
+        stage, training = pipeline.stage(name), stage_trainings(config)[name]
+        sampling = stage.sampling
+        if stage.low_resolution is not None:
+            sampling = sampling._replace(augmentation_level=float(training.augmentation_levels[1]))
+        if stage.learned_variance and training.vlb_weight == 0:
+            sampling = sampling._replace(variance="small")
+        samplings[name] = sampling
+    return pipeline.replace_sampling(**samplings)
 
 
 def _check_same(subject: SubjectDataset, photos: SubjectPhotos, workdir: Path) -> None:

@@ -12,8 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from personalize_jax import command, manifest, showcase
-from personalize_jax.personalization import begin, load_subject, personalize, tune_base_again
-from personalize_jax.pipeline import load_pipeline
+from personalize_jax.personalization import begin, load_pretrained, load_subject, personalize, tune_base_again
 
 
 def define_flags() -> None:
@@ -28,7 +27,7 @@ def main(_: list[str]) -> None:
     """Personalise, then sample and report."""
     arguments = flags.FLAGS
     config, workdir = arguments.config, Path(arguments.workdir)
-    pipeline = load_pipeline(config.pretrained)
+    pipeline = load_pretrained(config)
     images = arguments.images[0] if len(arguments.images) == 1 else arguments.images
     photos = load_subject(images, arguments.class_noun, pipeline.stages[-1].resolution)
     begin(pipeline, photos, config, workdir)

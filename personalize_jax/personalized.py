@@ -1,13 +1,14 @@
 """A personalised cascade: what a run directory holds once its stages are tuned."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from personalize_jax.errors import UserError
-from personalize_jax.pipeline import Pipeline, load_pipeline
+from personalize_jax.pipeline import Pipeline, is_pipeline, load_pipeline
 from personalize_jax.subject.dataset import SubjectDataset, read_dataset
 from personalize_jax.subject.identifier import substitute, warn_without_placeholder
 
@@ -56,9 +57,11 @@ def load_personalized(workdir: str | Path) -> Personalized:
         UserError: it holds no personalised pipeline (yet).
     """
     workdir = Path(workdir)
-    if not (workdir / "pipeline" / "pipeline.json").exists():
+    if not is_pipeline(workdir / "pipeline"):
         raise UserError(
             f"{workdir} holds no personalised pipeline; "
             f"run personalize_jax.personalize with --workdir={workdir} to its end."
         )
-    return Personalized(load_pipeline(workdir / "pipeline"), read_dataset(workdir / "subject"))
+    file = workdir / "config.json"
+    compute = json.loads(file.read_text()).get("compute", {}) if file.exists() else {}
+    return Personalized(load_pipeline(workdir / "pipeline", **compute), read_dataset(workdir / "subject"))

@@ -70,7 +70,7 @@ def show(
     facts = {
         "identifier": subject.identifier.text,
         "token ids": list(subject.identifier.token_ids),
-        "how often pretraining saw them": list(subject.identifier.counts),
+        f"their frequency ({config.subject.frequency})": list(subject.identifier.counts),
         "class noun": f"{noun} ({subject.class_noun.source}, score {subject.class_noun.score:.2f})",
         "seed": config.seed,
         "jax": importlib.metadata.version("jax"),

@@ -64,4 +64,4 @@ def test_every_key_is_asked_for():
         for key, value in tree.items():
             yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
 
-    assert sorted(keys(world.get_config().to_dict())) == sorted(configuration.KEYS)
+    assert sorted(keys(world.get_config().to_dict())) == sorted(configuration.keys(world.get_config()))

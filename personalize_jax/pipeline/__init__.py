@@ -2,7 +2,7 @@
 
 from personalize_jax.pipeline.cascade import Pipeline, Text
 from personalize_jax.pipeline.stage import Sampling, Stage
-from personalize_jax.pipeline.storage import load_pipeline, save_pipeline
+from personalize_jax.pipeline.storage import is_pipeline, load_pipeline, save_pipeline
 from personalize_jax.pipeline.tokenizer import Tokenizer
 
-__all__ = ["Pipeline", "Sampling", "Stage", "Text", "Tokenizer", "load_pipeline", "save_pipeline"]
+__all__ = ["Pipeline", "Sampling", "Stage", "Text", "Tokenizer", "is_pipeline", "load_pipeline", "save_pipeline"]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from personalize_jax.models.autoencoder_kl import AutoencoderKL
 from personalize_jax.models.params import Params
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline.stage import Sampling, Stage
@@ -31,8 +33,11 @@ class Pipeline:
         tokenizer: with the recorded token frequencies.
         text_encoder: shared by all stages.
         stages: in the order of sampling; each after the first enlarges what the one before it drew.
-        params: {"text_encoder": ..., stage name: ...}.
-        spec: the architectures as plain data, {"text_encoder": ..., "stages": [...]}.
+        params: {"text_encoder": ..., stage name: ...}, and "codec" if there is one.
+        spec: the architectures as plain data, {"text_encoder": ..., "stages": [...]}; see `pipeline.storage` and
+            `pipeline.public`.
+        codec: between pictures and the latents that a latent diffusion model denoises; None where pictures themselves
+            are denoised.
     """
 
     tokenizer: Tokenizer
@@ -40,6 +45,18 @@ class Pipeline:
     stages: tuple[Stage, ...]
     params: Params
     spec: Mapping[str, Any]
+    codec: AutoencoderKL | None = None
+
+    @property
+    def is_public(self) -> bool:
+        """Whether the networks are public ones, whose configurations name their kind."""
+        return "model_type" in self.spec["text_encoder"]
+
+    def save(self, folder: str | Path) -> None:
+        """Write float32 parameters for `load_pipeline`; a public pipeline in diffusers' layout."""
+        from personalize_jax.pipeline.storage import save_pipeline  # which needs this class
+
+        save_pipeline(self, Path(folder), np.float32)
 
     def stage(self, name: str) -> Stage:
         """The stage of that name."""
@@ -70,6 +87,11 @@ class Pipeline:
     def encode(self, prompts: Sequence[str]) -> Text:
         """Encode prompts with the text encoder."""
         return Text(*encode_tokens(self.text_encoder, self.params["text_encoder"], self.tokenizer(prompts)))
+
+    def to_latents(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of the latents of uint8 pictures [N, H, W, 3], float32 [N, h, w, C] each."""
+        pairs = [encode_pictures(self.codec, self.params["codec"], to_float(picture[None])) for picture in pictures]
+        return tuple(np.concatenate(part) for part in zip(*pairs, strict=True))
 
     def sample(
         self,
@@ -141,8 +163,10 @@ class Pipeline:
                 null,
                 None if low_res is None else low_res[rows],
             )
+            if self.codec is not None:
+                batch = decode_latents(self.codec, self.params["codec"], batch)
             kept = min(batch_size, len(prompts) - start)
-            drawn.append(np.asarray(batch)[:kept])
+            drawn.append(np.asarray(to_uint8(batch))[:kept])
             progress(kept)
         return np.concatenate(drawn)
 
@@ -163,16 +187,30 @@ def draw_pictures(
     null_text: Text,
     low_res: Array | None,
 ) -> Array:
-    """`Stage.draw` from and to uint8 pictures, compiled."""
+    """`Stage.draw`, from uint8 low-resolution pictures, compiled."""
     low = None if low_res is None else to_float(low_res)
-    return to_uint8(stage.draw(params, keys_B, text, null_text, sampling, low))
+    return stage.draw(params, keys_B, text, null_text, sampling, low)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decode_latents(codec: AutoencoderKL, params: Params, z_BHWC: Array) -> Array:
+    """Pictures, about in [-1, 1], of latents as they are denoised."""
+    return codec.apply({"params": params}, z_BHWC / codec.scaling_factor, method="decode")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode_pictures(codec: AutoencoderKL, params: Params, x_BHWC: Array) -> tuple[Array, Array]:
+    """Mean and standard deviation of the latents of pictures in [-1, 1], scaled as they are denoised."""
+    mean, std = codec.apply({"params": params}, x_BHWC, method="encode")
+    return mean * codec.scaling_factor, std * codec.scaling_factor
 
 
 def to_float(u: Array) -> Array:
     """uint8 pictures as float32 in [-1, 1]."""
-    return u.astype(jnp.float32) / 127.5 - 1
+    return jnp.asarray(u, jnp.float32) / 127.5 - 1
 
 
+@jax.jit
 def to_uint8(x: Array) -> Array:
     """Pictures in [-1, 1] as uint8, rounded."""
     return jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5).astype(jnp.uint8)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -16,7 +17,7 @@ from personalize_jax.models.params import Params
 from personalize_jax.models.unet import UNet
 
 SCHEDULES = {"cosine": schedule.cosine, "linear": schedule.linear}
-SAMPLERS = {"ancestral": samplers.ancestral, "ddim": samplers.ddim, "dpm_solver_pp": samplers.dpm_solver_pp}
+SAMPLERS = {"ddim": samplers.ddim, "dpm_solver_pp": samplers.dpm_solver_pp}  # and ancestral, which takes a variance
 
 
 class Sampling(NamedTuple):
@@ -27,16 +28,18 @@ class Sampling(NamedTuple):
         num_steps: network evaluations a picture (doubled by guidance).
         guidance_scale: w of classifier-free guidance; 1 switches it off.
         threshold_percentile: of dynamic thresholding.
-        threshold_max: largest threshold; 1 is static thresholding.
+        threshold_max: largest threshold; 1 is static thresholding, None leaves predictions as they are.
         augmentation_level: noise level of the low-resolution picture (super-resolution only).
+        variance: of the ancestral sampler's steps, see `diffusion.samplers.ancestral`.
     """
 
     sampler: str
     num_steps: int
     guidance_scale: float
     threshold_percentile: float = 0.995
-    threshold_max: float = 1.5
+    threshold_max: float | None = 1.5
     augmentation_level: float = 0.0
+    variance: samplers.Variance = "small"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,23 +50,40 @@ class Stage:
 
     Attributes:
         name: "base" or "super_resolution", the key of its parameters in the pipeline.
-        network: a Flax module, used through `apply` and `init_params` only.
+        network: a Flax module, used through `apply` and `init_params` only, called with noisy pictures, time, text
+            embeddings, their mask and, for super-resolution, the low-resolution picture and its level.
         resolution: side of its pictures, pixels.
         low_resolution: side of the pictures it starts from, or None for a base model.
         schedule: of the diffusion.
         augmentation: schedule by which the low-resolution picture is noised.
         prediction: what the network predicts.
         sampling: the default way to draw pictures.
+        channels: of what is denoised: 3 of a picture, or those of its latents.
+        factor: pixels to a latent's side; 1 where pictures themselves are denoised.
+        spacing: which times of a discrete schedule sampling visits.
+        corners: whether low-resolution pictures are enlarged between the centres of their corner pixels.
+        learned_variance: whether the network's output has a second half that tells the steps' variance.
     """
 
     name: str
-    network: UNet
+    network: nn.Module
     resolution: int
     low_resolution: int | None
     schedule: Schedule
     augmentation: Schedule
     prediction: Prediction
     sampling: Sampling
+    channels: int = 3
+    factor: int = 1
+    spacing: samplers.Spacing | None = None
+    corners: bool = False
+    learned_variance: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of what is denoised."""
+        side = self.resolution // self.factor
+        return side, side, self.channels
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> "Stage":
@@ -86,9 +106,8 @@ class Stage:
         )
 
     def init_params(self, key: Array, text_width: int) -> Params:
-        """Random parameters; the output layer starts at zero."""
-        side = self.resolution
-        x, one = jnp.zeros((1, side, side, 3)), jnp.zeros((1,))
+        """Random parameters."""
+        x, one = jnp.zeros((1, *self.shape)), jnp.zeros((1,))
         text, mask = jnp.zeros((1, 1, text_width)), jnp.ones((1, 1), bool)
         low_res = () if self.low_resolution is None else (x, one)
         return self.network.init(key, x, one, text, mask, *low_res)["params"]
@@ -101,16 +120,23 @@ class Stage:
         text: tuple[Array, Array],
         low_res: tuple[Array, Array] | None = None,
     ) -> Array:
-        """The network's raw output.
+        """The network's raw output, float32; see `split`.
 
         Args:
             params: of this stage.
-            z_t: noisy pictures [B, H, W, 3].
+            z_t: noisy pictures or latents [B, H, W, C].
             t_B: times in [0, 1].
             text: embeddings [B, L, D] and mask [B, L].
             low_res: upsampled, noised low-resolution pictures [B, H, W, 3] and their levels [B].
         """
-        return self.network.apply({"params": params}, z_t, self.schedule.network_time(t_B), *text, *(low_res or ()))
+        if low_res is not None:
+            low_res = low_res[0], self.augmentation.network_time(low_res[1])
+        output = self.network.apply({"params": params}, z_t, self.schedule.network_time(t_B), *text, *(low_res or ()))
+        return output.astype(jnp.float32)
+
+    def split(self, output: Array) -> tuple[Array, Array | None]:
+        """The prediction and what the network says of the steps' variance, or None if it says nothing."""
+        return tuple(jnp.split(output, 2, axis=-1)) if self.learned_variance else (output, None)
 
     def condition(self, low_BHWC: Array, level_B: Array, noise: Array) -> tuple[Array, Array]:
         """What a super-resolution network is given: the low-resolution picture, upsampled and noised, and its level.
@@ -122,7 +148,7 @@ class Stage:
             level_B: noise levels in [0, 1].
             noise: standard normal, of the upsampled pictures' shape.
         """
-        upsampled = augmentation.upsample(low_BHWC, self.resolution)
+        upsampled = augmentation.upsample(low_BHWC, self.resolution, self.corners)
         return augmentation.augment(self.augmentation, upsampled, level_B, noise), level_B
 
     def draw(
@@ -134,7 +160,7 @@ class Stage:
         sampling: Sampling,
         low_BHWC: Array | None = None,
     ) -> Array:
-        """Draw pictures; traceable.
+        """Draw pictures, or latents; traceable.
 
         Args:
             params: of this stage.
@@ -145,33 +171,62 @@ class Stage:
             low_BHWC: low-resolution pictures in [-1, 1], for super-resolution.
 
         Returns:
-            float32 [B, H, W, 3] in [-1, 1].
+            float32 [B, H, W, C]; pictures lie in [-1, 1] if predictions are thresholded.
         """
-        batch, shape = keys_B.shape[0], (self.resolution, self.resolution, 3)
         low_res = None
         if low_BHWC is not None:
             noise_key_B = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys_B)
             keys_B = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys_B)
-            levels = jnp.full((batch,), sampling.augmentation_level)
-            low_res = self.condition(low_BHWC, levels, samplers.initial_noise(noise_key_B, shape))
+            levels = jnp.full((len(keys_B),), sampling.augmentation_level)
+            low_res = self.condition(low_BHWC, levels, samplers.initial_noise(noise_key_B, self.shape))
+        denoise = self.denoiser(params, text, null_text, sampling, low_res)
+        times = samplers.timesteps(sampling.num_steps, self.spacing, self.schedule.num_timesteps)
+        return samplers.sample(denoise, self.sampler(sampling), times, keys_B, self.shape)
+
+    def sampler(self, sampling: Sampling) -> samplers.Sampler:
+        """The sampling method over this stage's schedule."""
+        if sampling.sampler == "ancestral":
+            return samplers.ancestral(self.schedule, sampling.variance)
+        return SAMPLERS[sampling.sampler](self.schedule)
+
+    def denoiser(
+        self,
+        params: Params,
+        text: tuple[Array, Array],
+        null_text: tuple[Array, Array],
+        sampling: Sampling,
+        low_res: tuple[Array, Array] | None = None,
+    ) -> samplers.Denoise:
+        """What a sampler sees of the network: (z_t, scalar t) -> x0_hat, guided and thresholded.
+
+        For the ancestral sampler with learned variances the answer is (x0_hat, what the network says of the variance
+        given the prompt).
+
+        Args:
+            params: of this stage.
+            text: embeddings and mask of B prompts.
+            null_text: the same of the empty prompt.
+            sampling: guidance and thresholds.
+            low_res: from `condition`, for super-resolution.
+        """
         guided = sampling.guidance_scale != 1.0
+        learned = sampling.sampler == "ancestral" and sampling.variance == "learned_range"
+        batch = len(text[0])
         if guided:
             text = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), text, null_text)
             low_res = jax.tree.map(lambda a: jnp.concatenate([a, a]), low_res)
 
-        def denoise(z_t: Array, t: Array) -> Array:
-            z, t_B = (
-                (jnp.concatenate([z_t, z_t]), jnp.full((2 * batch,), t)) if guided else (z_t, jnp.full((batch,), t))
-            )
-            output = self.apply(params, z, t_B, text, low_res)
+        def denoise(z_t: Array, t: Array) -> Array | tuple[Array, Array]:
+            z = jnp.concatenate([z_t, z_t]) if guided else z_t
+            prediction, v = self.split(self.apply(params, z, jnp.full((len(z),), t), text, low_res))
             if guided:
-                output = guide(output[:batch], output[batch:], sampling.guidance_scale)
-            x0_hat, _ = to_x0_eps(self.prediction, output, z_t, self.schedule.alpha(t), self.schedule.sigma(t))
-            return dynamic_threshold(x0_hat, sampling.threshold_percentile, sampling.threshold_max)
+                prediction = guide(prediction[:batch], prediction[batch:], sampling.guidance_scale)
+            x0_hat, _ = to_x0_eps(self.prediction, prediction, z_t, self.schedule.alpha(t), self.schedule.sigma(t))
+            if sampling.threshold_max is not None:
+                x0_hat = dynamic_threshold(x0_hat, sampling.threshold_percentile, sampling.threshold_max)
+            return (x0_hat, v[:batch]) if learned else x0_hat
 
-        sampler = SAMPLERS[sampling.sampler](self.schedule)
-        x0 = samplers.sample(denoise, sampler, samplers.timesteps(sampling.num_steps), keys_B, shape)
-        return jnp.clip(x0, -1, 1)
+        return denoise
 
 
 def _schedule(spec: Mapping[str, Any]) -> Schedule:

@@ -1,4 +1,4 @@
-"""Pipelines on disk: a folder of JSON and safetensors.
+"""Pipelines on disk: public ones as diffusers lays them out, and our own as a folder of JSON and safetensors.
 
 pipeline.json               the stages and the text encoder, as plain data
 tokenizer.json              the vocabulary
@@ -7,10 +7,8 @@ text_encoder.safetensors    parameters, one file a network
 base.safetensors ...
 """
 
-import contextlib
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,10 @@ from safetensors.flax import load_file, save_file
 
 from personalize_jax.errors import UserError
 from personalize_jax.models.params import Params, flatten, unflatten
+from personalize_jax.models.port_weights import replacing
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline.cascade import Pipeline
+from personalize_jax.pipeline.public import load_public, save_public, saved_folders
 from personalize_jax.pipeline.stage import Stage
 from personalize_jax.pipeline.tokenizer import Tokenizer
 
@@ -31,21 +31,32 @@ ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = ("world",)
 
 
-def load_pipeline(source: str | Path) -> Pipeline:
+def load_pipeline(
+    source: str | Path | Sequence[str | Path], place: Callable[[Params], Params] | None = None, **compute: Any
+) -> Pipeline:
     """Read a pipeline.
 
     Args:
-        source: "world" for the embedded cascade, or a folder that `save_pipeline` wrote.
+        source: "world" for the embedded cascade; a folder that `save_pipeline` wrote; or a public pipeline, as a folder
+            that diffusers wrote or the name of a repository on the Hugging Face hub: a list of them for a cascade.
+        place: of public pipelines: from a tree of shapes to a tree of shardings for the parameters.
+        **compute: of public networks: dtype, remat, attention.
 
     Raises:
-        UserError: nothing of that name, or the folder is no pipeline.
+        UserError: nothing of that name, or it cannot be used.
     """
-    folder = ASSETS / source if str(source) in EMBEDDED else Path(source)
+    sources = [source] if isinstance(source, str | Path) else list(source)
+    if len(sources) > 1:
+        return load_public(sources, place, **compute)
+    folder = ASSETS / sources[0] if str(sources[0]) in EMBEDDED else Path(sources[0])
     if not (folder / "pipeline.json").is_file():
-        raise UserError(
-            f"No pipeline at {str(source)!r}: "
-            f"give {' or '.join(map(repr, EMBEDDED))}, or a folder with a pipeline.json."
-        )
+        folders = saved_folders(folder)
+        if not folders and (folder.is_absolute() or len(folder.parts) != 2):  # nor is it a name on the hub
+            raise UserError(
+                f"No pipeline at {str(sources[0])!r}: give {' or '.join(map(repr, EMBEDDED))}, or a folder with a "
+                "pipeline.json or a model_index.json."
+            )
+        return load_public(folders or sources, place, **compute)
     spec = json.loads((folder / "pipeline.json").read_text())
     text_encoder = TextEncoder(**spec["text_encoder"])
     counts = np.array(json.loads((folder / "token_counts.json").read_text()), np.int64)
@@ -55,14 +66,25 @@ def load_pipeline(source: str | Path) -> Pipeline:
     return Pipeline(tokenizer, text_encoder, stages, params, spec)
 
 
+def is_pipeline(folder: Path) -> bool:
+    """Whether a folder holds a pipeline, of ours or of diffusers."""
+    return (folder / "pipeline.json").is_file() or bool(saved_folders(folder))
+
+
 def save_pipeline(pipeline: Pipeline, folder: Path, dtype: Any = jnp.float16) -> None:
-    """Write a pipeline for `load_pipeline`, each file to a temporary name first.
+    """Write a pipeline for `load_pipeline`, in the layout that it came in, each file to a temporary name first.
 
     Args:
         pipeline: what to write.
         folder: made if missing; files of the same names are replaced.
         dtype: of the stored parameters.
+
+    Raises:
+        UserError: a file cannot be written.
     """
+    if pipeline.is_public:
+        save_public(pipeline, folder, dtype)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     for name, params in pipeline.params.items():
         save_params(params, folder / f"{name}.safetensors", dtype)
@@ -93,7 +115,7 @@ def save_params(params: Params, file: Path, dtype: Any = jnp.float32) -> None:
         UserError: the file cannot be written.
     """
     flat = flatten(jax.tree.map(lambda a: jnp.asarray(a, dtype), params))
-    with _replacing(file) as temporary:
+    with replacing(file) as temporary:
         try:
             save_file(flat, temporary)
         except SafetensorError as error:
@@ -102,15 +124,5 @@ def save_params(params: Params, file: Path, dtype: Any = jnp.float32) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
-    with _replacing(file) as temporary:
+    with replacing(file) as temporary:
         temporary.write_text(text)
-
-
-@contextlib.contextmanager
-def _replacing(file: Path) -> Iterator[Path]:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)

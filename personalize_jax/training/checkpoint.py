@@ -44,14 +44,14 @@ class Checkpoints:
         with self._writing():
             self._manager.save(step, args=ocp.args.StandardSave(state))
 
-    def restore(self, abstract_state: Any) -> Any | None:
+    def restore(self, abstract_state: Any | None) -> Any | None:
         """The latest state that can be read, or None without any.
 
         A damaged checkpoint is passed over with a warning, and deleted once an older one has been read: left in place
         it would keep its step, and every step before it, from being saved again.
 
         Args:
-            abstract_state: shapes, dtypes and shardings of the state.
+            abstract_state: shapes, dtypes and shardings of the state; None for a nested dict as it was saved.
 
         Raises:
             UserError: there are checkpoints, but none can be read.

@@ -21,6 +21,8 @@ class Examples(NamedTuple):
         text: embeddings and mask of the M captions when the text encoder is frozen and they were computed once.
         low_res: uint8 [N, h, w, 3], each picture at the resolution of the stage before (super-resolution only).
         object_mask: uint8 [N, H, W], where the object is, for weighting the loss; or None.
+        latent: mean and standard deviation, float32 [N, h, w, C] each, of the pictures' latents where those are
+            denoised, computed once; a batch then holds draws from them, and `image` is not looked at.
     """
 
     image: Array
@@ -29,13 +31,14 @@ class Examples(NamedTuple):
     text: Text | None = None
     low_res: Array | None = None
     object_mask: Array | None = None
+    latent: tuple[Array, Array] | None = None
 
 
 class Batch(NamedTuple):
     """What a train step sees of a draw: B examples.
 
     Attributes:
-        x: float32 [B, H, W, 3] in [-1, 1].
+        x: float32 [B, H, W, 3] in [-1, 1], or latents.
         tokens: int32 [B, L].
         text: embeddings and mask, or None when the step has to encode `tokens`.
         low_res: float32 [B, h, w, 3] in [-1, 1], or None.
@@ -92,8 +95,13 @@ def draw_batch(
     weight = None
     if examples.object_mask is not None:
         weight = 1 + object_weight * examples.object_mask[i_B][..., None].astype(jnp.float32) / 255
+    if examples.latent is None:
+        x = to_float(examples.image[i_B])
+    else:
+        mean, std = (a[i_B] for a in examples.latent)
+        x = mean + std * jax.random.normal(jax.random.fold_in(key, 3), mean.shape)  # `split` gave 0 to 2
     return Batch(
-        x=to_float(examples.image[i_B]),
+        x=x,
         tokens=examples.tokens[m_B],
         text=None if examples.text is None else jax.tree.map(lambda a: a[m_B], examples.text),
         low_res=None if examples.low_res is None else to_float(examples.low_res[i_B]),

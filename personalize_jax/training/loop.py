@@ -85,7 +85,14 @@ def prepare(
     root_key = jax.random.key(seed)
     selection = select(pretrained, config)
     frozen = selection.frozen
-    objective = Objective(config.weighting, config.prior.weight, config.prior.form, tuple(config.augmentation_levels))
+    objective = Objective(
+        config.weighting,
+        config.prior.weight,
+        config.prior.form,
+        tuple(config.augmentation_levels),
+        config.offset_noise,
+        config.vlb_weight,
+    )
     if objective.prior_form == "frozen_prediction" and objective.prior_weight > 0:
         frozen = pretrained
     optimizer = make_optimizer(config.optimizer, config.num_steps)
@@ -190,6 +197,22 @@ def _check(config: ConfigDict, mesh: Mesh) -> None:
         raise UserError(
             f"num_steps is {config.num_steps} and steps_per_dispatch {config.steps_per_dispatch}; give a multiple."
         )
+
+
+def latest(directory: Path) -> TrainState | None:
+    """The state of a training's last checkpoint, whose trees are nested dicts, or None before the first.
+
+    Args:
+        directory: of the training, as given to `train`.
+
+    Raises:
+        UserError: there are checkpoints, but none can be read.
+    """
+    if not (directory / "checkpoints").is_dir():
+        return None
+    with contextlib.closing(Checkpoints(directory / "checkpoints")) as checkpoints:
+        state = checkpoints.restore(None)
+    return None if state is None else TrainState(**state)
 
 
 def averaged(state: TrainState) -> Params:

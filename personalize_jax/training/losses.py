@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from personalize_jax.diffusion.augmentation import sample_levels
-from personalize_jax.diffusion.prediction import Weighting, add_noise, loss_weight, per_picture, target
+from personalize_jax.diffusion.prediction import Weighting, add_noise, loss_weight, per_picture, target, to_x0_eps
+from personalize_jax.diffusion.variational import variational_bound
 from personalize_jax.models.params import Params
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Stage, Text
@@ -33,19 +34,25 @@ class Objective:
         prior_form: the prior term's target: "sampled" is the class picture that the frozen cascade drew,
             "frozen_prediction" what the frozen network itself answers to the same input (specification [0082]-[0086]).
         augmentation_levels: range of the low-resolution picture's noise level while training (super-resolution only).
+        offset_noise: standard deviation of noise that is the same in all of a picture, added to eps; 0 leaves it out.
+        vlb_weight: of the variational bound, by which a network learns the variance of its steps; 0 leaves that half of
+            the output alone. Where Nichol & Dhariwal (2021, eq. 16) weigh the sum over N steps with .001, this weighs
+            one of them: 1 is theirs for N = 1000.
     """
 
     weighting: Weighting
     prior_weight: float
     prior_form: PriorForm
     augmentation_levels: tuple[float, float]
+    offset_noise: float = 0.0
+    vlb_weight: float = 0.0
 
 
 class NoisyBatch(NamedTuple):
     """A network's input with what it was made of.
 
     Attributes:
-        z: [B, H, W, 3] noisy pictures z_t.
+        z: [B, H, W, C] noisy pictures or latents z_t.
         t: [B] times.
         text: of the captions.
         low_res: what `Stage.condition` gives, or None.
@@ -59,7 +66,7 @@ class NoisyBatch(NamedTuple):
     eps: Array
 
 
-def diffuse(stage: Stage, batch: Batch, text: Text, key: Array, levels: tuple[float, float]) -> NoisyBatch:
+def diffuse(stage: Stage, batch: Batch, text: Text, key: Array, objective: Objective) -> NoisyBatch:
     """Noise a batch, each picture at a time of its own.
 
     Times are stratified over the batch, t_i = (i + u) / B: the same expectation with less variance. That is why each
@@ -68,12 +75,17 @@ def diffuse(stage: Stage, batch: Batch, text: Text, key: Array, levels: tuple[fl
     t_key, eps_key, level_key, augmentation_key = jax.random.split(key, 4)
     B = batch.x.shape[0]
     t_B = (jnp.arange(B) + jax.random.uniform(t_key, ())) / B
+    if N := stage.schedule.num_timesteps:
+        t_B = jnp.minimum(jnp.floor(t_B * N) + 1, N) / N  # each index alike, and never t = 0, which is clean
     eps = jax.random.normal(eps_key, batch.x.shape)
+    if objective.offset_noise > 0:
+        offset = jax.random.normal(jax.random.fold_in(key, 4), (B, 1, 1, batch.x.shape[-1]))  # `split` gave 0 to 3
+        eps += objective.offset_noise * offset
     z = add_noise(batch.x, eps, stage.schedule.alpha(t_B), stage.schedule.sigma(t_B))
     low_res = None
     if batch.low_res is not None:
         noise = jax.random.normal(augmentation_key, batch.x.shape)
-        low_res = stage.condition(batch.low_res, sample_levels(level_key, B, *levels), noise)
+        low_res = stage.condition(batch.low_res, sample_levels(level_key, B, *objective.augmentation_levels), noise)
     return NoisyBatch(z, t_B, text, low_res, eps)
 
 
@@ -104,9 +116,12 @@ def personalization_loss(
     noisy = {}
     for half, key in zip(halves, jax.random.split(rng, len(halves)), strict=True):
         text = batch[half].text or Text(*encode_tokens(text_encoder, params["text_encoder"], batch[half].tokens))
-        noisy[half] = diffuse(stage, batch[half], text, key, objective.augmentation_levels)
+        noisy[half] = diffuse(stage, batch[half], text, key, objective)
     both = interleave(*(_inputs(noisy[half]) for half in halves))
-    outputs = dict(zip(halves, separate(stage.apply(params["denoiser"], *both), len(halves)), strict=True))
+    outputs = separate(stage.apply(params["denoiser"], *both), len(halves))
+    predictions, variances = (
+        dict(zip(halves, parts, strict=True)) for parts in zip(*map(stage.split, outputs), strict=True)
+    )
 
     targets = {half: _true_target(stage, batch[half], noisy[half]) for half in halves}
     if "prior" in halves and objective.prior_form == "frozen_prediction":
@@ -114,17 +129,20 @@ def personalization_loss(
             *encode_tokens(text_encoder, frozen_params["text_encoder"], batch["prior"].tokens)
         )
         frozen = stage.apply(frozen_params["denoiser"], *_inputs(noisy["prior"]._replace(text=frozen_text)))
-        targets["prior"] = jax.lax.stop_gradient(frozen)
+        targets["prior"] = jax.lax.stop_gradient(stage.split(frozen)[0])
 
     terms = {}
     for half in halves:
         w = loss_weight(stage.prediction, stage.schedule.logsnr(noisy[half].t), objective.weighting)
-        error = jnp.square(outputs[half] - targets[half])
+        error = jnp.square(predictions[half] - targets[half])
         if batch[half].pixel_weight is not None:
             error *= batch[half].pixel_weight
         terms[f"{half}_loss"] = jnp.mean(per_picture(w, error) * error)
-    loss = terms["instance_loss"] + objective.prior_weight * terms.get("prior_loss", 0.0)
-    return loss, terms
+        if objective.vlb_weight > 0:
+            bound_B = _bound(stage, batch[half], noisy[half], predictions[half], variances[half])
+            terms[f"{half}_bound"] = jnp.mean(bound_B)
+    loss = {half: terms[f"{half}_loss"] + objective.vlb_weight * terms.get(f"{half}_bound", 0.0) for half in halves}
+    return loss["instance"] + objective.prior_weight * loss.get("prior", 0.0), terms
 
 
 def interleave(*halves: tuple) -> tuple:
@@ -144,3 +162,10 @@ def _inputs(noisy: NoisyBatch) -> tuple:
 def _true_target(stage: Stage, batch: Batch, noisy: NoisyBatch) -> Array:
     alpha, sigma = stage.schedule.alpha(noisy.t), stage.schedule.sigma(noisy.t)
     return target(stage.prediction, batch.x, noisy.eps, alpha, sigma)
+
+
+def _bound(stage: Stage, batch: Batch, noisy: NoisyBatch, prediction: Array, v: Array) -> Array:
+    """The variational bound's gradient reaches the variance only: the mean learns from the simple loss."""
+    alpha, sigma = stage.schedule.alpha(noisy.t), stage.schedule.sigma(noisy.t)
+    x0_hat, _ = to_x0_eps(stage.prediction, jax.lax.stop_gradient(prediction), noisy.z, alpha, sigma)
+    return variational_bound(stage.schedule, batch.x, noisy.z, jnp.clip(x0_hat, -1, 1), v, noisy.t)

@@ -1,0 +1,39 @@
+"""Personalise DeepFloyd IF, the open Imagen: a pixel cascade, 64 to 256 pixels, conditioned by T5-XXL.
+
+python -m personalize_jax.personalize --config=configs/deepfloyd_if.py:XL --images=photos/ --class_noun=dog \
+    --workdir=runs/rex
+
+The weights are those of the hub's DeepFloyd organisation, which asks for its licence to be accepted there first;
+folders of them on disk serve as well: --config.pretrained="('IF-I-XL-v1.0', 'IF-II-L-v1.0')". The paper's settings:
+1000 steps, learning rate 1e-5, lambda 1, about 1000 class images. It tells neither batch size nor optimiser, nor how
+the super-resolution model was trained: those are ours. Not run on the real weights yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+SUPER_RESOLUTION = {"M": "M", "L": "L", "XL": "L"}
+
+
+def get_config(size: str) -> ConfigDict:
+    """Both stages tuned with prior preservation, each on its own inputs.
+
+    Args:
+        size: of the base model, "M", "L" or "XL"; the two larger ones go with the larger super-resolution model.
+    """
+    if size not in SUPER_RESOLUTION:
+        raise ValueError(f"The size is {size!r}; give one of {', '.join(SUPER_RESOLUTION)}.")
+    config = common.public((f"DeepFloyd/IF-I-{size}-v1.0", f"DeepFloyd/IF-II-{SUPER_RESOLUTION[size]}-v1.0"))
+    config.tune = ("base", "super_resolution")
+    config.subject.frequency = "sentencepiece"
+    config.subject.rule = "paper"
+    config.training.optimizer.learning_rate = 1e-5
+    config.super_resolution_training = common.public_training()
+    super_resolution = config.super_resolution_training
+    super_resolution.optimizer.learning_rate = 1e-6
+    super_resolution.num_steps = 500
+    super_resolution.batch_size = 4
+    # The paper's variance of 1e-5 instead of 1e-3: the first of the noise schedule's thousand levels.
+    super_resolution.augmentation_levels = (0.0, 0.001)
+    return config.lock()

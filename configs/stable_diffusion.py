@@ -1,0 +1,34 @@
+"""Personalise Stable Diffusion: a latent diffusion model conditioned by CLIP.
+
+python -m personalize_jax.personalize --config=configs/stable_diffusion.py:1.5 --images=photos/ --class_noun=dog \
+    --workdir=runs/rex
+
+Versions 1.5 (512 pixels, predicts eps), 2.1 (768, v) and 2.1-base (512, eps). A folder on disk serves as well:
+--config.pretrained=stable-diffusion-v1-5/. The paper's settings: 1000 steps, learning rate 5e-6, lambda 1, about 1000
+class images. Not run on the real weights yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+HUB = {
+    "1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "2.1": "stabilityai/stable-diffusion-2-1",
+    "2.1-base": "stabilityai/stable-diffusion-2-1-base",
+}
+
+
+def get_config(version: str) -> ConfigDict:
+    """The denoiser tuned with prior preservation.
+
+    Args:
+        version: a key of `HUB`.
+    """
+    if version not in HUB:
+        raise ValueError(f"The version is {version!r}; give one of {', '.join(HUB)}.")
+    config = common.public(HUB[version])
+    config.tune = ("base",)
+    config.subject.frequency = "bpe_rank"
+    config.training.optimizer.learning_rate = 5e-6
+    return config.lock()

@@ -1,0 +1,272 @@
+"""Public pipelines: Stable Diffusion, and the DeepFloyd IF cascade, in the folders that diffusers reads and writes.
+
+A pipeline's `spec` is plain data: the configurations that lie in its folders.
+
+    {"text_encoder": config.json,
+     "vae": config.json,                     latent diffusion only
+     "stages": [{"class": "IFPipeline",      as in model_index.json
+                 "unet": config.json,
+                 "scheduler": scheduler_config.json,
+                 "image_noising_scheduler": scheduler_config.json,    super-resolution only
+                 "sampling": fields of Sampling}, ...]}               where it differs from the usual
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from personalize_jax.diffusion.schedule import Schedule
+from personalize_jax.errors import UserError
+from personalize_jax.models.autoencoder_kl import AutoencoderKL
+from personalize_jax.models.clip_text import ClipTextEncoder
+from personalize_jax.models.params import Params
+from personalize_jax.models.port_weights import load_weights, replacing, save_weights
+from personalize_jax.models.t5_encoder import T5Encoder
+from personalize_jax.models.unet_2d_condition import UNet2DCondition
+from personalize_jax.pipeline.caption_cleaning import clean_caption
+from personalize_jax.pipeline.cascade import Pipeline
+from personalize_jax.pipeline.diffusers_folder import (
+    SCHEDULERS,
+    Components,
+    read_components,
+    resolve,
+    write_component_config,
+    write_model_index,
+)
+from personalize_jax.pipeline.scheduler_config import read_scheduler, with_variance
+from personalize_jax.pipeline.stage import Sampling, Stage
+from personalize_jax.pipeline.tokenizer import Tokenizer
+
+TEXT_ENCODERS = {"clip_text_model": ClipTextEncoder, "t5": T5Encoder}
+DIFFUSERS_FILE, TRANSFORMERS_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
+OURS = "personalize_jax.json"  # beside model_index.json: how to sample, of which diffusers' files say less
+
+
+class Family(NamedTuple):
+    """What the folders of one pipeline class mean here.
+
+    Attributes:
+        stage: the name of its stage.
+        num_steps: usual number of sampling steps.
+        guidance_scale: usual guidance.
+        augmentation_level: usual noise level of the low-resolution picture: 250 of 1000.
+    """
+
+    stage: str
+    num_steps: int
+    guidance_scale: float
+    augmentation_level: float = 0.0
+
+
+FAMILIES = {
+    "StableDiffusionPipeline": Family("base", 50, 7.5),
+    "IFPipeline": Family("base", 100, 7.0),
+    "IFSuperResolutionPipeline": Family("super_resolution", 50, 4.0, augmentation_level=0.251),
+}
+
+
+class Architecture(NamedTuple):
+    """A pipeline without weights and vocabulary."""
+
+    text_encoder: ClipTextEncoder | T5Encoder
+    stages: tuple[Stage, ...]
+    codec: AutoencoderKL | None
+
+    def abstract_params(self) -> Params:
+        """Shapes of all parameters, by the names that `Pipeline.params` has; nothing is computed."""
+        tokens = jnp.zeros((1, self.text_encoder.max_length), jnp.int32)
+        key = jax.random.key(0)
+        params = {"text_encoder": jax.eval_shape(self.text_encoder.init, key, tokens)["params"]}
+        for stage in self.stages:
+            params[stage.name] = jax.eval_shape(lambda k, s=stage: s.init_params(k, self.text_encoder.width), key)
+        if self.codec is not None:
+            x = jnp.zeros((1, *[self.stages[0].resolution] * 2, 3))
+            params["codec"] = jax.eval_shape(self.codec.init, key, x)["params"]
+        return params
+
+
+def architecture(spec: Mapping[str, Any], **compute: Any) -> Architecture:
+    """The networks and processes that a spec describes.
+
+    Args:
+        spec: see the module.
+        **compute: of all networks: dtype, remat, attention.
+
+    Raises:
+        UserError: what it describes is not supported, or the stages do not follow each other.
+    """
+    codec = None
+    if "vae" in spec:
+        codec = AutoencoderKL.from_config(spec["vae"], dtype=compute.get("dtype", jnp.float32))
+    stages: list[Stage] = []
+    for stage_spec in spec["stages"]:
+        stages.append(stage_of(stage_spec, stages[-1] if stages else None, codec, **compute))
+    kind = spec["text_encoder"].get("model_type")
+    if kind not in TEXT_ENCODERS:
+        known = " or ".join(TEXT_ENCODERS)
+        raise UserError(f"The text encoder's model_type is {kind!r}; give a pipeline with {known}.")
+    return Architecture(TEXT_ENCODERS[kind].from_config(spec["text_encoder"], **compute), tuple(stages), codec)
+
+
+def stage_of(
+    spec: Mapping[str, Any], before: Stage | None = None, codec: AutoencoderKL | None = None, **compute: Any
+) -> Stage:
+    """One stage.
+
+    Args:
+        spec: an entry of "stages", see the module.
+        before: the stage whose pictures it enlarges, if any.
+        codec: whose latents it denoises, if any.
+        **compute: of the network: dtype, remat, attention.
+
+    Raises:
+        UserError: what it describes is not supported, or does not follow the stage before.
+    """
+    family = FAMILIES[spec["class"]]
+    enlarges = family.stage == "super_resolution"
+    if enlarges != (before is not None):
+        raise UserError(
+            f"{spec['class']} cannot be {'a first' if enlarges else 'a later'} stage; "
+            "give one base pipeline, and a super-resolution pipeline after it if there is one."
+        )
+    unet, scheduler = spec["unet"], read_scheduler(spec["scheduler"])
+    factor = 1 if codec is None else codec.factor
+    channels = unet["in_channels"] // (2 if enlarges else 1)
+    sampling = Sampling(
+        scheduler.sampler,
+        family.num_steps,
+        family.guidance_scale,
+        scheduler.threshold_percentile,
+        scheduler.threshold_max,
+        family.augmentation_level,
+        scheduler.variance,
+    )
+    return Stage(
+        name=family.stage,
+        network=UNet2DCondition.from_config(unet, **compute),
+        resolution=unet["sample_size"] * factor,
+        low_resolution=before.resolution if enlarges else None,
+        schedule=scheduler.schedule,
+        augmentation=_augmentation(spec) if enlarges else scheduler.schedule,
+        prediction=scheduler.prediction,
+        sampling=sampling._replace(**spec.get("sampling", {})),
+        channels=channels,
+        factor=factor,
+        spacing=scheduler.spacing,
+        corners=enlarges,
+        learned_variance=unet["out_channels"] == 2 * channels,
+    )
+
+
+def _augmentation(spec: Mapping[str, Any]) -> Schedule:
+    return read_scheduler(spec["image_noising_scheduler"]).schedule
+
+
+def load_public(
+    sources: Sequence[str | Path], place: Callable[[Params], Params] | None = None, **compute: Any
+) -> Pipeline:
+    """Read a public pipeline without torch, array by array.
+
+    Args:
+        sources: a folder, or the name of a repository on the Hugging Face hub, for each stage.
+        place: from a tree of shapes to a tree of shardings for the parameters; None for the default device.
+        **compute: of all networks: dtype, remat, attention.
+
+    Raises:
+        UserError: nothing there, or what is there cannot be used.
+    """
+    found = [read_components(resolve(source)) for source in sources]
+    first = found[0]
+    spec = {"text_encoder": first.configs.get("text_encoder", {}), "stages": [_stage_spec(c) for c in found]}
+    if "vae" in first.configs:
+        spec["vae"] = first.configs["vae"]
+    built = architecture(spec, **compute)
+    abstract = built.abstract_params()
+    shardings = {} if place is None else place(abstract)
+    text_encoder = "t5" if isinstance(built.text_encoder, T5Encoder) else "clip"
+    wanted = {"text_encoder": (first.folder / "text_encoder", text_encoder)}
+    for stage, components in zip(built.stages, found, strict=True):
+        wanted[stage.name] = (components.folder / "unet", "unet")
+    if built.codec is not None:
+        wanted["codec"] = (first.folder / "vae", "autoencoder")
+    params = {
+        name: load_weights(folder, abstract[name], network, jnp.float32, shardings.get(name))
+        for name, (folder, network) in wanted.items()
+    }
+    clean = clean_caption if text_encoder == "t5" else None
+    tokenizer = Tokenizer.from_folder(first.tokenizer, built.text_encoder.max_length, clean)
+    return Pipeline(tokenizer, built.text_encoder, built.stages, params, spec, built.codec)
+
+
+def save_public(pipeline: Pipeline, folder: Path, dtype: DTypeLike) -> None:
+    """Write a pipeline so that `load_public` and diffusers read it: a cascade as one folder for each stage.
+
+    Args:
+        pipeline: that `load_public` read, tuned or not.
+        folder: made if missing; files of the same names are replaced.
+        dtype: of the stored parameters.
+
+    Raises:
+        UserError: the files cannot be written.
+    """
+    for stage, spec, target in zip(
+        pipeline.stages, pipeline.spec["stages"], stage_folders(folder, pipeline.stages), strict=True
+    ):
+        classes = {"unet": "UNet2DConditionModel"}
+        save_weights(pipeline.params[stage.name], target / "unet", DIFFUSERS_FILE, "unet", dtype)
+        write_component_config(target, "unet", spec["unet"])
+        scheduler = dict(spec["scheduler"])
+        if stage.learned_variance and stage.sampling.variance == "small":
+            scheduler = with_variance(scheduler, "fixed_small")
+        for name, config in (spec | {"scheduler": scheduler}).items():
+            if name in SCHEDULERS:
+                write_component_config(target, name, config)
+                classes[name] = config["_class_name"]
+        if stage is pipeline.stages[0]:
+            classes |= _save_shared(pipeline, target, dtype)
+        with replacing(target / OURS) as temporary:
+            temporary.write_text(json.dumps({"sampling": stage.sampling._asdict()}, indent=2))
+        write_model_index(target, spec["class"], classes)
+
+
+def _save_shared(pipeline: Pipeline, folder: Path, dtype: DTypeLike) -> dict[str, str]:
+    """Write what the stages share, with the first of them; the components' classes."""
+    is_t5 = isinstance(pipeline.text_encoder, T5Encoder)
+    text_params = pipeline.params["text_encoder"]
+    save_weights(text_params, folder / "text_encoder", TRANSFORMERS_FILE, "t5" if is_t5 else "clip", dtype)
+    write_component_config(folder, "text_encoder", pipeline.spec["text_encoder"])
+    pipeline.tokenizer.save(folder / "tokenizer")
+    classes = {
+        "text_encoder": "T5EncoderModel" if is_t5 else "CLIPTextModel",
+        "tokenizer": "T5Tokenizer" if is_t5 else "CLIPTokenizer",
+    }
+    if pipeline.codec is None:
+        return classes
+    save_weights(pipeline.params["codec"], folder / "vae", DIFFUSERS_FILE, "autoencoder", dtype)
+    write_component_config(folder, "vae", pipeline.spec["vae"])
+    return {**classes, "vae": "AutoencoderKL"}
+
+
+def stage_folders(folder: Path, stages: Sequence[Stage]) -> list[Path]:
+    """Where each stage of a saved pipeline lies: in the folder itself if there is but one."""
+    return [folder] if len(stages) == 1 else [folder / stage.name for stage in stages]
+
+
+def saved_folders(folder: Path) -> list[Path]:
+    """The stages' folders of a pipeline that `save_public` or diffusers wrote; none if there is no such pipeline."""
+    if (folder / "model_index.json").is_file():
+        return [folder]
+    names = dict.fromkeys(family.stage for family in FAMILIES.values())
+    return [folder / name for name in names if (folder / name / "model_index.json").is_file()]
+
+
+def _stage_spec(components: Components) -> dict[str, Any]:
+    configs = {name: config for name, config in components.configs.items() if name in ("unet", *SCHEDULERS)}
+    ours = components.folder / OURS
+    sampling = json.loads(ours.read_text()) if ours.is_file() else {}
+    return {"class": components.pipeline, **configs, **sampling}

@@ -1,0 +1,172 @@
+"""Public models from photographs to exported folders, with tiny random pipelines in the exact shapes."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+
+from configs import deepfloyd_if, stable_diffusion
+from personalize_jax.models.params import flatten
+from personalize_jax.personalization import (
+    export,
+    load_pretrained,
+    load_subject,
+    personalize,
+    stage_examples,
+    with_embeddings,
+)
+from personalize_jax.personalized import load_personalized
+from personalize_jax.pipeline import load_pipeline
+from personalize_jax.training.examples import draw_batch
+from personalize_jax.training.losses import Objective, personalization_loss
+from tests import tiny_public
+
+PHOTOS = Path(__file__).parents[1] / ".." / "shared" / "dreambooth" / "dataset"
+LORA = {"lora.rank": 2, "trainable": ((".*", False),)}
+
+
+def photos_of(subject):
+    """The first four photographs of a subject of the DreamBooth dataset."""
+    folder = PHOTOS / subject
+    if not folder.is_dir():
+        pytest.skip(f"the DreamBooth dataset is not at {folder}")
+    return sorted(folder.glob("*.jpg"))[:4]
+
+
+def small(config, pretrained, tmp_path, **training):
+    """The configuration with a run's length and sizes cut down."""
+    config = config.copy_and_resolve_references().unlock()
+    config.pretrained = pretrained
+    config.compute.dtype = "float32"
+    config.subject.update(registry=str(tmp_path / "registry.json"), rule="rarest")
+    config.class_images.update(count=4, num_steps=3, batch_size=4)
+    for name in ("training", "super_resolution_training"):
+        if name in config:
+            config[name].update(num_steps=12, batch_size=4, steps_per_dispatch=1, log_every=4, checkpoint_every=6)
+            config[name].optimizer.learning_rate = 3e-3
+            config[name].update_from_flattened_dict(training)
+    return config.lock()
+
+
+def save_if(folder):
+    tiny_public.deepfloyd_if().save_pretrained(folder / "first")
+    tiny_public.deepfloyd_if_super_resolution().save_pretrained(folder / "second")
+    return (str(folder / "first"), str(folder / "second"))
+
+
+def save_sd(folder, prediction="epsilon"):
+    tiny_public.stable_diffusion(prediction).save_pretrained(folder / "sd")
+    return str(folder / "sd")
+
+
+def loss_on_fixed_batch(pipeline, subject, stage, config):
+    """The subject's half of the loss, for always the same pictures, times and noise."""
+    examples = with_embeddings(pipeline, stage_examples(pipeline, stage, subject.images_NHWC, subject.labels))
+    batch = {"instance": draw_batch(examples, jax.random.key(0), 16, 0.0)}
+    objective = Objective(config.weighting, 0.0, "sampled", tuple(config.augmentation_levels))
+    params = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
+    return float(
+        personalization_loss(stage, pipeline.text_encoder, objective, params, params, batch, jax.random.key(1))[0]
+    )
+
+
+CASES = {
+    "stable_diffusion": ("dog", lambda f: save_sd(f), stable_diffusion.get_config("1.5"), {}),
+    "stable_diffusion_v_lora": (
+        "backpack",
+        lambda f: save_sd(f, "v_prediction"),
+        stable_diffusion.get_config("2.1"),
+        LORA,
+    ),
+    "deepfloyd_if": ("dog", save_if, deepfloyd_if.get_config("M"), {"weighting": "min_snr", "microbatches": 2}),
+    "deepfloyd_if_bound": ("backpack", save_if, deepfloyd_if.get_config("XL"), {"vlb_weight": 1.0, "ema_decay": 0.9}),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [name if name == "stable_diffusion_v_lora" else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+)
+def test_photographs_to_exported_folders(case, tmp_path, lightly_compiled):
+    subject_name, save, config, changes = CASES[case]
+    files = photos_of(subject_name)
+    config = small(config, save(tmp_path), tmp_path, **changes)
+    workdir = tmp_path / "run"
+    pipeline = load_pretrained(config)
+    photos = load_subject(files, subject_name, pipeline.stages[-1].resolution)
+    tuned = personalize(pipeline, photos, config, workdir)
+
+    for stage in pipeline.stages:
+        training = config.training if stage.name == "base" else config.super_resolution_training
+        before = loss_on_fixed_batch(pipeline, tuned.subject, stage, training)
+        after = loss_on_fixed_batch(tuned.pipeline, tuned.subject, stage, training)
+        assert after < 0.97 * before, stage.name
+    pictures = tuned.sample(f"a [V] {subject_name} in the snow", num_images=2, batch_size=2)
+    side = pipeline.stages[-1].resolution
+    assert pictures.shape == (2, side, side, 3) and pictures.dtype == np.uint8
+    np.testing.assert_array_equal(
+        load_personalized(workdir).sample(f"a [V] {subject_name} in the snow", num_images=2, batch_size=2), pictures
+    )
+
+    assert export(load_pretrained(config), config, workdir, tmp_path / "out") == dict.fromkeys(config.tune, 12)
+    again = load_pipeline(tmp_path / "out")
+    for name, params in tuned.pipeline.params.items():
+        for path, value in flatten(params).items():
+            np.testing.assert_array_equal(flatten(again.params[name])[path], value)
+    learned = bool(changes.get("vlb_weight"))
+    for stage in again.stages:
+        assert stage.sampling == tuned.pipeline.stage(stage.name).sampling
+        if stage.learned_variance:
+            assert stage.sampling.variance == ("learned_range" if learned else "small")
+    theirs_read_it(again, tmp_path / "out", adapters="lora.rank" in changes)
+
+
+def theirs_read_it(pipeline, folder, adapters):
+    """diffusers loads what we wrote, and its networks give the same outputs; adapters give them to the pretrained."""
+    for stage in pipeline.stages:
+        target = folder if len(pipeline.stages) == 1 else folder / stage.name
+        theirs = diffusers.DiffusionPipeline.from_pretrained(target)
+        rng = np.random.default_rng(0)
+        channels = stage.channels * (1 if stage.low_resolution is None else 2)
+        x = rng.normal(size=(2, *stage.shape[:2], channels)).astype(np.float32)
+        z, low = x[..., : stage.channels], x[..., stage.channels :]
+        text = pipeline.encode(["a dog", "a teapot"])
+        low_res = None if stage.low_resolution is None else (low, np.array([0.3, 0.5], np.float32))
+        ours = stage.apply(pipeline.params[stage.name], z, np.array([0.5, 0.1], np.float32), text, low_res)
+        options = {} if low_res is None else {"class_labels": torch.tensor([299, 499])}
+        unets = [theirs.unet]
+        if adapters:
+            pretrained = tiny_public.stable_diffusion("v_prediction")
+            pretrained.load_lora_weights(folder / "lora")
+            unets.append(pretrained.unet)
+        for unet in unets:
+            with torch.no_grad():
+                output = unet(
+                    torch.from_numpy(np.moveaxis(x, -1, 1).copy()),
+                    torch.tensor([499, 99]),
+                    encoder_hidden_states=torch.tensor(np.asarray(text.embeddings)),
+                    **options,
+                ).sample
+            reference = np.moveaxis(output.numpy(), 1, -1)
+            np.testing.assert_allclose(ours, reference, atol=1e-4 * np.abs(reference).max())
+
+
+@pytest.mark.slow
+def test_an_export_halfway_takes_the_last_checkpoint_and_leaves_other_stages_alone(tmp_path, lightly_compiled):
+    files = photos_of("dog")
+    config = small(deepfloyd_if.get_config("M"), save_if(tmp_path), tmp_path).unlock()
+    config.super_resolution_training.optimizer.learning_rate = float("nan")  # stops the run in its second stage
+    pipeline = load_pretrained(config)
+    with pytest.raises(Exception, match="not a finite|is nan"):
+        personalize(pipeline, load_subject(files, "dog", 16), config, tmp_path / "run")
+    assert export(pipeline, config, tmp_path / "run", tmp_path / "out") == {"base": 12}
+    again = load_pipeline(tmp_path / "out")
+    for path, value in flatten(pipeline.params["super_resolution"]).items():
+        np.testing.assert_array_equal(flatten(again.params["super_resolution"])[path], value)
+    assert json.loads((tmp_path / "out" / "base" / "scheduler" / "scheduler_config.json").read_text())[
+        "variance_type"
+    ] == ("fixed_small")
