@@ -87,7 +87,7 @@ def public(pretrained: str | tuple[str, ...]) -> ConfigDict:
             "compute": {
                 "dtype": "bfloat16",  # of activations; parameters are float32
                 "remat": True,  # compute activations again in the backward pass
-                "attention": "xla",  # or flash (TPU), cudnn (GPU): these never hold the whole score matrix
+                "attention": "xla",  # or flash (TPU), cudnn (GPU), heads (CPU): these never hold all of the scores
             },
             "subject": {
                 "num_tokens": 1,  # of the identifier

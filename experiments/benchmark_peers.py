@@ -143,7 +143,7 @@ def measure_ours(case: Case, weights: Path) -> dict[str, float]:
     from personalize_jax.training.loop import prepare
 
     unet = json.loads((weights / "config.json").read_text())
-    stage = stage_of({"class": case.pipeline, "unet": unet, "scheduler": case.scheduler})
+    stage = stage_of({"class": case.pipeline, "unet": unet, "scheduler": case.scheduler}, attention="heads")
     abstract = jax.eval_shape(lambda key: stage.init_params(key, TEXT["width"]), jax.random.key(0))
     params = load_weights(weights, abstract, "unet", jnp.float32)
 

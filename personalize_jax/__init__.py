@@ -9,6 +9,8 @@ images = personalized.sample("a [V] dog in the snow", num_images=4, seed=0)
 """
 
 import importlib
+import os
+from importlib.metadata import version
 from typing import Any
 
 # Nobody imports the command `personalize_jax.personalize`: the module would take the place of the function.
@@ -19,6 +21,13 @@ _HOMES = {
     "personalize": "personalize_jax.personalization",
 }
 __all__ = list(_HOMES)
+
+# By default XLA leaves convolutions to a CPU library that takes twice as long for them as its own code does. An
+# experimental flag, which other versions may not know, and which counts until the first array is made.
+if version("jaxlib") == "0.10.2" and "ynn_fusion_type" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE"
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
 """What the commands share: flags, devices, one-sentence errors, progress bars, the configuration kept with a run."""
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ def run(main: Callable[[list[str]], None], define_flags: Callable[[], None], req
     def guarded(argv: list[str]) -> None:
         logging.getLogger("absl").setLevel(logging.WARNING)
         _keep_compiled_programs()
+        _keep_memory()
         try:
             main(argv)
         except UserError as error:
@@ -105,6 +107,14 @@ def _keep_compiled_programs() -> None:
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", os.path.join(home, "personalize_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _keep_memory() -> None:
+    """On CPU, arrays of many megabytes come and go: memory that glibc gives back costs page faults to get again."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def _different_keys(old: object, new: object, prefix: str = "") -> set[str]:

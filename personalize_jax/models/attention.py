@@ -9,8 +9,9 @@ from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
 from personalize_jax.errors import UserError
 
-Implementation = Literal["xla", "cudnn", "flash"]
+Implementation = Literal["xla", "cudnn", "flash", "heads"]
 BLOCK = 128  # sequences of the flash kernel come in multiples of this
+CACHED = 512 * 512  # scores of a head that stay in a CPU core's cache
 
 
 def attend(
@@ -29,7 +30,7 @@ def attend(
         k_BSND: keys.
         v_BSND: values.
         implementation: "xla" runs everywhere and writes the L x S scores to memory; "cudnn" (GPU, bfloat16 or float16)
-            and "flash" (TPU, a Pallas kernel) never do.
+            and "flash" (TPU, a Pallas kernel) never do. "heads" (CPU) holds those of one head at a time.
         mask_BS: True at keys that may be attended to; None for all.
         scale: of the scores; 1 / sqrt(D) if None.
         is_causal: whether a query attends only to the keys up to its own position.
@@ -45,10 +46,60 @@ def attend(
     if implementation == "flash":
         scale = q_BLND.shape[-1] ** -0.5 if scale is None else scale
         return _flash(q_BLND, k_BSND, v_BSND, mask_BS, scale, is_causal)
+    if implementation == "heads":
+        if mask_BS is None and not is_causal:
+            return _by_heads(q_BLND, k_BSND, v_BSND, q_BLND.shape[-1] ** -0.5 if scale is None else scale)
+        implementation = "xla"  # masked sequences are short
     mask_B11S = None if mask_BS is None else mask_BS[:, None, None, :]
     return jax.nn.dot_product_attention(
         q_BLND, k_BSND, v_BSND, mask=mask_B11S, scale=scale, is_causal=is_causal, implementation=implementation
     )
+
+
+def _by_heads(q_BLND: Array, k_BSND: Array, v_BSND: Array, scale: float) -> Array:
+    B, L, N, D = q_BLND.shape
+    q = jnp.swapaxes(q_BLND * scale, 1, 2).reshape(B * N, L, D)
+    k, v = (jnp.moveaxis(x, 1, -1).reshape(B * N, D, -1) for x in (k_BSND, v_BSND))
+    if L * k.shape[-1] > CACHED:
+        out = jax.lax.map(lambda head: _one_head(*head), (q, k, v))
+    else:
+        out = jnp.matmul(jax.nn.softmax(_product(q, k)).astype(v.dtype), jnp.swapaxes(v, 1, 2))
+    return jnp.swapaxes(out.reshape(B, N, L, D), 1, 2)
+
+
+@jax.custom_vjp
+def _one_head(q_LD: Array, k_DS: Array, v_DS: Array) -> Array:
+    """softmax(q k) v^T, whose backward pass computes the scores again instead of keeping them.
+
+    Keys and values come transposed so that no product, forward or backward, transposes a matrix of scores: XLA's CPU
+    backend takes three times as long for those.
+    """
+    return _one_head_forward(q_LD, k_DS, v_DS)[0]
+
+
+def _one_head_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+    scores = _product(q, k)
+    top_L1 = scores.max(1, keepdims=True)
+    weights = jnp.exp(scores - top_L1)
+    total_L1 = weights.sum(1, keepdims=True)
+    out = (_product(weights.astype(v.dtype), v.T) / total_L1).astype(v.dtype)
+    return out, (q, k, v, out, top_L1 + jnp.log(total_L1))
+
+
+def _one_head_backward(saved: tuple[Array, ...], d_out: Array) -> tuple[Array, Array, Array]:
+    q, k, v, out, logsumexp_L1 = saved
+    p_LS = jnp.exp(_product(q, k) - logsumexp_L1)
+    delta_L1 = (d_out * out).astype(jnp.float32).sum(1, keepdims=True)
+    d_scores_LS = (p_LS * (_product(d_out, v) - delta_L1)).astype(q.dtype)
+    d_q, d_k, d_v = _product(d_scores_LS, k.T), _product(q.T, d_scores_LS), _product(d_out.T, p_LS.astype(v.dtype))
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
+
+
+_one_head.defvjp(_one_head_forward, _one_head_backward)
+
+
+def _product(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
 def _flash(q_BLND: Array, k_BSND: Array, v_BSND: Array, mask_BS: Array | None, scale: float, is_causal: bool) -> Array:

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from personalize_jax.errors import UserError
 from personalize_jax.models.attention import attend
 from personalize_jax.models.convolution import Conv
+from personalize_jax.models.normalization import GroupNorm
 
 LOGVAR_RANGE = (-30.0, 20.0)
 _ONLY = {  # keys of the config whose other values ask for another network
@@ -42,9 +43,9 @@ class BlockSpec:
     mid_attention: bool
     dtype: DTypeLike
 
-    def norm(self, name: str) -> nn.GroupNorm:
+    def norm(self, name: str) -> GroupNorm:
         """Return a group norm, computed in float32."""
-        return nn.GroupNorm(self.groups, epsilon=1e-6, use_fast_variance=False, name=name)
+        return GroupNorm(self.groups, 1e-6, name=name)
 
     def conv(self, features: int, name: str, **options: Any) -> Conv:
         """Return a convolution."""

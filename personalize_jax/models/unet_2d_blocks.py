@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from personalize_jax.models.attention import Implementation, attend
 from personalize_jax.models.convolution import Conv
+from personalize_jax.models.normalization import GroupNorm
 
 Part = Callable[..., nn.Module]  # a module that still lacks its name
 CrossAttentionNorm = Literal["layer_norm", "group_norm"] | None
@@ -66,9 +67,9 @@ def _double(x_BHWC: Array) -> Array:
 _RESAMPLE = {"down": _halve, "up": _double}
 
 
-def group_norm(groups: int, epsilon: float, dtype: DTypeLike, name: str) -> nn.GroupNorm:
+def group_norm(groups: int, epsilon: float, dtype: DTypeLike, name: str) -> GroupNorm:
     """Group norm over positions and the channels of a group; statistics in float32."""
-    return nn.GroupNorm(groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+    return GroupNorm(groups, epsilon, dtype, name=name)
 
 
 def layer_norm(dtype: DTypeLike, name: str) -> nn.LayerNorm:

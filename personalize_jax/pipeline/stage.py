@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -15,6 +14,7 @@ from personalize_jax.diffusion.prediction import Prediction, to_x0_eps
 from personalize_jax.diffusion.schedule import Schedule
 from personalize_jax.models.params import Params
 from personalize_jax.models.unet import UNet
+from personalize_jax.models.unet_2d_condition import UNet2DCondition
 
 SCHEDULES = {"cosine": schedule.cosine, "linear": schedule.linear}
 SAMPLERS = {"ddim": samplers.ddim, "dpm_solver_pp": samplers.dpm_solver_pp}  # and ancestral, which takes a variance
@@ -66,7 +66,7 @@ class Stage:
     """
 
     name: str
-    network: nn.Module
+    network: UNet | UNet2DCondition
     resolution: int
     low_resolution: int | None
     schedule: Schedule

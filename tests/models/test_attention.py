@@ -1,0 +1,65 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from personalize_jax.errors import UserError
+from personalize_jax.models.attention import CACHED, attend
+from personalize_jax.models.normalization import GroupNorm
+
+
+def reference(q, k, v, kept=None):
+    """The definition, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    scores = np.einsum("blnd,bsnd->bnls", q, k) / np.sqrt(q.shape[-1])
+    if kept is not None:
+        scores = np.where(np.asarray(kept)[:, None, None], scores, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bnls,bsnd->blnd", p / p.sum(-1, keepdims=True), v)
+
+
+def random(B, L, S, N, D):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=(B, n, N, D)), jnp.float32) for n in (L, S, S)]
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 5, 3, 4), (1, 600, 620, 2, 8)])
+@pytest.mark.parametrize("implementation", ["xla", "heads"])
+def test_attention_is_its_definition(shape, implementation):
+    q, k, v = random(*shape)
+    np.testing.assert_allclose(attend(q, k, v, implementation), reference(q, k, v), atol=2e-6)
+
+
+def test_one_head_at_a_time_has_the_gradients_of_all_at_once():
+    q, k, v = random(1, 600, 620, 2, 8)
+    assert CACHED < 600 * 620
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
+
+    def gradients(implementation):
+        return jax.grad(lambda *x: jnp.sum(weight * attend(*x, implementation)), argnums=(0, 1, 2))(q, k, v)
+
+    for ours, theirs in zip(gradients("heads"), gradients("xla"), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "heads", "flash"])
+def test_masked_keys_count_for_nothing(implementation):
+    q, k, v = random(2, 9, 12, 2, 8)
+    kept = jnp.arange(12)[None] < jnp.array([[12], [5]])
+    with pltpu.force_tpu_interpret_mode():
+        out = attend(q, k, v, implementation, kept)
+    np.testing.assert_allclose(out, reference(q, k, v, kept), atol=5e-6)
+
+
+def test_an_unknown_implementation_is_named():
+    with pytest.raises(UserError, match="attention is 'fast'; give one of xla, cudnn, flash, heads"):
+        attend(*random(1, 2, 2, 1, 4), "fast")
+
+
+def test_group_normalisation_has_no_mean_and_unit_variance_in_each_group():
+    x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (2, 5, 4, 12)), jnp.float32)
+    norm = GroupNorm(3, 1e-6)
+    y = norm.apply(norm.init(jax.random.key(0), x), x).reshape(2, 20, 3, 4)
+    np.testing.assert_allclose(y.mean((1, 3)), 0, atol=5e-6)
+    np.testing.assert_allclose(y.var((1, 3)), 1, atol=1e-5)
