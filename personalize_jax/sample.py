@@ -22,7 +22,7 @@ from personalize_jax.subject.identifier import PLACEHOLDER, substitute, warn_wit
 def define_flags() -> None:
     """The command line."""
     flags.DEFINE_string("workdir", None, "Run directory of a personalised cascade.")
-    flags.DEFINE_string("pipeline", None, "A pretrained pipeline instead: 'world' or a folder.")
+    flags.DEFINE_string("pipeline", None, "A pretrained pipeline instead: 'world', a folder, or a name on the hub.")
     flags.DEFINE_multi_string("prompt", None, "What to draw; repeat for several prompts.")
     flags.DEFINE_integer("num_images", 4, "Pictures of each prompt.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of each prompt's first picture.", lower_bound=0, upper_bound=2**31)

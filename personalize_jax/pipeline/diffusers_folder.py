@@ -9,7 +9,6 @@ tokenizer/                            files of transformers
 import dataclasses
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,21 +184,6 @@ def write_component_config(folder: Path, name: str, config: Mapping[str, Any]) -
         config: content of the file.
     """
     _write_json(_config_file(folder, name), config)
-
-
-def copy_tokenizer(components: Components, folder: Path) -> None:
-    """Copy a tokenizer's files to another pipeline.
-
-    Args:
-        components: the pipeline to copy from.
-        folder: the pipeline to copy to; made if missing.
-    """
-    if components.tokenizer is None:
-        return
-    (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
-    for file in (file for pattern in _TOKENIZER_FILES for file in components.tokenizer.glob(pattern)):
-        with replacing(folder / "tokenizer" / file.name) as temporary:
-            shutil.copyfile(file, temporary)
 
 
 def _config_file(folder: Path, name: str) -> Path:

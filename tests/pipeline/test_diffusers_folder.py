@@ -11,7 +11,6 @@ from huggingface_hub.utils import filter_repo_objects
 from personalize_jax.errors import UserError
 from personalize_jax.pipeline.diffusers_folder import (
     PIPELINES,
-    copy_tokenizer,
     read_components,
     resolve,
     write_component_config,
@@ -84,7 +83,7 @@ def test_diffusers_loads_what_we_write(name, size, theirs, saved, tmp_path):
             for file in (tmp_path / "weights" / key).glob("*.safetensors*"):
                 shutil.move(file, tmp_path / key)
     shutil.rmtree(tmp_path / "weights")
-    copy_tokenizer(components, tmp_path)
+    shutil.copytree(components.tokenizer, tmp_path / "tokenizer")
     write_model_index(tmp_path, name, components.classes)
     assert size == "50KB" or files(tmp_path) == files(saved / name)
     again = getattr(diffusers, name).from_pretrained(tmp_path)
@@ -108,8 +107,6 @@ def test_super_resolution_may_share_the_text_encoder(saved, tmp_path):
     write_model_index(tmp_path, whole.pipeline, classes)
     components = read_components(tmp_path)
     assert components.classes == classes and components.tokenizer is None
-    copy_tokenizer(components, tmp_path / "elsewhere")
-    assert not (tmp_path / "elsewhere").exists()
     again = diffusers.IFSuperResolutionPipeline.from_pretrained(tmp_path)
     assert again.text_encoder is None and again.tokenizer is None
 
