@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from personalize_jax.diffusion.augmentation import upsample
+from personalize_jax.diffusion.schedule import discrete, squaredcos_betas
 from personalize_jax.pipeline import Stage, Text
 from personalize_jax.training.examples import Batch
-from personalize_jax.training.losses import Objective, interleave, personalization_loss, separate
+from personalize_jax.training.losses import Objective, diffuse, interleave, personalization_loss, separate
 from tests import tiny
 
 B, SIDE, LENGTH, WIDTH = 8, 8, 5, 4
@@ -229,3 +230,49 @@ def test_separate_undoes_interleave():
     np.testing.assert_array_equal(joined[:2], [first[0], second[0]])  # alternating: shards hold both halves
     for half, expected in zip(separate(joined, 2), (first, second), strict=True):
         np.testing.assert_array_equal(half, expected)
+
+
+def discrete_stage(answer, learned_variance=False):
+    schedule = discrete(squaredcos_betas(1000))
+    return dataclasses.replace(
+        stage(answer, "eps"), schedule=schedule, augmentation=schedule, learned_variance=learned_variance
+    )
+
+
+def test_times_of_a_discrete_schedule_are_its_own_and_never_clean():
+    network = discrete_stage(constant(0.0))
+    for seed in range(5):
+        noisy = diffuse(network, batch(0.5), None, jax.random.key(seed), Objective("none", 0.0, "sampled", **FREE))
+        n = np.asarray(noisy.t) * 1000
+        np.testing.assert_allclose(n, np.round(n), atol=1e-3)
+        assert n.min() >= 1 and n.max() <= 1000 and len(set(n)) == B
+
+
+def test_offset_noise_shifts_whole_pictures_by_its_deviation():
+    network, many = discrete_stage(constant(0.0)), 400
+    x = jnp.zeros((many, SIDE, SIDE, 3))
+    objective = Objective("none", 0.0, "sampled", **FREE, offset_noise=0.5)
+    eps = diffuse(network, batch(0.0)._replace(x=x), None, jax.random.key(0), objective).eps
+    means = np.asarray(eps).mean((1, 2))  # one for each picture and channel
+    assert means.var() == pytest.approx(0.5**2 + 1 / SIDE**2, rel=0.15)
+    assert np.asarray(eps - means[:, None, None]).var() == pytest.approx(1 - 1 / SIDE**2, rel=0.05)
+
+
+@pytest.mark.parametrize("vlb_weight", [0.0, 1.0])
+def test_the_bound_moves_the_variance_alone(vlb_weight):
+    def answer(params, z, *_):
+        mean, v = params["mean"] * jnp.ones_like(z), params["v"] * jnp.ones_like(z)
+        return jnp.concatenate([mean, v], axis=-1)
+
+    params = {"denoiser": {"mean": jnp.float32(0.1), "v": jnp.float32(0.2)}}
+
+    def gradient(weight):
+        objective = Objective("none", 0.7, "sampled", **FREE, vlb_weight=weight)
+        batches = {"instance": batch(0.5), "prior": batch(-0.5)}
+        network = discrete_stage(answer, learned_variance=True)
+        return jax.grad(lambda p: loss_of(network, objective, batches, p, params)[0])(params)["denoiser"]
+
+    without, with_bound = ({k: float(g) for k, g in gradient(w).items()} for w in (0.0, vlb_weight))
+    assert without["v"] == 0 and without["mean"] != 0
+    assert with_bound["mean"] == pytest.approx(without["mean"], rel=1e-6)
+    assert (with_bound["v"] != 0) == (vlb_weight > 0)
