@@ -11,6 +11,7 @@ images = personalized.sample("a [V] dog in the snow", num_images=4, seed=0)
 import importlib
 import os
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 # Nobody imports the command `personalize_jax.personalize`: the module would take the place of the function.
@@ -22,12 +23,14 @@ _HOMES = {
 }
 __all__ = list(_HOMES)
 
-# By default XLA leaves convolutions to a CPU library that takes twice as long for them as its own code does. An
-# experimental flag, which other versions may not know, and which counts until the first array is made.
-if version("jaxlib") == "0.10.2" and "ynn_fusion_type" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE"
-    )
+# By default XLA leaves convolutions to a CPU library that takes up to twice as long for them as its own code does. The
+# flag is experimental: other versions may not know it, nor may the compilers that come with TPUs and GPUs, and none
+# starts with a flag that it does not know. It counts if it is set before the first array is made.
+_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+_FLAGS = os.environ.get("XLA_FLAGS", "")
+_CPU_ONLY = find_spec("libtpu") is None and find_spec("jax_plugins") is None
+if _CPU_ONLY and version("jaxlib") == "0.10.2" and _FLAG not in _FLAGS:
+    os.environ["XLA_FLAGS"] = f"{_FLAGS} {_FLAG}=LIBRARY_FUSION_TYPE_REDUCE"
 
 
 def __getattr__(name: str) -> Any:

@@ -129,9 +129,9 @@ def stage_of(
     """
     family = FAMILIES[spec["class"]]
     enlarges = family.stage == "super_resolution"
-    if enlarges != (before is not None):
+    if enlarges != (before is not None) or (before is not None and before.low_resolution is not None):
         raise UserError(
-            f"{spec['class']} cannot be {'a first' if enlarges else 'a later'} stage; "
+            f"{spec['class']} cannot be {'the first' if before is None else 'this later'} stage; "
             "give one base pipeline, and a super-resolution pipeline after it if there is one."
         )
     unet, scheduler = spec["unet"], read_scheduler(spec["scheduler"])

@@ -10,6 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from personalize_jax.diffusion import samplers
+from personalize_jax.errors import UserError
 from personalize_jax.pipeline import load_pipeline
 from tests import tiny_public
 
@@ -142,3 +143,12 @@ def test_deepfloyd_if(tmp_path):
     sampling = super_resolution.sampling._replace(num_steps=STEPS)
     low_res = jnp.moveaxis(jnp.asarray(low.numpy()), 1, -1)
     assert_close(our_trajectory(ours, super_resolution, sampling, noises, low_res), trajectory)
+
+
+def test_stages_that_do_not_follow_each_other_are_refused(tmp_path):
+    tiny_public.deepfloyd_if().save_pretrained(tmp_path / "first")
+    tiny_public.deepfloyd_if_super_resolution().save_pretrained(tmp_path / "second")
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folders in ([second], [first, first], [first, second, second]):
+        with pytest.raises(UserError, match="cannot be .* stage; give one base pipeline"):
+            load_pipeline(folders if len(folders) > 1 else folders[0])
