@@ -1,0 +1,77 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from personalize_jax.models.convolution import Conv, convolve_3x3
+
+
+def arrays(H: int, W: int, B: int = 2, C: int = 5, K: int = 4) -> tuple[jax.Array, jax.Array, jax.Array]:
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((B, H, W, C), (3, 3, C, K), (B, H, W, K))
+    return tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+
+
+def torch_convolution(x_BHWC: np.ndarray, kernel: np.ndarray, d_y_BHWK: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Output and both gradients in float64."""
+    x, d_y = (torch.from_numpy(np.array(a, np.float64)).permute(0, 3, 1, 2) for a in (x_BHWC, d_y_BHWK))
+    weight = torch.from_numpy(np.array(kernel, np.float64)).permute(3, 2, 0, 1)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    y = torch.nn.functional.conv2d(x, weight, padding=1)
+    d_x, d_weight = torch.autograd.grad(y, (x, weight), d_y)
+    return tuple(
+        a.detach().numpy() for a in (y.permute(0, 2, 3, 1), d_x.permute(0, 2, 3, 1), d_weight.permute(2, 3, 1, 0))
+    )
+
+
+@pytest.mark.parametrize("H, W", [(8, 8), (7, 8), (8, 5), (3, 3), (2, 1), (1, 1)])
+def test_agrees_with_torch_in_double_precision(H, W):
+    x, kernel, d_y = arrays(H, W)
+    y, gradients = jax.vjp(convolve_3x3, x, kernel)
+    ours = (y, *gradients(d_y))
+    for mine, theirs in zip(ours, torch_convolution(x, kernel, d_y), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5 * max(1.0, np.abs(theirs).max()))
+
+
+def test_is_as_exact_as_a_direct_convolution():
+    x, kernel, d_y = arrays(16, 16, B=1, C=64, K=64)
+    direct = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    true = torch_convolution(x, kernel, d_y)[0]
+    error, error_of_direct = (np.abs(np.asarray(a, np.float64) - true).max() for a in (convolve_3x3(x, kernel), direct))
+    assert error < 4 * error_of_direct
+    assert error < 2e-6 * np.abs(true).max()
+
+
+def test_each_picture_of_a_batch_is_convolved_alone():
+    x, kernel, _ = arrays(6, 6, B=3)
+    together = convolve_3x3(x, kernel)
+    for i in range(3):
+        np.testing.assert_allclose(convolve_3x3(x[i : i + 1], kernel)[0], together[i], atol=1e-5)
+
+
+@pytest.mark.parametrize("size, stride, padding", [(1, 1, None), (3, 1, None), (3, 2, None), (3, 2, ((0, 1), (0, 1)))])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_module_agrees_with_torch(size, stride, padding, dtype):
+    conv = Conv(32, size, stride, padding, dtype)
+    x = jax.random.normal(jax.random.key(1), (2, 16, 18, 32))
+    params = conv.init(jax.random.key(2), x)["params"]
+    params["bias"] = jax.random.normal(jax.random.key(3), (32,))
+    (top, bottom), (left, right) = padding or ((size // 2, size // 2),) * 2
+    x_BCHW = torch.nn.functional.pad(torch.from_numpy(np.array(x)).permute(0, 3, 1, 2), (left, right, top, bottom))
+    weight = torch.from_numpy(np.array(params["kernel"])).permute(3, 2, 0, 1)
+    theirs = torch.nn.functional.conv2d(x_BCHW, weight, torch.from_numpy(np.array(params["bias"])), stride)
+    ours = conv.apply({"params": params}, x)
+    assert ours.dtype == dtype
+    tolerance = 1e-5 if dtype == jnp.float32 else 5e-2
+    np.testing.assert_allclose(np.asarray(ours, np.float32), theirs.permute(0, 2, 3, 1), atol=tolerance)
+
+
+def test_accelerators_get_xlas_own_convolution():
+    x, kernel, _ = arrays(16, 16)
+    for platform, direct in (("tpu", True), ("cpu", False)):
+        text = jax.jit(convolve_3x3).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.convolution" in text) == direct
+        gradient = jax.jit(jax.grad(lambda x, kernel: convolve_3x3(x, kernel).sum(), (0, 1)))
+        text = gradient.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.convolution" in text) == direct
