@@ -15,10 +15,10 @@ demo: .venv/installed
 		--images=personalize_jax/assets/world/subject --workdir=runs/demo
 
 test: .venv/test-installed
-	.venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-all: .venv/test-installed
-	.venv/bin/python -m pytest -n 2 --dist loadfile
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/test-installed
 	.venv/bin/python -m ruff check .
