@@ -28,7 +28,8 @@ def run(main: Callable[[list[str]], None], define_flags: Callable[[], None], req
     """
 
     def guarded(argv: list[str]) -> None:
-        logging.getLogger("absl").setLevel(logging.WARNING)
+        for name in ("absl", "jax"):  # JAX tells which backends it did not find
+            logging.getLogger(name).setLevel(logging.WARNING)
         _keep_compiled_programs()
         _keep_memory()
         try:

@@ -1,4 +1,4 @@
-"""The text transformer of CLIP, the text encoder of Stable Diffusion 1.x and 2.x.
+"""The text transformer of CLIP, the text encoder of Stable Diffusion 1.x and 2.x; `clip` has both of CLIP's towers.
 
 Radford et al. 2021 (Learning Transferable Visual Models From Natural Language Supervision), section 2.4. Parameter
 paths are the names in public checkpoints, those of transformers' `CLIPTextModel` before its version 5.
@@ -15,35 +15,68 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from personalize_jax.errors import UserError
+from personalize_jax.models.activation import gelu
 from personalize_jax.models.attention import Implementation, attend
 
 _ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": gelu,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """The transformer's sizes and ways of computing; the attributes of `ClipTextEncoder` under the same names."""
+    """The transformer's sizes and ways of computing; attributes of `ClipTextEncoder` but for `is_causal`.
+
+    Attributes:
+        is_causal: whether a position sees only itself and what precedes it, as in texts; in pictures all see all.
+    """
 
     num_layers: int
     num_heads: int
     mlp_width: int
     activation: str
     epsilon: float
-    skip_layers: int
-    dtype: DTypeLike
-    remat: bool
-    attention: Implementation
+    skip_layers: int = 0
+    dtype: DTypeLike = jnp.float32
+    remat: bool = False
+    attention: Implementation = "xla"
+    is_causal: bool = True
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **others: Any) -> Self:
+        """The layers that a checkpoint's `config.json` describes.
+
+        Args:
+            config: as transformers writes it for a tower of CLIP.
+            **others: what such a file does not tell.
+
+        Raises:
+            UserError: an activation that is not supported.
+        """
+        activation = config["hidden_act"]
+        if activation not in _ACTIVATIONS:
+            known = ", ".join(_ACTIVATIONS)
+            raise UserError(f"hidden_act is {activation!r} in the config.json of a CLIP; supported are {known}.")
+        return cls(
+            num_layers=config["num_hidden_layers"],
+            num_heads=config["num_attention_heads"],
+            mlp_width=config["intermediate_size"],
+            activation=activation,
+            epsilon=config["layer_norm_eps"],
+            **others,
+        )
 
     def norm(self, name: str) -> nn.LayerNorm:
         """Return a layer norm."""
         return nn.LayerNorm(self.epsilon, dtype=self.dtype, use_fast_variance=False, name=name)
 
 
-class CausalAttention(nn.Module):
-    """Self-attention in which a position sees itself and what precedes it."""
+_SHARED = tuple(field.name for field in dataclasses.fields(Spec) if field.name != "is_causal")
+
+
+class SelfAttention(nn.Module):
+    """Attention of every position to itself and to what it may see."""
 
     spec: Spec
 
@@ -55,7 +88,9 @@ class CausalAttention(nn.Module):
         def heads(name: str) -> Array:
             return nn.Dense(D, dtype=self.spec.dtype, name=name)(x_BLD).reshape(B, L, self.spec.num_heads, -1)
 
-        out = attend(heads("q_proj"), heads("k_proj"), heads("v_proj"), self.spec.attention, is_causal=True)
+        out = attend(
+            heads("q_proj"), heads("k_proj"), heads("v_proj"), self.spec.attention, is_causal=self.spec.is_causal
+        )
         return nn.Dense(D, dtype=self.spec.dtype, name="out_proj")(out.reshape(B, L, D))
 
 
@@ -80,7 +115,7 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: Array) -> Array:
         """Return [B, L, D]."""
-        x_BLD += CausalAttention(self.spec, name="self_attn")(self.spec.norm("layer_norm1")(x_BLD))
+        x_BLD += SelfAttention(self.spec, name="self_attn")(self.spec.norm("layer_norm1")(x_BLD))
         return x_BLD + Mlp(self.spec, name="mlp")(self.spec.norm("layer_norm2")(x_BLD))
 
 
@@ -178,26 +213,13 @@ class ClipTextEncoder(nn.Module):
         Raises:
             UserError: an activation that is not supported, or no layer is left.
         """
-        activation, num_layers = config["hidden_act"], config["num_hidden_layers"]
-        if activation not in _ACTIVATIONS:
-            known = ", ".join(_ACTIVATIONS)
-            raise UserError(f"hidden_act is {activation!r} in the text encoder's config.json; supported are {known}.")
-        if not 0 <= skip_layers < num_layers:
+        spec = Spec.from_config(config, skip_layers=skip_layers, **compute)
+        if not 0 <= skip_layers < spec.num_layers:
             raise UserError(
-                f"skip_layers is {skip_layers}; give 0 to {num_layers - 1}, as the encoder has {num_layers}."
+                f"skip_layers is {skip_layers}; give 0 to {spec.num_layers - 1}, as the encoder has {spec.num_layers}."
             )
-        return cls(
-            vocab_size=config["vocab_size"],
-            width=config["hidden_size"],
-            max_length=config["max_position_embeddings"],
-            num_layers=num_layers,
-            num_heads=config["num_attention_heads"],
-            mlp_width=config["intermediate_size"],
-            activation=activation,
-            epsilon=config["layer_norm_eps"],
-            skip_layers=skip_layers,
-            **compute,
-        )
+        shared = {name: getattr(spec, name) for name in _SHARED}
+        return cls(config["vocab_size"], config["hidden_size"], config["max_position_embeddings"], **shared)
 
     @nn.compact
     def __call__(self, tokens_BL: Array) -> tuple[Array, Array]:
@@ -209,6 +231,6 @@ class ClipTextEncoder(nn.Module):
         Returns:
             text_BLD, and mask_BL which is True everywhere: the public U-Nets attend to padding as well.
         """
-        spec = Spec(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Spec)})
+        spec = Spec(**{name: getattr(self, name) for name in _SHARED})
         text_BLD = TextModel(self.vocab_size, self.width, self.max_length, spec, name="text_model")(tokens_BL)
         return text_BLD, jnp.ones(tokens_BL.shape, bool)

@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from personalize_jax.errors import UserError
 from personalize_jax.models.params import Params, flatten, unflatten
 
-Network = Literal["unet", "autoencoder", "clip", "t5"]
+Network = Literal["unet", "autoencoder", "clip", "t5", "vit", "lpips"]
 Shape = tuple[int, ...]
 
 MAX_SHARD_BYTES = 10 * 10**9  # as diffusers
@@ -46,9 +46,25 @@ _ALTERNATIVES: Mapping[Network, tuple[tuple[str, str], ...]] = {
     ),
     "clip": ((r"^text_model\.", ""),),  # since transformers 5
     "t5": ((r"^shared\.", "encoder.embed_tokens."),),
+    "vit": (
+        (r"^(cls_token|position_embeddings|patch_embeddings)", r"embeddings.\1"),
+        (r"^layers\.(\d+)\.(query|key|value)\.", r"encoder.layer.\1.attention.attention.\2."),
+        (r"^layers\.(\d+)\.attention_output\.", r"encoder.layer.\1.attention.output.dense."),
+        (r"^layers\.(\d+)\.mlp_in\.", r"encoder.layer.\1.intermediate.dense."),
+        (r"^layers\.(\d+)\.mlp_out\.", r"encoder.layer.\1.output.dense."),
+        (r"^layers\.(\d+)\.layernorm", r"encoder.layer.\1.layernorm"),
+    ),
+    "lpips": ((r"^lin(\d)\.", r"lins.\1."),),
 }
-# Tensors that are no parameters: buffers of older files.
-_IGNORED: Mapping[Network, str] = {"unet": "(?!)", "autoencoder": "(?!)", "clip": r".*\.position_ids", "t5": "(?!)"}
+# Tensors that are no parameters, buffers of older files among them, and parameters of what is left out here.
+_IGNORED: Mapping[Network, str] = {
+    "unet": "(?!)",
+    "autoencoder": "(?!)",
+    "clip": r".*\.position_ids",
+    "t5": "(?!)",
+    "vit": r"pooler\..*",
+    "lpips": r"scaling_layer\..*",
+}
 
 
 def torch_names(path: str, network: Network) -> list[str]:

@@ -13,21 +13,16 @@ from typing import Literal, NamedTuple
 import einops
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import DTypeLike
 
+from personalize_jax.models.activation import gelu
 from personalize_jax.models.attention import Implementation, attend
 from personalize_jax.models.convolution import Conv
 from personalize_jax.models.normalization import GroupNorm
 
 Part = Callable[..., nn.Module]  # a module that still lacks its name
 CrossAttentionNorm = Literal["layer_norm", "group_norm"] | None
-
-
-def gelu(x: Array) -> Array:
-    """Return x Phi(x) (Hendrycks & Gimpel 2016); `nn.gelu` goes by erfc, which takes XLA's CPU backend far longer."""
-    return x * (0.5 * (1 + lax.erf(x * 0.5**0.5)))
-
 
 ACTIVATIONS = {"silu": nn.silu, "swish": nn.silu, "gelu": gelu}
 

@@ -37,7 +37,7 @@ def scramble(module: torch.nn.Module, seed: int) -> None:
     for parameter in module.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         with torch.no_grad():
-            if parameter.ndim == 1:
+            if parameter.ndim <= 1:
                 parameter.add_(0.3 * noise)
             else:
                 parameter.copy_(noise * parameter[0].numel() ** -0.5)

@@ -1,0 +1,149 @@
+"""CLIP: pictures and texts in one space.
+
+Radford et al. 2021 (Learning Transferable Visual Models From Natural Language Supervision), section 2.4. The layers are
+those of `clip_text`, which knows only the embeddings of positions that Stable Diffusion attends to.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from personalize_jax.errors import UserError
+from personalize_jax.models.clip_text import Layers, Spec, TextModel
+
+
+class VisionEmbeddings(nn.Module):
+    """A vector for each patch and one for the whole, plus a vector for its position."""
+
+    width: int
+    patch: int
+
+    @nn.compact
+    def __call__(self, x_BHWC: Array) -> Array:
+        """Return [B, 1 + patches, width], row by row."""
+        p, D = self.patch, self.width
+        x = nn.Conv(D, (p, p), (p, p), "VALID", use_bias=False, name="patch_embedding")(x_BHWC)
+        x = x.reshape(x.shape[0], -1, D)
+        whole_D = self.param("class_embedding", nn.initializers.normal(D**-0.5), (D,))
+        x = jnp.concatenate([jnp.broadcast_to(whole_D, (x.shape[0], 1, D)), x], axis=1)
+        return x + nn.Embed(x.shape[1], D, name="position_embedding")(jnp.arange(x.shape[1]))
+
+
+class VisionModel(nn.Module):
+    """Embeddings, layers and the norms around them, under the names that they have in checkpoints."""
+
+    width: int
+    patch: int
+    spec: Spec
+
+    @nn.compact
+    def __call__(self, x_BHWC: Array) -> Array:
+        """Return [B, width], the normalised embedding of the whole picture."""
+        x = VisionEmbeddings(self.width, self.patch, name="embeddings")(x_BHWC)
+        x = Layers(self.spec, name="encoder")(self.spec.norm("pre_layrnorm")(x))  # misspelt in every checkpoint
+        return self.spec.norm("post_layernorm")(x[:, 0])
+
+
+class Clip(nn.Module):
+    """Both towers, as transformers' `CLIPModel`; embeddings are of unit length.
+
+    Attributes:
+        vocab_size: rows of the token embedding; the end of a text has the highest id.
+        text_width: of the text tower.
+        max_length: tokens in a text, padding included, at most.
+        text: the text tower's layers.
+        resolution: side of the pictures.
+        patch: side of a patch; it divides the resolution.
+        vision_width: of the vision tower.
+        vision: the vision tower's layers.
+        width: of the embeddings.
+    """
+
+    vocab_size: int
+    text_width: int
+    max_length: int
+    text: Spec
+    resolution: int
+    patch: int
+    vision_width: int
+    vision: Spec
+    width: int
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Build the network that a checkpoint's `config.json` describes.
+
+        Args:
+            config: as transformers writes it for a `CLIPModel`, in full or without what is at its default.
+
+        Raises:
+            UserError: another model's, or an activation that is not supported.
+        """
+        if config.get("model_type") != "clip":
+            raise UserError(f"config.json describes a {config.get('model_type')!r}; give the folder of a CLIP model.")
+        text, vision = (dict(config.get(f"{tower}_config") or {}) for tower in ("text", "vision"))
+        text = _TEXT_DEFAULTS | text
+        vision = _VISION_DEFAULTS | vision
+        return cls(
+            vocab_size=text["vocab_size"],
+            text_width=text["hidden_size"],
+            max_length=text["max_position_embeddings"],
+            text=Spec.from_config(text, is_causal=True),
+            resolution=vision["image_size"],
+            patch=vision["patch_size"],
+            vision_width=vision["hidden_size"],
+            vision=Spec.from_config(vision, is_causal=False),
+            width=config.get("projection_dim", 512),
+        )
+
+    def setup(self) -> None:
+        """Make the towers."""
+        self.text_model = TextModel(self.vocab_size, self.text_width, self.max_length, self.text)
+        self.vision_model = VisionModel(self.vision_width, self.patch, self.vision)
+        self.text_projection = nn.Dense(self.width, use_bias=False)
+        self.visual_projection = nn.Dense(self.width, use_bias=False)
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(jnp.log(1 / 0.07)), ())
+
+    def encode_images(self, x_BHWC: Array) -> Array:
+        """Embed pictures, float32 [B, resolution, resolution, 3] normalised as in training, as [B, width]."""
+        return _unit(self.visual_projection(self.vision_model(x_BHWC)))
+
+    def encode_texts(self, tokens_BL: Array) -> Array:
+        """Embed texts, int token ids [B, L], as [B, width]: what stands at the first end of the text, projected."""
+        x_BLD = self.text_model(tokens_BL)
+        end_B = jnp.argmax(tokens_BL, axis=1)
+        return _unit(self.text_projection(jnp.take_along_axis(x_BLD, end_B[:, None, None], axis=1)[:, 0]))
+
+    def __call__(self, x_BHWC: Array, tokens_BL: Array) -> tuple[Array, Array]:
+        """Embed both."""
+        return self.encode_images(x_BHWC), self.encode_texts(tokens_BL)
+
+
+# What transformers leaves out of a config.json: the base model's, of which openai/clip-vit-base-patch32 is one.
+_TEXT_DEFAULTS = {
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+_VISION_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+
+
+def _unit(x_BD: Array) -> Array:
+    return x_BD / jnp.linalg.norm(x_BD, axis=-1, keepdims=True)

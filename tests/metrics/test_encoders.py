@@ -1,0 +1,225 @@
+"""Encoders and their preprocessing against transformers, from the same files and the same pixels."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_model
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
+
+from personalize_jax.errors import UserError
+from personalize_jax.metrics import preprocessing
+from personalize_jax.metrics.encoders import BATCH_SIZE, in_batches, load_clip, load_dino, load_lpips
+from personalize_jax.models.lpips import SLICES
+from tests import tiny_public
+from tests.models.torch_params import scramble
+
+PHOTOS = Path(__file__).parents[2] / ".." / "shared" / "dreambooth" / "dataset"
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Tall, wide, square, small and large ones, and photographs where they are at hand."""
+    rng = np.random.default_rng(0)
+    shapes = ((41, 30), (30, 53), (32, 32), (9, 12), (120, 70))
+    made = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
+    files = sorted(PHOTOS.glob("*/00.jpg"))[:3]
+    return made + [np.asarray(Image.open(file).convert("RGB")) for file in files]
+
+
+def test_photographs_are_among_the_pictures(pictures):
+    if not PHOTOS.is_dir():
+        pytest.skip(f"the DreamBooth dataset is not at {PHOTOS}")
+    assert len(pictures) > 5
+
+
+VITS = {
+    "small": {"hidden_size": 16, "num_attention_heads": 2, "patch_size": 4},
+    "coarse": {"hidden_size": 24, "num_attention_heads": 3, "patch_size": 8, "num_hidden_layers": 3},
+    "loose": {"hidden_size": 16, "num_attention_heads": 4, "patch_size": 16, "layer_norm_eps": 0.1},
+}
+PROCESSORS = {
+    "small": {"size": {"height": 32, "width": 32}, "resample": 2},
+    "coarse": {"size": {"height": 32, "width": 32}, "resample": 3, "image_mean": [0.1, 0.2, 0.3]},
+    "loose": {"size": {"height": 32, "width": 32}, "resample": 0, "image_std": [0.1, 0.2, 0.3]},
+}
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_dino_embeds_as_transformers_does(name, pictures, tmp_path):
+    config = ViTConfig(**{"image_size": 32, "num_hidden_layers": 2, "intermediate_size": 40} | VITS[name])
+    model = ViTModel(config, add_pooling_layer=name == "coarse")  # a pooler that a file holds is left out
+    scramble(model, seed=1)
+    model.eval().save_pretrained(tmp_path)
+    processor = ViTImageProcessorPil(**PROCESSORS[name])
+    processor.save_pretrained(tmp_path)
+    with torch.no_grad():
+        inputs = processor([Image.fromarray(picture) for picture in pictures], return_tensors="pt")
+        theirs = model(**inputs).last_hidden_state[:, 0].numpy()
+    dino = load_dino(tmp_path)
+    prepared = dino.prepare(pictures)
+    np.testing.assert_allclose(prepared, np.moveaxis(inputs["pixel_values"].numpy(), 1, -1), atol=1e-5)
+    np.testing.assert_allclose(dino.embed(prepared), theirs, atol=1e-4 * np.abs(theirs).max())
+    np.testing.assert_allclose(dino(pictures), theirs / np.linalg.norm(theirs, axis=1, keepdims=True), atol=1e-4)
+
+
+CLIPS = {
+    "quick_gelu": {"text": {}, "vision": {}},
+    "gelu": {"text": {"hidden_act": "gelu", "layer_norm_eps": 1e-3}, "vision": {"hidden_act": "gelu"}},
+    "deep": {"text": {"num_hidden_layers": 3}, "vision": {"num_hidden_layers": 1, "patch_size": 16}},
+}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_clip_embeds_as_transformers_does(name, pictures, tmp_path):
+    tokenizer = tiny_public.clip_tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": len(tokenizer), "max_position_embeddings": 20} | CLIPS[name]["text"]
+    text |= {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    vision = sizes | {"hidden_size": 24, "image_size": 32, "patch_size": 8} | CLIPS[name]["vision"]
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=10))
+    scramble(model, seed=2)
+    model.eval().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path)
+    prompts = ["a dog", "a photo of a teapot in the snow", "backpack", "dog " * 40]
+    with torch.no_grad():
+        inputs = processor([Image.fromarray(picture) for picture in pictures], return_tensors="pt")
+        tokens = tokenizer(prompts, padding="max_length", max_length=20, truncation=True, return_tensors="pt")
+        outputs = model(**inputs, **tokens)
+    clip = load_clip(tmp_path)
+    prepared = clip.images.prepare(pictures)
+    np.testing.assert_allclose(prepared, np.moveaxis(inputs["pixel_values"].numpy(), 1, -1), atol=1e-5)
+    np.testing.assert_allclose(clip.images(pictures), outputs.image_embeds.numpy(), atol=1e-4)
+    np.testing.assert_allclose(clip.texts(prompts), outputs.text_embeds.numpy(), atol=1e-4)
+
+
+class TorchLpips(torch.nn.Module):
+    """LPIPS over torchvision's layers, with the state's names of its authors' package."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.net, self.pools, channels = torch.nn.Module(), {}, 3
+        for number, layers in enumerate(SLICES[backbone], start=1):
+            part = torch.nn.Sequential()
+            for layer in layers:
+                if layer.pool:
+                    part.add_module(str(layer.index - 1), torch.nn.MaxPool2d(layer.pool, 2))
+                convolution = torch.nn.Conv2d(channels, layer.channels, layer.size, layer.stride, layer.padding)
+                part.add_module(str(layer.index), convolution)
+                part.add_module(str(layer.index + 1), torch.nn.ReLU())
+                channels = layer.channels
+            self.net.add_module(f"slice{number}", part)
+            head = torch.nn.Module()
+            head.model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Conv2d(channels, 1, 1, bias=False))
+            self.add_module(f"lin{number - 1}", head)
+
+    def forward(self, x, y):
+        shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+        x, y = ((a - shift[:, None, None]) / scale[:, None, None] for a in (x, y))
+        distance = 0
+        for number in range(1, 6):
+            part = self.net.get_submodule(f"slice{number}")
+            x, y = part(x), part(y)
+            x1, y1 = (a / (a.square().sum(1, keepdim=True).sqrt() + 1e-10) for a in (x, y))
+            distance = distance + self.get_submodule(f"lin{number - 1}").model((x1 - y1) ** 2).mean((1, 2, 3))
+        return distance
+
+
+@pytest.mark.parametrize("backbone", ["alex", "vgg"])
+def test_lpips_agrees_with_torch(backbone, tmp_path):
+    model = TorchLpips(backbone)
+    scramble(model, seed=3)
+    save_model(model.eval(), tmp_path / "model.safetensors")
+    distance = load_lpips(tmp_path, backbone)
+    rng = np.random.default_rng(1)
+    for side in (64, 70):
+        x, y = (rng.integers(0, 256, (2, side, 64, 3), np.uint8) for _ in range(2))
+        with torch.no_grad():
+            theirs = model(*(torch.from_numpy(a).permute(0, 3, 1, 2).float() / 127.5 - 1 for a in (x, y))).numpy()
+        np.testing.assert_allclose(distance(x, y), theirs, atol=1e-4 * np.abs(theirs).max())
+        np.testing.assert_allclose(distance(x, x), 0, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, BATCH_SIZE - 1, BATCH_SIZE, BATCH_SIZE + 1, 2 * BATCH_SIZE + 3])
+def test_batches_lose_and_repeat_nothing(count):
+    sizes = set()
+
+    def double(part):
+        sizes.add(len(part))
+        return 2 * np.array(part)
+
+    np.testing.assert_array_equal(in_batches(double, range(count)), 2 * np.arange(count))
+    assert len(sizes) == 1  # one program
+
+
+def test_nothing_is_refused():
+    with pytest.raises(ValueError, match="at least one picture"):
+        in_batches(np.array, [])
+
+
+VIT_PROCESSOR = {
+    "feature_extractor_type": "ViTFeatureExtractor",
+    "size": 224,
+    "resample": 3,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+}
+
+
+def test_processors_of_old_files_are_understood():
+    vit = preprocessing.Preprocessing.from_config(VIT_PROCESSOR)
+    assert (vit.size, vit.crop) == ((224, 224), None)
+    clip = VIT_PROCESSOR | {"feature_extractor_type": "CLIPFeatureExtractor", "crop_size": 224}
+    clip = preprocessing.Preprocessing.from_config(clip)
+    assert (clip.size, clip.crop) == (224, 224)
+
+
+def test_dinos_own_preparation_keeps_the_middle():
+    picture = np.zeros((300, 600, 3), np.uint8)
+    picture[:, 150:450] = 255
+    prepared = preprocessing.DINO([picture])
+    assert prepared.shape == (1, 224, 224, 3)
+    white = (1 - np.array(preprocessing.DINO.mean)) / np.array(preprocessing.DINO.deviation)
+    np.testing.assert_allclose(prepared[0, :, 8:-8], np.broadcast_to(white, (224, 208, 3)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"feature_extractor_type": "BlipImageProcessor"}, "describes a BlipImageProcessor; give .* ViTImageProcessor"),
+        ({"do_normalize": False}, "switches do_normalize off"),
+        ({"do_center_crop": True, "crop_size": {"height": 10, "width": 20}}, "crops to 10 x 20 pixels; only squares"),
+    ],
+)
+def test_other_preparations_are_refused(change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        preprocessing.Preprocessing.from_config(VIT_PROCESSOR | change)
+
+
+def test_folders_that_hold_no_model_are_refused(tmp_path):
+    with pytest.raises(UserError, match="config.json cannot be read"):
+        load_dino(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(UserError, match="model_type is 'bert'"):
+        load_dino(tmp_path)
+    with pytest.raises(UserError, match="describes a 'bert'; give the folder of a CLIP"):
+        load_clip(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="is no JSON"):
+        load_clip(tmp_path)
+    with pytest.raises(UserError, match="preprocessor_config.json cannot be read"):
+        preprocessing.Preprocessing.read(tmp_path)
+    with pytest.raises(UserError, match="has no .*safetensors; give weights"):
+        load_lpips(tmp_path)
