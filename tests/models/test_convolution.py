@@ -1,10 +1,18 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from personalize_jax.models.convolution import Conv, convolve_3x3
+from personalize_jax.training.sharding import BATCH, make_mesh
 
 
 def arrays(H: int, W: int, B: int = 2, C: int = 5, K: int = 4) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -75,3 +83,26 @@ def test_accelerators_get_xlas_own_convolution():
         gradient = jax.jit(jax.grad(lambda x, kernel: convolve_3x3(x, kernel).sum(), (0, 1)))
         text = gradient.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
         assert ("stablehlo.convolution" in text) == direct
+
+
+def convolution_and_gradients(x, kernel, d_y):
+    y, gradients = jax.vjp(convolve_3x3, x, kernel)
+    return y, *gradients(d_y)
+
+
+def compare_shardings():
+    """Run on eight devices: batch split over data and fsdp, the kernel's channels over fsdp and tensor."""
+    x, kernel, d_y = arrays(8, 8, B=8, C=4, K=6)
+    reference = jax.jit(convolution_and_gradients)(x, kernel, d_y)
+    mesh = make_mesh((2, 2, 2))
+    x, d_y = jax.device_put((x, d_y), NamedSharding(mesh, BATCH))
+    for spec in (P(), P(None, None, None, "tensor"), P(None, None, "tensor"), P(None, None, "fsdp", "tensor")):
+        placed = jax.device_put(kernel, NamedSharding(mesh, spec))
+        for ours, expected in zip(jax.jit(convolution_and_gradients)(x, placed, d_y), reference, strict=True):
+            np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max(), err_msg=str(spec))
+
+
+def test_eight_devices_agree_with_one():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    program = f"from {__name__} import compare_shardings; compare_shardings()"
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=Path(__file__).parents[2])
