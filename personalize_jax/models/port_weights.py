@@ -218,7 +218,8 @@ def _weight_files(folder: Path) -> list[Path]:
     if any(file for pattern in _PICKLES for file in folder.glob(pattern)):
         raise UserError(
             f"{folder} has pickled weights only, which may run code and are not read; convert them in Python with "
-            "`diffusers.DiffusionPipeline.from_pretrained(folder).save_pretrained(out, safe_serialization=True)`."
+            "`diffusers.DiffusionPipeline.from_pretrained(folder).save_pretrained(out, safe_serialization=True)`, or "
+            "for a network on its own with its class in transformers in place of the pipeline's."
         )
     raise UserError(
         f"{folder} has no {' or '.join(f'{stem}.safetensors' for stem in _STEMS)}; give weights as safetensors."
