@@ -27,6 +27,7 @@ from personalize_jax.pipeline.tokenizer import Tokenizer
 from personalize_jax.training.sharding import BATCH, make_mesh, replicated
 
 BATCH_SIZE = 64
+PAIRS = 8  # compared at once, at whatever size they have: LPIPS keeps 64 features of every pixel
 _LPIPS_SIDE = 64  # to make parameters with; they serve every size
 
 
@@ -109,7 +110,7 @@ class Distance(NamedTuple):
             x_B2HWC = np.stack(pairs).astype(np.float32) / 127.5 - 1
             return self.compare(x_B2HWC[:, 0], x_B2HWC[:, 1])
 
-        return in_batches(compare, np.stack([images_NHWC, others_NHWC], axis=1))
+        return in_batches(compare, np.stack([images_NHWC, others_NHWC], axis=1), PAIRS)
 
 
 def load_dino(folder: str | Path, prepare: Preprocessing | None = None) -> ImageEncoder:
@@ -169,12 +170,13 @@ def load_lpips(folder: str | Path, backbone: Backbone = "alex") -> Distance:
     return Distance(_on_every_device(network.apply, load_weights(Path(folder), abstract, "lpips", jnp.float32)))
 
 
-def in_batches(function: Callable[[Sequence[Any]], Array], items: Sequence[Any]) -> np.ndarray:
+def in_batches(function: Callable[[Sequence[Any]], Array], items: Sequence[Any], size: int = BATCH_SIZE) -> np.ndarray:
     """Apply a function to a sequence in batches of one size, the last of them filled up, as one program takes them.
 
     Args:
         function: of a batch; its result's first axis is the batch's.
         items: the sequence.
+        size: of a batch, at most; rounded up to a multiple of the number of devices.
 
     Returns:
         The results, joined.
@@ -184,7 +186,7 @@ def in_batches(function: Callable[[Sequence[Any]], Array], items: Sequence[Any])
     """
     if not len(items):
         raise ValueError("There is nothing to embed or compare; give at least one picture or text.")
-    size = min(BATCH_SIZE, len(items))
+    size = min(size, len(items))
     size += -size % jax.device_count()
     results = []
     for start in range(0, len(items), size):
