@@ -79,7 +79,7 @@ def _forward(x_BHWC: Array, kernel_33CK: Array) -> tuple[Array, tuple[Array, Arr
 
 
 def _backward(saved: tuple[Array, Array], d_y_BHWK: Array) -> tuple[Array, Array]:
-    # Without the barrier XLA would keep the forward pass' tiles, four times the size of x, for the backward pass.
+    # Without the barrier XLA may keep tiles of the forward pass, four times the size of x, for the backward pass.
     x, kernel = lax.optimization_barrier(saved)
     d_x = lax.platform_dependent(kernel, d_y_BHWK, cpu=_picture_gradient_minimal, default=_picture_gradient)
     return d_x, lax.platform_dependent(x, d_y_BHWK, cpu=_kernel_gradient_minimal, default=_kernel_gradient)

@@ -35,18 +35,16 @@ class Patches(nn.Module):
     Attributes:
         width: of the output.
         patch: side of a patch.
-        use_bias: whether the layer has one.
     """
 
     width: int
     patch: int
-    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x_BHWC: Array) -> Array:
         """Return [B, patches, width], row by row."""
         p = self.patch
-        x = nn.Conv(self.width, (p, p), (p, p), "VALID", use_bias=self.use_bias, name="projection")(x_BHWC)
+        x = nn.Conv(self.width, (p, p), (p, p), "VALID", name="projection")(x_BHWC)
         return einops.rearrange(x, "b h w d -> b (h w) d")
 
 
