@@ -1,18 +1,18 @@
 """The paper's metrics, defined on embeddings and distances (Ruiz et al. 2023, sections 4.1, 4.3 and 5).
 
-    DINO     mean_similarity of generated pictures of a subject and real ones, ViT-S/16 of DINO
+    DINO     `similarities` of generated pictures of a subject to its real ones, ViT-S/16 of DINO
     CLIP-I   the same, CLIP's pictures
-    CLIP-T   prompt_similarity of generated pictures and their prompts, CLIP
-    PRES     mean_similarity of pictures of "a class", generated without the identifier, and real ones of the subject,
+    CLIP-T   `prompt_similarities` of generated pictures and their prompts, without the identifier, CLIP
+    PRES     `similarities` of pictures of "a class", generated without the identifier, to real ones of the subject,
              DINO: the lower, the less the class has become the subject
-    DIV      diversity of pictures of one subject generated for one prompt, LPIPS; the mean over prompts
-    real     self_similarity of a subject's real pictures
+    DIV      `distances_within` pictures of one subject generated for one prompt, LPIPS
+    real     `similarities_within` a subject's real pictures, DINO or CLIP
 
-Each is computed for a subject first; tables give the mean over subjects with an `interval` over them. `DEFINITIONS`
-counts versions of all this: figures of different versions cannot be compared.
+All give one value a picture. A subject's value is the mean over its pictures, which is the mean over pairs, too; tables
+give the mean over subjects with an `interval` over them. `DEFINITIONS` counts versions of all this: figures of
+different versions cannot be compared.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -36,22 +36,22 @@ class Estimate(NamedTuple):
     high: float
 
 
-def mean_similarity(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
-    """Mean cosine over all N M pairs, in [-1, 1].
+def similarities(a_ND: np.ndarray, b_MD: np.ndarray) -> np.ndarray:
+    """Mean cosine of each picture to all of another set: float [N] in [-1, 1].
 
     Args:
         a_ND: embeddings of unit length.
-        b_MD: others.
+        b_MD: of the others.
 
     Raises:
         ValueError: one of the sets is empty.
     """
     _check_some(a_ND, b_MD)
-    return float(np.mean(a_ND @ b_MD.T))
+    return np.mean(a_ND @ b_MD.T, axis=1)
 
 
-def self_similarity(a_ND: np.ndarray) -> float:
-    """Mean cosine over the N (N - 1) / 2 pairs of different pictures, in [-1, 1]: no picture is compared with itself.
+def similarities_within(a_ND: np.ndarray) -> np.ndarray:
+    """Mean cosine of each picture to the others of its set, never to itself: float [N] in [-1, 1].
 
     Args:
         a_ND: embeddings of unit length.
@@ -62,11 +62,11 @@ def self_similarity(a_ND: np.ndarray) -> float:
     N = len(a_ND)
     if N < 2:
         raise ValueError(f"A set's similarity to itself was asked for {N} picture(s); give two at least.")
-    return float(np.mean((a_ND @ a_ND.T)[np.triu_indices(N, k=1)]))
+    return (np.sum(a_ND @ a_ND.T, axis=1) - np.sum(a_ND * a_ND, axis=1)) / (N - 1)
 
 
-def prompt_similarity(images_ND: np.ndarray, texts_ND: np.ndarray) -> float:
-    """Mean cosine of each picture and its own prompt, in [-1, 1].
+def prompt_similarities(images_ND: np.ndarray, texts_ND: np.ndarray) -> np.ndarray:
+    """Cosine of each picture and its own prompt: float [N] in [-1, 1].
 
     Args:
         images_ND: embeddings of unit length.
@@ -78,24 +78,31 @@ def prompt_similarity(images_ND: np.ndarray, texts_ND: np.ndarray) -> float:
     _check_some(images_ND)
     if images_ND.shape != texts_ND.shape:
         raise ValueError(f"{len(images_ND)} pictures and {len(texts_ND)} prompts were given; give each its prompt.")
-    return float(np.mean(np.sum(images_ND * texts_ND, axis=-1)))
+    return np.sum(images_ND * texts_ND, axis=-1)
 
 
-def diversity(images: Sequence[np.ndarray], distance: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> float:
-    """Mean distance over all pairs of different pictures; 0 where all are copies of one.
+def distances_within(
+    images: Sequence[np.ndarray], distance: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Mean distance of each picture to the others of its set: float [N], 0 where all are copies of one.
 
     Args:
         images: uint8 [H, W, 3], of one size.
-        distance: of two batches of them, as `encoders.load_lpips` gives.
+        distance: symmetric, of two batches of them, as `encoders.load_lpips` or `encoders.cosine_distance` gives.
 
     Raises:
-        ValueError: fewer than two pictures.
+        ValueError: fewer than two pictures, or pictures of several sizes.
     """
-    pairs = list(itertools.combinations(range(len(images)), 2))
-    if not pairs:
-        raise ValueError(f"The diversity of {len(images)} picture(s) was asked for; give two at least.")
-    first, second = (np.stack([images[pair[k]] for pair in pairs]) for k in (0, 1))
-    return float(np.mean(distance(first, second)))
+    N = len(images)
+    if N < 2:
+        raise ValueError(f"The diversity of {N} picture(s) was asked for; give two at least.")
+    if len(sizes := {image.shape for image in images}) > 1:
+        raise ValueError(f"The diversity of pictures of sizes {sorted(sizes)} was asked for; give them one size.")
+    first, second = np.triu_indices(N, k=1)
+    images_NHWC = np.stack(images)
+    table_NN = np.zeros((N, N))
+    table_NN[first, second] = distance(images_NHWC[first], images_NHWC[second])
+    return np.sum(table_NN + table_NN.T, axis=1) / (N - 1)
 
 
 def interval(values: Sequence[float], seed: int = 0) -> Estimate:

@@ -1,7 +1,15 @@
+import itertools
+
 import numpy as np
 import pytest
 
-from personalize_jax.metrics.similarity import diversity, interval, mean_similarity, prompt_similarity, self_similarity
+from personalize_jax.metrics.similarity import (
+    distances_within,
+    interval,
+    prompt_similarities,
+    similarities,
+    similarities_within,
+)
 
 
 def units(count: int, seed: int = 0, width: int = 7) -> np.ndarray:
@@ -13,47 +21,56 @@ def absolute(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.abs(a.astype(float) - b).mean((1, 2, 3))
 
 
-def test_mean_similarity_of_known_angles():
-    a = np.array([[1.0, 0.0]])
+def test_similarity_of_known_angles():
+    a = np.array([[1.0, 0.0], [0.0, 1.0]])
     b = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.6, 0.8]])
-    assert mean_similarity(a, b) == pytest.approx((1 + 0 - 1 + 0.6) / 4)
+    assert similarities(a, b) == pytest.approx([(1 + 0 - 1 + 0.6) / 4, (0 + 1 + 0 + 0.8) / 4])
 
 
 def test_a_set_is_similar_to_itself_by_its_different_pairs_only():
-    assert self_similarity(np.repeat(units(1), 3, axis=0)) == pytest.approx(1)
+    assert similarities_within(np.repeat(units(1), 3, axis=0)) == pytest.approx([1, 1, 1])
     orthogonal = np.eye(4)
-    assert self_similarity(orthogonal) == pytest.approx(0)
-    assert mean_similarity(orthogonal, orthogonal) == pytest.approx(1 / 4)  # where self-pairs count
+    assert similarities_within(orthogonal) == pytest.approx([0] * 4)
+    assert similarities(orthogonal, orthogonal) == pytest.approx([1 / 4] * 4)  # where self-pairs count
+
+
+def test_means_over_pictures_are_means_over_pairs():
+    a, images = units(5), np.random.default_rng(2).integers(0, 256, (4, 6, 6, 3), np.uint8)
+    cosines = [a[i] @ a[j] for i, j in itertools.combinations(range(5), 2)]
+    assert similarities_within(a).mean() == pytest.approx(np.mean(cosines))
+    distances = [absolute(x[None], y[None])[0] for x, y in itertools.combinations(images, 2)]
+    assert distances_within(images, absolute).mean() == pytest.approx(np.mean(distances))
 
 
 def test_order_does_not_matter():
     a, b = units(5), units(4, seed=1)
     images = np.random.default_rng(2).integers(0, 256, (4, 6, 6, 3), np.uint8)
-    order = np.random.default_rng(3).permutation
-    assert mean_similarity(a[order(5)], b[order(4)]) == pytest.approx(mean_similarity(a, b))
-    assert self_similarity(a[order(5)]) == pytest.approx(self_similarity(a))
-    assert diversity(images[order(4)], absolute) == pytest.approx(diversity(images, absolute))
+    shuffled = np.random.default_rng(3).permutation(5)
+    assert similarities(a[shuffled], b[::-1]) == pytest.approx(similarities(a, b)[shuffled])
+    assert similarities_within(a[shuffled]) == pytest.approx(similarities_within(a)[shuffled])
+    assert distances_within(images[::-1], absolute) == pytest.approx(distances_within(images, absolute)[::-1])
 
 
 def test_each_picture_counts_with_its_own_prompt():
     images = units(5)
-    assert prompt_similarity(images, images) == pytest.approx(1)
-    assert prompt_similarity(images, -images) == pytest.approx(-1)
-    assert prompt_similarity(np.eye(3), np.roll(np.eye(3), 1, axis=0)) == pytest.approx(0)
+    assert prompt_similarities(images, images) == pytest.approx([1] * 5)
+    assert prompt_similarities(images, -images) == pytest.approx([-1] * 5)
+    assert prompt_similarities(np.eye(3), np.eye(3)[[0, 2, 1]]) == pytest.approx([1, 0, 0])
 
 
 def test_preservation_gets_worse_as_the_subject_leaks_into_its_class():
     real, others = units(1).repeat(4, axis=0), units(20, seed=4, width=7)
     leaking = [np.concatenate([real[:k].repeat(5, axis=0), others[: 20 - 5 * k]]) for k in range(5)]
-    similarities = [mean_similarity(images, real) for images in leaking]
-    assert similarities == sorted(similarities)
-    assert similarities[-1] == pytest.approx(1)
+    means = [similarities(images, real).mean() for images in leaking]
+    assert means == sorted(means)
+    assert means[-1] == pytest.approx(1)
 
 
 def test_copies_are_not_diverse():
     image = np.random.default_rng(0).integers(0, 256, (6, 6, 3), np.uint8)
-    assert diversity([image] * 3, absolute) == 0
-    assert diversity([image, image, 255 - image], absolute) > 0
+    assert not distances_within([image] * 3, absolute).any()
+    copy, _, other = distances_within([image, image, 255 - image], absolute)
+    assert other == pytest.approx(2 * copy) and copy > 0
 
 
 def test_interval_holds_the_mean_and_narrows_with_subjects():
@@ -72,14 +89,16 @@ def test_interval_holds_the_mean_and_narrows_with_subjects():
 def test_too_few_pictures_are_refused():
     nothing, one = units(0), units(1)
     with pytest.raises(ValueError, match="at least one picture"):
-        mean_similarity(nothing, one)
+        similarities(nothing, one)
     with pytest.raises(ValueError, match="at least one picture"):
-        prompt_similarity(nothing, nothing)
+        prompt_similarities(nothing, nothing)
     with pytest.raises(ValueError, match="1 pictures and 2 prompts"):
-        prompt_similarity(one, units(2))
+        prompt_similarities(one, units(2))
     with pytest.raises(ValueError, match="two at least"):
-        self_similarity(one)
+        similarities_within(one)
     with pytest.raises(ValueError, match="two at least"):
-        diversity(np.zeros((1, 4, 4, 3), np.uint8), absolute)
+        distances_within(np.zeros((1, 4, 4, 3), np.uint8), absolute)
+    with pytest.raises(ValueError, match="one size"):
+        distances_within([np.zeros((4, 4, 3), np.uint8), np.zeros((4, 5, 3), np.uint8)], absolute)
     with pytest.raises(ValueError, match="at least one"):
         interval([])

@@ -1,0 +1,74 @@
+import csv
+
+import numpy as np
+import pytest
+
+from personalize_jax.metrics.similarity import Estimate
+from personalize_jax.metrics.table import (
+    Row,
+    cell,
+    comma_separated,
+    difference,
+    entropy,
+    estimates,
+    markdown,
+    subject_scores,
+    transposed,
+)
+
+
+def row(subject, **scores):
+    return Row(subject, "subject", "a [V] dog", 0, "x.png", scores)
+
+
+def test_entropy_of_known_distributions():
+    assert entropy(["red"] * 5) == 0
+    assert entropy(["red", "blue", "green", "gray"]) == pytest.approx(2)
+    assert entropy(["red", "red", "blue"]) == pytest.approx(np.log2(3) - 2 / 3)
+    with pytest.raises(ValueError, match="at least one"):
+        entropy([])
+
+
+def test_a_metric_counts_over_the_pictures_that_have_it():
+    rows = [row("rex", DINO=0.2), row("rex", DINO=0.4, context=1.0), row("rex", context=0.0), row("tom", DINO=0.9)]
+    scores = subject_scores(rows)
+    assert scores["rex"] == pytest.approx({"DINO": 0.3, "context": 0.5})
+    assert scores["tom"] == {"DINO": 0.9}
+    means = estimates(scores)
+    assert means["DINO"].mean == pytest.approx(0.6)
+    assert means["context"] == (0.5, 0.5, 0.5)
+
+
+def test_categories_come_to_their_entropy():
+    assert subject_scores([row("rex", colours=c) for c in ("red", "red", "blue", "blue")])["rex"]["colours"] == 1
+
+
+def test_subjects_count_alike_however_many_pictures_they_have():
+    scores = subject_scores([row("rex", DINO=0.0)] * 9 + [row("tom", DINO=1.0)])
+    assert estimates(scores)["DINO"].mean == pytest.approx(0.5)
+
+
+def test_differences_are_taken_subject_by_subject():
+    a = {f"s{i}": {"DINO": i / 10 + 0.05} for i in range(10)}
+    b = {f"s{i}": {"DINO": i / 10} for i in range(5, 15)}
+    estimate = difference(a, b, "DINO")
+    assert estimate == pytest.approx((0.05, 0.05, 0.05))  # though the subjects differ widely among themselves
+    with pytest.raises(ValueError, match="No subject has 'PRES'"):
+        difference(a, b, "PRES")
+
+
+def test_tables_hold_what_was_estimated():
+    table = {"with": {"DINO": Estimate(0.5, 0.4, 0.61), "PRES": Estimate(1.0, 1.0, 1.0)}, "paper": {}}
+    assert cell(Estimate(-0.5, -0.75, 2.5)) == "-.500 (-.750 to 2.500)"
+    assert markdown(table, ["DINO", "PRES"]).splitlines() == [
+        "| | DINO | PRES |",
+        "|---|---|---|",
+        "| with | .500 (.400 to .610) | 1.000 |",
+        "| paper |  |  |",
+    ]
+    assert transposed(table).splitlines()[2:] == ["| DINO | .500 (.400 to .610) |  |", "| PRES | 1.000 |  |"]
+    lines = list(csv.DictReader(comma_separated(table).splitlines()))
+    assert [(line["row"], line["metric"], float(line["high"])) for line in lines] == [
+        ("with", "DINO", 0.61),
+        ("with", "PRES", 1.0),
+    ]
