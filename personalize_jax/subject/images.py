@@ -1,16 +1,17 @@
-"""Image files of one subject -> square RGB pixels.
+"""Image files of one subject -> RGB pixels, square or whole.
 
 What cannot be used is refused from the file's header where the header tells, so that no image is decoded in vain
 and no small file can ask for gigabytes of memory.
 """
 
+import contextlib
 import hashlib
 import io
 import math
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -74,7 +75,7 @@ def load_images(
     """
     if resolution < 1:
         raise ValueError(f"resolution is {resolution}; a positive number of pixels was expected")
-    paths = _list_files(source)
+    paths = list_images(source)
     if len(paths) > MAX_IMAGES:
         raise UserError(
             f"{len(paths)} images were given, at most {MAX_IMAGES} are expected; keep the sharpest and most varied ones"
@@ -86,7 +87,34 @@ def load_images(
     return [_load_image(path, resolution, box) for path, box in zip(paths, boxes, strict=True)]
 
 
-def _list_files(source: Path | Sequence[Path]) -> list[Path]:
+def read_image(path: Path) -> np.ndarray:
+    """Reads one image whole and at its own size, upright and in sRGB as `load_images` has it: uint8 [H, W, 3].
+
+    Raises:
+      UserError: It is missing, unreadable, damaged, animated or too large.
+    """
+    with _opened(path) as (_, image):
+        upright, profile = _decode(path, image)
+        return np.array(_to_srgb(path, upright, profile))
+
+
+def from_pixels(name: str, pixels: np.ndarray, resolution: int) -> SubjectImage:
+    """An image that is already decoded, uint8 [H, W, 3], cropped and resized as `load_images` does.
+
+    Raises:
+      UserError: The image is too small.
+    """
+    digest = hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()
+    path = Path(name)
+    return SubjectImage(path, digest, _square_pixels(path, Image.fromarray(pixels), resolution, None))
+
+
+def list_images(source: Path | Sequence[Path]) -> list[Path]:
+    """The JPEG, PNG and WebP files of a folder in order of name; or the one file, or several, that are named.
+
+    Raises:
+      UserError: No file was named, or the folder holds no images or cannot be read.
+    """
     if not isinstance(source, str | Path):
         if not source:
             raise UserError(f"no images were given; name a folder or 1 to {MAX_IMAGES} JPEG, PNG or WebP files")
@@ -112,6 +140,15 @@ def _list_files(source: Path | Sequence[Path]) -> list[Path]:
 
 
 def _load_image(path: Path, resolution: int, box: Box | None) -> SubjectImage:
+    with _opened(path) as (file, image):
+        pixels = _square_pixels(path, image, resolution, box)
+        file.seek(0)
+        return SubjectImage(path, hashlib.file_digest(file, "sha256").hexdigest(), pixels)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, Image.Image]]:
+    """The file and its image, of which only the header has been read."""
     try:
         if not path.is_file():  # also keeps devices and pipes from being read for ever
             what = "is not a file" if path.exists() else "does not exist"
@@ -120,9 +157,7 @@ def _load_image(path: Path, resolution: int, box: Box | None) -> SubjectImage:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions, or leave it out") from error
     with file, _open_image(path, file) as image:
-        pixels = _square_pixels(path, image, resolution, box)
-        file.seek(0)
-        return SubjectImage(path, hashlib.file_digest(file, "sha256").hexdigest(), pixels)
+        yield file, image
 
 
 def _open_image(path: Path, file: BinaryIO) -> Image.Image:
@@ -150,10 +185,18 @@ def _open_image(path: Path, file: BinaryIO) -> Image.Image:
 
 def _square_pixels(path: Path, image: Image.Image, resolution: int, box: Box | None) -> np.ndarray:
     """The crop of an opened image as uint8 [R, R, 3]."""
-    orientation = _orientation(image)
-    width, height = image.size if orientation < 5 else image.size[::-1]
+    width, height = image.size if _orientation(image) < 5 else image.size[::-1]
     left, top, side = _square(path, (width, height), box)
     scale = _shrink_while_decoding(image, 2 * resolution / side)  # twice what is wanted, for the resampling filter
+    upright, profile = _decode(path, image)
+    crop = (left * scale, top * scale, (left + side) * scale, (top + side) * scale)
+    square = upright.resize((resolution, resolution), Image.Resampling.LANCZOS, box=crop, reducing_gap=3.0)
+    return np.array(_to_srgb(path, square, profile))
+
+
+def _decode(path: Path, image: Image.Image) -> tuple[Image.Image, bytes | None]:
+    """The whole image, upright and flat, in its own colours; and their ICC profile where one is embedded."""
+    orientation = _orientation(image)
     try:
         image.load()
         profile = image.info.get("icc_profile")
@@ -162,9 +205,7 @@ def _square_pixels(path: Path, image: Image.Image, resolution: int, box: Box | N
         raise UserError(f"{path} is damaged ({error}); copy it again from its source, or leave it out") from error
     if orientation in _TURN_UPRIGHT:
         image = image.transpose(_TURN_UPRIGHT[orientation])
-    crop = (left * scale, top * scale, (left + side) * scale, (top + side) * scale)
-    image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=crop, reducing_gap=3.0)
-    return np.array(_to_srgb(path, image, profile))
+    return image, profile
 
 
 def _shrink_while_decoding(image: Image.Image, least: float) -> float:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from personalize_jax.errors import UserError
-from personalize_jax.subject.images import MAX_IMAGES, load_images
+from personalize_jax.subject.images import MAX_IMAGES, load_images, read_image
 
 RESOLUTION = 32
 
@@ -105,6 +105,32 @@ def test_every_exif_orientation_gives_the_upright_pixels(tmp_path, picture, orie
     stored = np.ascontiguousarray(TURNS[orientation](wide))
     turned = load(save(tmp_path / f"turned{suffix}", stored, exif=exif, **options), box=(10, 0, 70, 64))
     np.testing.assert_allclose(turned, upright, atol=3 if suffix == ".jpg" else 0)
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+def test_whole_images_are_upright_and_keep_their_size(tmp_path, picture, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    wide = picture[:40]
+    stored = np.ascontiguousarray(TURNS[orientation](wide))
+    pixels = read_image(save(tmp_path / "turned.png", stored, exif=exif))
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, wide)
+
+
+def test_whole_images_are_read_as_squares_are(tmp_path, picture):
+    """Colours, transparency and damage are dealt with in one place for both."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    rgba = np.concatenate([picture, picture[..., :1]], axis=-1)
+    for pixels, suffix, options in (
+        (picture, ".jpg", {"progressive": True, "icc_profile": srgb}),
+        (rgba, ".png", {}),
+        (picture[..., 0], ".png", {}),
+    ):
+        file = save(tmp_path / f"a{suffix}", pixels, **options)
+        np.testing.assert_array_equal(read_image(file), load(file, 64))
+    with pytest.raises(UserError, match="missing.png does not exist; "):
+        read_image(tmp_path / "missing.png")
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
