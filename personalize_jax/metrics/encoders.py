@@ -1,9 +1,12 @@
-"""Encoders with which the paper measures: DINO, CLIP and LPIPS, read from local folders without torch.
+"""Encoders with which the paper measures: DINO, CLIP and LPIPS, read from safetensors without torch.
 
-DINO's and CLIP's folders are those of the Hugging Face hub (facebook/dino-vits16, openai/clip-vit-base-patch32,
-openai/clip-vit-large-patch14). LPIPS comes as pickles only, of which one line of Python makes a folder:
+DINO's and CLIP's are named on the Hugging Face hub (facebook/dino-vits16, openai/clip-vit-base-patch32,
+openai/clip-vit-large-patch14), or by a folder with the same files; "world" are those that ship, trained on the
+rendered world by `world.encoder`. LPIPS comes as pickles only, of which one line of Python makes a folder:
 
     import lpips, safetensors.torch; safetensors.torch.save_model(lpips.LPIPS(net="alex"), "lpips/model.safetensors")
+
+Where there is none, `cosine_distance` of an encoder stands in for it.
 """
 
 import json
@@ -23,11 +26,18 @@ from personalize_jax.models.clip import Clip
 from personalize_jax.models.lpips import Backbone, Lpips
 from personalize_jax.models.port_weights import load_weights
 from personalize_jax.models.vit import VisionTransformer
+from personalize_jax.pipeline import hub
+from personalize_jax.pipeline.storage import ASSETS
 from personalize_jax.pipeline.tokenizer import Tokenizer
 from personalize_jax.training.sharding import BATCH, make_mesh, replicated
 
 BATCH_SIZE = 64
 PAIRS = 8  # compared at once, at whatever size they have: LPIPS keeps 64 features of every pixel
+WORLD = "world"  # the name of the encoders that ship
+_HUB_FILES = (
+    *("config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"),
+)
 _LPIPS_SIDE = 64  # to make parameters with; they serve every size
 
 
@@ -113,17 +123,18 @@ class Distance(NamedTuple):
         return in_batches(compare, np.stack([images_NHWC, others_NHWC], axis=1), PAIRS)
 
 
-def load_dino(folder: str | Path, prepare: Preprocessing | None = None) -> ImageEncoder:
+def load_dino(source: str | Path, prepare: Preprocessing | None = None) -> ImageEncoder:
     """Read a ViT that was trained by DINO; its embedding is that of the class token.
 
     Args:
-        folder: with `config.json`, `model.safetensors` and `preprocessor_config.json`.
-        prepare: of pictures, instead of what the last of them says.
+        source: "world" for the instance encoder that stands in DINO's place on the rendered world; a folder with
+            `config.json`, `model.safetensors` and `preprocessor_config.json`; or a name on the Hugging Face hub.
+        prepare: of pictures, instead of what the last of the files says.
 
     Raises:
-        UserError: the folder holds no such model.
+        UserError: there is no such model.
     """
-    folder = Path(folder)
+    folder = _folder(source, "dino")
     network = VisionTransformer.from_config(_config(folder))
     picture = jax.ShapeDtypeStruct((1, network.resolution, network.resolution, 3), jnp.float32)
     abstract = jax.eval_shape(network.init, jax.random.key(0), picture)["params"]
@@ -131,16 +142,17 @@ def load_dino(folder: str | Path, prepare: Preprocessing | None = None) -> Image
     return ImageEncoder(prepare or Preprocessing.read(folder), _on_every_device(network.apply, params))
 
 
-def load_clip(folder: str | Path) -> ClipEncoder:
+def load_clip(source: str | Path) -> ClipEncoder:
     """Read a CLIP.
 
     Args:
-        folder: with `config.json`, `model.safetensors`, `preprocessor_config.json` and the tokenizer's files.
+        source: "world" for the rendered world's; a folder with `config.json`, `model.safetensors`,
+            `preprocessor_config.json` and the tokenizer's files; or a name on the Hugging Face hub.
 
     Raises:
-        UserError: the folder holds no such model.
+        UserError: there is no such model.
     """
-    folder = Path(folder)
+    folder = _folder(source, "clip")
     network = Clip.from_config(_config(folder))
     picture = jax.ShapeDtypeStruct((1, network.resolution, network.resolution, 3), jnp.float32)
     tokens = jax.ShapeDtypeStruct((1, network.max_length), jnp.int32)
@@ -154,20 +166,38 @@ def load_clip(folder: str | Path) -> ClipEncoder:
     return ClipEncoder(images, Tokenizer.from_folder(folder, network.max_length), tower(Clip.encode_texts))
 
 
-def load_lpips(folder: str | Path, backbone: Backbone = "alex") -> Distance:
-    """Read LPIPS from a folder made as the module's docstring says.
+def load_lpips(source: str | Path, backbone: Backbone = "alex") -> Distance:
+    """Read LPIPS.
 
     Args:
-        folder: with `model.safetensors`.
+        source: a folder with a `model.safetensors` made as the module's docstring says, or the name of a repository on
+            the Hugging Face hub that holds one.
         backbone: of which network.
 
     Raises:
-        UserError: the folder holds no such model.
+        UserError: there is no such model.
     """
+    folder = _folder(source, None)
     network = Lpips(backbone)
     picture = jax.ShapeDtypeStruct((1, _LPIPS_SIDE, _LPIPS_SIDE, 3), jnp.float32)
     abstract = jax.eval_shape(network.init, jax.random.key(0), picture, picture)["params"]
-    return Distance(_on_every_device(network.apply, load_weights(Path(folder), abstract, "lpips", jnp.float32)))
+    return Distance(_on_every_device(network.apply, load_weights(folder, abstract, "lpips", jnp.float32)))
+
+
+def cosine_distance(encoder: ImageEncoder) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """One minus the cosine of two pictures' embeddings, in [0, 2]: what `similarity.diversity` takes in LPIPS's place.
+
+    Args:
+        encoder: of the pictures.
+
+    Returns:
+        Of two batches of pictures, uint8 [N, H, W, 3], to float32 [N].
+    """
+
+    def distance(images_NHWC: np.ndarray, others_NHWC: np.ndarray) -> np.ndarray:
+        return 1 - np.sum(encoder(images_NHWC) * encoder(others_NHWC), axis=-1)
+
+    return distance
 
 
 def in_batches(function: Callable[[Sequence[Any]], Array], items: Sequence[Any], size: int = BATCH_SIZE) -> np.ndarray:
@@ -205,6 +235,26 @@ def _on_every_device(apply: Callable, params: Any) -> Callable:
         return apply(params, *jax.device_put(batches, NamedSharding(mesh, BATCH)))
 
     return call
+
+
+def _folder(source: str | Path, shipped: str | None) -> Path:
+    """Where an encoder's files lie, after downloading them if need be.
+
+    Args:
+        source: see `load_dino`.
+        shipped: the folder of the rendered world's, or None if there is none.
+    """
+    if str(source) == WORLD and shipped is not None:
+        return ASSETS / WORLD / shipped
+    if str(source) and Path(source).is_dir():
+        return Path(source)
+    if not hub.is_name(source):
+        world = "" if shipped is None else f"{WORLD!r}, "
+        raise UserError(
+            f"{str(source)!r} is no encoder; give {world}a folder, or a name on the Hugging Face hub such as "
+            "'facebook/dino-vits16'."
+        )
+    return hub.download(str(source), _HUB_FILES)
 
 
 def _config(folder: Path) -> dict[str, Any]:

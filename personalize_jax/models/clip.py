@@ -51,7 +51,8 @@ class Clip(nn.Module):
     """Both towers, as transformers' `CLIPModel`; embeddings are of unit length.
 
     Attributes:
-        vocab_size: rows of the token embedding; the end of a text has the highest id.
+        vocab_size: rows of the token embedding.
+        end: id of the token that ends a text; None if it is the highest that a text has, as the first files imply.
         text_width: of the text tower.
         max_length: tokens in a text, padding included, at most.
         text: the text tower's layers.
@@ -63,6 +64,7 @@ class Clip(nn.Module):
     """
 
     vocab_size: int
+    end: int | None
     text_width: int
     max_length: int
     text: Spec
@@ -89,6 +91,7 @@ class Clip(nn.Module):
         vision = _VISION_DEFAULTS | vision
         return cls(
             vocab_size=text["vocab_size"],
+            end=None if text["eos_token_id"] == _NO_END else text["eos_token_id"],
             text_width=text["hidden_size"],
             max_length=text["max_position_embeddings"],
             text=Spec.from_config(text, is_causal=True),
@@ -114,13 +117,15 @@ class Clip(nn.Module):
     def encode_texts(self, tokens_BL: Array) -> Array:
         """Embed texts, int token ids [B, L], as [B, width]: what stands at the first end of the text, projected."""
         x_BLD = self.text_model(tokens_BL)
-        end_B = jnp.argmax(tokens_BL, axis=1)
+        end_B = jnp.argmax(tokens_BL if self.end is None else tokens_BL == self.end, axis=1)
         return _unit(self.text_projection(jnp.take_along_axis(x_BLD, end_B[:, None, None], axis=1)[:, 0]))
 
     def __call__(self, x_BHWC: Array, tokens_BL: Array) -> tuple[Array, Array]:
         """Embed both."""
         return self.encode_images(x_BHWC), self.encode_texts(tokens_BL)
 
+
+_NO_END = 2  # stands in the config.json of the first files, whose texts end otherwise; transformers knows it too
 
 # What transformers leaves out of a config.json: the base model's, of which openai/clip-vit-base-patch32 is one.
 _TEXT_DEFAULTS = {
@@ -130,6 +135,7 @@ _TEXT_DEFAULTS = {
     "num_hidden_layers": 12,
     "num_attention_heads": 8,
     "max_position_embeddings": 77,
+    "eos_token_id": 49407,
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }

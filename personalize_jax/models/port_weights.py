@@ -35,6 +35,17 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 # A number is an index into a list, except in the names linear_1, linear_2, wi_0 and wi_1.
 _INDEX = re.compile(r"(?<!\blinear)(?<!\bwi)_(\d+)(?=/|$)")
 
+# Names that differ from the paths here by more than punctuation: patterns, and what replaces them.
+_RENAMED: Mapping[Network, tuple[tuple[str, str], ...]] = {
+    "vit": (
+        (r"^(cls_token|position_embeddings|patch_embeddings)", r"embeddings.\1"),
+        (r"^layers\.(\d+)\.(query|key|value)\.", r"encoder.layer.\1.attention.attention.\2."),
+        (r"^layers\.(\d+)\.attention_output\.", r"encoder.layer.\1.attention.output.dense."),
+        (r"^layers\.(\d+)\.mlp_in\.", r"encoder.layer.\1.intermediate.dense."),
+        (r"^layers\.(\d+)\.mlp_out\.", r"encoder.layer.\1.output.dense."),
+        (r"^layers\.(\d+)\.layernorm", r"encoder.layer.\1.layernorm"),
+    ),
+}
 # Other names that files have for the same tensor: patterns over the name that is written, and what replaces them.
 _ALTERNATIVES: Mapping[Network, tuple[tuple[str, str], ...]] = {
     "unet": (),
@@ -46,14 +57,7 @@ _ALTERNATIVES: Mapping[Network, tuple[tuple[str, str], ...]] = {
     ),
     "clip": ((r"^text_model\.", ""),),  # since transformers 5
     "t5": ((r"^shared\.", "encoder.embed_tokens."),),
-    "vit": (
-        (r"^(cls_token|position_embeddings|patch_embeddings)", r"embeddings.\1"),
-        (r"^layers\.(\d+)\.(query|key|value)\.", r"encoder.layer.\1.attention.attention.\2."),
-        (r"^layers\.(\d+)\.attention_output\.", r"encoder.layer.\1.attention.output.dense."),
-        (r"^layers\.(\d+)\.mlp_in\.", r"encoder.layer.\1.intermediate.dense."),
-        (r"^layers\.(\d+)\.mlp_out\.", r"encoder.layer.\1.output.dense."),
-        (r"^layers\.(\d+)\.layernorm", r"encoder.layer.\1.layernorm"),
-    ),
+    "vit": (),
     "lpips": ((r"^lin(\d)\.", r"lins.\1."),),
 }
 # Tensors that are no parameters, buffers of older files among them, and parameters of what is left out here.
@@ -76,6 +80,8 @@ def torch_names(path: str, network: Network) -> list[str]:
     """
     modules, _, leaf = path.rpartition("/")
     name = ".".join([*_INDEX.sub(r".\1", modules).split("/"), _LEAVES.get(leaf, leaf)]).lstrip(".")
+    for pattern, other in _RENAMED.get(network, ()):
+        name = re.sub(pattern, other, name)
     others = [re.sub(pattern, other, name) for pattern, other in _ALTERNATIVES[network] if re.search(pattern, name)]
     return [name, *others]
 

@@ -8,13 +8,13 @@ tokenizer/                            files of transformers
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from personalize_jax.errors import UserError
 from personalize_jax.models.port_weights import replacing
+from personalize_jax.pipeline import hub
 
 INDEX = "model_index.json"
 NETWORKS = {  # components with weights, and the classes that can be used
@@ -52,7 +52,6 @@ PIPELINES = {
     ),
 }
 _TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +88,7 @@ def resolve(source: str | Path) -> Path:
     """
     if str(source) and Path(source).is_dir():
         return Path(source)
-    if not _HUB_NAME.fullmatch(str(source)):
+    if not hub.is_name(source):
         raise UserError(
             f"{str(source)!r} is no folder; give one with a {INDEX}, or a repository of the Hugging Face hub such as "
             "'stable-diffusion-v1-5/stable-diffusion-v1-5'."
@@ -97,24 +96,11 @@ def resolve(source: str | Path) -> Path:
     weights = [f"{name}/*.safetensors" for name in NETWORKS]
     others = [f"{name}/{file}" for name in COMPONENTS for file in _TOKENIZER_FILES]
     # Repositories also hold variants beside the weights, and all of it in single files outside the components.
-    folder = _download(str(source), [INDEX, *others, *weights], ["*fp16*", "*non_ema*"])
+    folder = hub.download(str(source), [INDEX, *others, *weights], ["*fp16*", "*non_ema*"])
     bare = [name for name in NETWORKS if (folder / name).is_dir() and not any((folder / name).glob("*.safetensors"))]
     if bare:
-        _download(str(source), [f"{name}/*fp16*.{kind}" for name in bare for kind in ("safetensors", "json")], [])
+        hub.download(str(source), [f"{name}/*fp16*.{kind}" for name in bare for kind in ("safetensors", "json")])
     return folder
-
-
-def _download(repository: str, wanted: list[str], unwanted: list[str]) -> Path:
-    from huggingface_hub import snapshot_download  # slow to import, and seldom needed
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=unwanted))
-    except Exception as error:  # of several libraries: no network, no such repository, no permission
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"{repository!r} is no folder and could not be downloaded from the Hugging Face hub "
-            f"({type(error).__name__}: {reason}); check the name, the network and, for gated models, the access token."
-        ) from error
 
 
 def read_components(folder: Path) -> Components:

@@ -20,6 +20,7 @@ PUBLIC_MAX_LENGTH = 77  # of CLIP's position embeddings, and of IF's training ca
 _CLASSES = {
     "T5Tokenizer": (T5Tokenizer, (("tokenizer.json",), ("spiece.model",))),
     "CLIPTokenizer": (CLIPTokenizer, (("tokenizer.json",), ("vocab.json", "merges.txt"))),
+    "PreTrainedTokenizer": (PreTrainedTokenizerFast, (("tokenizer.json",),)),  # such as the world's
 }
 
 
@@ -55,7 +56,7 @@ class Tokenizer:
     def from_folder(
         cls, folder: Path, max_length: int = PUBLIC_MAX_LENGTH, clean: Callable[[str], str] | None = None
     ) -> "Tokenizer":
-        """Read the tokenizer of a public pipeline: T5's or CLIP's, in the files that `transformers` writes.
+        """Read a tokenizer in the files that `transformers` writes: T5's, CLIP's, or any that is a `tokenizer.json`.
 
         Args:
             folder: with `tokenizer_config.json`, and `tokenizer.json`, `spiece.model` (T5), or `vocab.json` and

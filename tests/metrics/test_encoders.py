@@ -3,9 +3,13 @@
 import json
 from pathlib import Path
 
+import huggingface_hub
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import save_model
 from transformers import (
@@ -19,8 +23,19 @@ from transformers import (
 
 from personalize_jax.errors import UserError
 from personalize_jax.metrics import preprocessing
-from personalize_jax.metrics.encoders import BATCH_SIZE, in_batches, load_clip, load_dino, load_lpips
+from personalize_jax.metrics.encoders import (
+    BATCH_SIZE,
+    ImageEncoder,
+    cosine_distance,
+    in_batches,
+    load_clip,
+    load_dino,
+    load_lpips,
+)
+from personalize_jax.metrics.similarity import distances_within
+from personalize_jax.models.clip import Clip
 from personalize_jax.models.lpips import SLICES
+from personalize_jax.models.port_weights import load_weights
 from tests import tiny_public
 from tests.models.torch_params import scramble
 
@@ -105,6 +120,26 @@ def test_clip_embeds_as_transformers_does(name, pictures, tmp_path):
     np.testing.assert_allclose(clip.texts(prompts), outputs.text_embeds.numpy(), atol=1e-4)
 
 
+@pytest.mark.parametrize("end", [2, 5, 29])
+def test_texts_end_where_transformers_lets_them(end, tmp_path):
+    """2, which stands in old files, means the highest id; any other is the id itself, wherever the highest may be."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": 30, "max_position_embeddings": 12, "eos_token_id": end}
+    vision = sizes | {"image_size": 8, "patch_size": 4}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=10)).eval()
+    scramble(model, seed=4)
+    tokens = np.random.default_rng(2).integers(6, 29, (4, 12))
+    tokens[np.arange(4), [3, 7, 8, 11]] = 29 if end == 2 else end
+    with torch.no_grad():
+        theirs = model(input_ids=torch.from_numpy(tokens), pixel_values=torch.zeros(4, 3, 8, 8)).text_embeds
+    model.save_pretrained(tmp_path)
+    network = Clip.from_config(json.loads((tmp_path / "config.json").read_text()))
+    abstract = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)), tokens)["params"]
+    params = load_weights(tmp_path, abstract, "clip", jnp.float32)
+    ours = network.apply({"params": params}, tokens, method=Clip.encode_texts)
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-5)
+
+
 class TorchLpips(torch.nn.Module):
     """LPIPS over torchvision's layers, with the state's names of its authors' package."""
 
@@ -150,6 +185,16 @@ def test_lpips_agrees_with_torch(backbone, tmp_path):
             theirs = model(*(torch.from_numpy(a).permute(0, 3, 1, 2).float() / 127.5 - 1 for a in (x, y))).numpy()
         np.testing.assert_allclose(distance(x, y), theirs, atol=1e-4 * np.abs(theirs).max())
         np.testing.assert_allclose(distance(x, x), 0, atol=1e-12)
+
+
+def test_cosine_distance_is_one_minus_the_cosine():
+    """An encoder that sees the mean colour: equal pictures are 0 apart, colours at right angles 1."""
+    encoder = ImageEncoder(np.array, lambda x: jnp.mean(x, axis=(1, 2)))
+    red, green, blue = (np.broadcast_to(np.eye(3, dtype=np.uint8)[i] * 200, (8, 8, 3)) for i in range(3))
+    distance = cosine_distance(encoder)
+    apart = distance(np.stack([red, red, red + green]), np.stack([red, green, green]))
+    np.testing.assert_allclose(apart, [0, 1, 1 - 0.5**0.5], atol=1e-6)
+    np.testing.assert_allclose(distances_within([red, red, blue], distance), [0.5, 0.5, 1], atol=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, BATCH_SIZE - 1, BATCH_SIZE, BATCH_SIZE + 1, 2 * BATCH_SIZE + 3])
@@ -223,3 +268,47 @@ def test_folders_that_hold_no_model_are_refused(tmp_path):
         preprocessing.Preprocessing.read(tmp_path)
     with pytest.raises(UserError, match="has no .*safetensors; give weights"):
         load_lpips(tmp_path)
+
+
+HUB = {
+    "config.json": "{",
+    "preprocessor_config.json": "{}",
+    "model.safetensors": "",
+    "vocab.json": "{}",
+    "merges.txt": "",
+    "tokenizer.json": "{}",
+    "tokenizer_config.json": "{}",
+    "special_tokens_map.json": "{}",
+}
+
+
+@pytest.mark.parametrize("load", [load_dino, load_clip, load_lpips])
+def test_names_on_the_hub_are_downloaded_without_pickles(load, tmp_path, monkeypatch):
+    unwanted = ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "onnx/model.safetensors", "README.md")
+    asked = []
+
+    def snapshot_download(name, allow_patterns, ignore_patterns):
+        asked.append(name)
+        files = (*HUB, *unwanted)
+        chosen = set(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        assert chosen == set(HUB)
+        for file, text in HUB.items():
+            (tmp_path / file).write_text(text)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(UserError, match=str(tmp_path)):  # of what was downloaded, none of which can be read
+        load("someone/model-1.0")
+    assert asked == ["someone/model-1.0"]
+
+
+@pytest.mark.parametrize("load", [load_dino, load_clip, load_lpips])
+@pytest.mark.parametrize("source", ["", "nothing", "../a", "/no/such/folder"])
+def test_what_is_neither_folder_nor_name_is_refused(load, source):
+    with pytest.raises(UserError, match="is no encoder; give .*a folder, or a name on the Hugging Face hub"):
+        load(source)
+
+
+def test_the_world_has_no_lpips():
+    with pytest.raises(UserError, match="'world' is no encoder; give a folder"):
+        load_lpips("world")
