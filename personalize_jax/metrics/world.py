@@ -1,4 +1,4 @@
-"""Exact metrics on the rendered world: shares of pictures in which a probe reads what should be seen.
+"""Exact metrics on the rendered world: what a probe reads off each picture, held against what should be seen.
 
 A picture counts as showing the likeliest value of each property; a probe's own mistakes therefore lower fidelities,
 and its held-out accuracies are their ceilings.
@@ -8,9 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from personalize_jax.metrics.table import entropy
+
+IDENTITY = ("class_id", "body_colour", "accent_colour", "pattern")  # no two splits of the world's subjects share all
+
 
 class Reading(NamedTuple):
-    """What a probe reads off N pictures: probabilities float32 [N, K] over the K values of each property.
+    """What a probe reads off N pictures: probabilities float32 [N, K] over the K values of each property, and shape.
 
     The names are those of the truth in the world's subjects and views.
     """
@@ -19,21 +23,41 @@ class Reading(NamedTuple):
     body_colour: np.ndarray
     accent_colour: np.ndarray
     pattern: np.ndarray
+    finish: np.ndarray
     context: np.ndarray
     accessory: np.ndarray
+    shape: np.ndarray  # float32 [N, S] in [0, 1], proportions of the likeliest class; NaN where the probe cannot tell
 
 
-def accuracy(reading: Reading, **truth: int | np.ndarray) -> dict[str, float]:
-    """Share of pictures whose likeliest value is the true one, in [0, 1], by property.
+def fidelities(reading: Reading, **truth: int | np.ndarray) -> dict[str, np.ndarray]:
+    """How well each picture shows each property.
+
+    Of a value out of several: 1 where the likeliest one is the true one, else 0. Of the shape: 1 less the mean
+    absolute error of the proportions that the probe can tell. They mean something within a class only, so that the
+    shape of a picture of another class counts 0.
 
     Args:
         reading: of N pictures.
-        **truth: for each property asked about its true value: an int, or int [N] where it varies.
+        **truth: for each property asked about its true value: an int, or int [N] where it varies; for "shape"
+            float [S] or [N, S] in [0, 1], NaN where unknown, which needs "class_id" beside it.
+
+    Returns:
+        float32 [N] in [0, 1] by property. A shape of which nothing is known or can be told is NaN.
 
     Raises:
-        ValueError: no pictures, or a truth of another length or outside the property's values.
+        ValueError: no pictures, a truth of another length or outside the property's values, or a shape without class.
     """
-    return {name: _share(getattr(reading, name), values, name) for name, values in truth.items()}
+    scores = {name: _shows(getattr(reading, name), truth[name], name) for name in truth if name != "shape"}
+    if "shape" in truth:
+        if "class_id" not in truth:
+            raise ValueError("Proportions are those of a class; give class_id beside shape.")
+        scores["shape"] = np.where(scores["class_id"] == 1, _likeness(reading.shape, truth["shape"]), np.float32(0))
+    return scores
+
+
+def accuracy(reading: Reading, **truth: int | np.ndarray) -> dict[str, float]:
+    """Means of `fidelities` over the pictures: shares of pictures that show the true value, in [0, 1], by property."""
+    return {name: float(scores.mean()) for name, scores in fidelities(reading, **truth).items()}
 
 
 def prompt_fidelity(
@@ -59,67 +83,94 @@ def prompt_fidelity(
 
 def subject_fidelity(
     reading: Reading,
+    class_id: int | np.ndarray,
     body_colour: int | np.ndarray,
     accent_colour: int | np.ndarray,
     pattern: int | np.ndarray,
-    class_id: int | np.ndarray,
+    finish: int | np.ndarray | None = None,
+    shape: np.ndarray | None = None,
 ) -> dict[str, float]:
     """How often pictures show the subject's own properties.
 
     Args:
         reading: of N pictures, all of one subject (an int for each property), or of several (int [N]).
+        class_id: the subject's own.
         body_colour: the subject's own.
         accent_colour: the subject's own.
         pattern: the subject's own.
-        class_id: the subject's own.
+        finish: the subject's own; None where it is unknown.
+        shape: the subject's own proportions; None where they are unknown.
 
     Returns:
-        The `accuracy` of each of the four.
+        The `accuracy` of each that is given.
     """
-    return accuracy(reading, class_id=class_id, body_colour=body_colour, accent_colour=accent_colour, pattern=pattern)
+    own = {"class_id": class_id, "body_colour": body_colour, "accent_colour": accent_colour}
+    own |= {"pattern": pattern, "finish": finish, "shape": shape}
+    return accuracy(reading, **{name: values for name, values in own.items() if values is not None})
 
 
-def subject_truth(reading: Reading) -> dict[str, int]:
+def subject_truth(reading: Reading, class_id: int | None = None) -> dict[str, int | np.ndarray]:
     """The properties of a subject of which only photos are known.
 
     All photos show one subject, so their evidence is pooled: the value with the highest mean log-probability. An
-    accent is never of the body's colour.
+    accent is never of the body's colour. Proportions are averaged over the photos that are read as of its class.
 
     Args:
         reading: of the N photos.
+        class_id: the subject's class, where it is known; otherwise it is read as well.
 
     Returns:
-        The arguments of `subject_fidelity`: "class_id", "body_colour", "accent_colour" and "pattern".
+        The arguments of `subject_fidelity`; without "shape" where no photo is read as of the subject's class.
 
     Raises:
         ValueError: no photos.
     """
-    body_colour = _pooled(reading.body_colour).argmax()
+    likeliest = {name: int(_pooled(getattr(reading, name)).argmax()) for name in ("body_colour", "pattern", "finish")}
     accent = _pooled(reading.accent_colour)
-    accent[body_colour] = -np.inf
-    return {
-        "class_id": int(_pooled(reading.class_id).argmax()),
-        "body_colour": int(body_colour),
-        "accent_colour": int(accent.argmax()),
-        "pattern": int(_pooled(reading.pattern).argmax()),
-    }
+    accent[likeliest["body_colour"]] = -np.inf
+    class_id = int(_pooled(reading.class_id).argmax()) if class_id is None else class_id
+    truth = likeliest | {"class_id": class_id, "accent_colour": int(accent.argmax())}
+    of_class = _likeliest(reading.class_id) == class_id
+    return truth | {"shape": reading.shape[of_class].mean(axis=0)} if of_class.any() else truth
+
+
+def is_subject(
+    reading: Reading,
+    class_id: int | np.ndarray,
+    body_colour: int | np.ndarray,
+    accent_colour: int | np.ndarray,
+    pattern: int | np.ndarray,
+) -> np.ndarray:
+    """Whether each picture shows the very subject: bool [N], true where all of IDENTITY is the subject's.
+
+    Of pictures of "a class" none should: their mean is the share in which the class has become the subject. `leakage`
+    asks for the body colour alone, and thus sees what has only begun.
+
+    Args:
+        reading: of N pictures.
+        class_id: the subject's own.
+        body_colour: the subject's own.
+        accent_colour: the subject's own.
+        pattern: the subject's own.
+
+    Raises:
+        ValueError: as `fidelities`.
+    """
+    own = dict(zip(IDENTITY, (class_id, body_colour, accent_colour, pattern), strict=True))
+    return np.all([scores == 1 for scores in fidelities(reading, **own).values()], axis=0)
 
 
 def colour_entropy(reading: Reading) -> float:
     """Diversity of N pictures of "a class": the entropy of their body colours in bits, in [0, log2 K].
 
-    H = -sum_k q_k log2 q_k with q_k the share of pictures whose likeliest body colour is k: 0 where all pictures
-    are copies of one, log2 11 = 3.46 where all colours are as frequent. Likeliest colours are counted, rather than
-    probabilities averaged, so that pictures in which the probe is unsure are not taken for varied ones. This
-    plug-in estimator is too low by about (K - 1) / (2 N ln 2) bits (Miller 1955; .11 at N = 64, K = 11): compare
-    entropies of equal N.
+    `entropy` of the likeliest colours: 0 where all pictures are copies of one, log2 11 = 3.46 where all colours are as
+    frequent; too low by .11 at N = 64. Likeliest colours are counted, rather than probabilities averaged, so that
+    pictures in which the probe is unsure are not taken for varied ones.
 
     Raises:
         ValueError: no pictures.
     """
-    colours = _likeliest(reading.body_colour)
-    q = np.unique(colours, return_counts=True)[1] / len(colours)
-    return float(np.sum(q * np.log2(1 / q)))
+    return entropy(_likeliest(reading.body_colour))
 
 
 def leakage(reading: Reading, body_colour: int) -> float:
@@ -132,8 +183,11 @@ def leakage(reading: Reading, body_colour: int) -> float:
 
 
 def chance(reading: Reading, name: str) -> float:
-    """What `accuracy` is on the average where pictures have nothing to do with the truth: 1 / K, for one property."""
-    return 1 / getattr(reading, name).shape[1]
+    """What `accuracy` is on the average where pictures have nothing to do with the truth: 1 / K, for one property.
+
+    Of the shape, 2/3: proportions are uniform in [0, 1], and two unrelated ones are 1/3 apart on the average.
+    """
+    return 2 / 3 if name == "shape" else 1 / getattr(reading, name).shape[1]
 
 
 def _likeliest(p_NK: np.ndarray) -> np.ndarray:
@@ -149,11 +203,24 @@ def _pooled(p_NK: np.ndarray) -> np.ndarray:
     return np.log(np.maximum(p_NK, 1e-12)).mean(axis=0)
 
 
-def _share(p_NK: np.ndarray, truth: int | np.ndarray, name: str) -> float:
+def _shows(p_NK: np.ndarray, truth: int | np.ndarray, name: str) -> np.ndarray:
+    """1 where the likeliest value is the true one: float32 [N]."""
     read, truth = _likeliest(p_NK), np.asarray(truth)
     if truth.shape not in ((), read.shape) or np.any((truth < 0) | (truth >= p_NK.shape[1])):
         raise ValueError(
             f"The truth of {name} is {truth.tolist() if truth.size < 5 else list(truth.shape)}; give one value, or one "
             f"for each of the {len(read)} pictures, in 0 to {p_NK.shape[1] - 1}."
         )
-    return float(np.mean(read == truth))
+    return (read == truth).astype(np.float32)
+
+
+def _likeness(shape_NS: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """1 less the mean absolute error over the proportions that are known on both sides: float32 [N]."""
+    truth = np.asarray(truth)
+    if truth.shape not in (shape_NS.shape[1:], shape_NS.shape) or np.any((truth < 0) | (truth > 1)):
+        raise ValueError(
+            f"The truth of shape is {list(truth.shape)} in {np.min(truth)} to {np.max(truth)}; give "
+            f"{list(shape_NS.shape[1:])} or {list(shape_NS.shape)} proportions in [0, 1]."
+        )
+    error = np.ma.masked_invalid(shape_NS - truth)
+    return (1 - np.abs(error).mean(axis=1)).filled(np.nan).astype(np.float32)

@@ -31,7 +31,7 @@ class ProbeNetwork(nn.Module):
     weights of its own: what an object is made of stands elsewhere in the picture than where it is.
 
     Attributes:
-        properties: (name, number of values) of each property.
+        properties: (name, number of outputs) of each property: logits, or whatever else is read of them.
         patch: side of the patches that the picture is cut into first.
         channels: width of each scale, finest first.
         blocks: residual blocks of each scale.
@@ -52,7 +52,7 @@ class ProbeNetwork(nn.Module):
             x_BHWC: float32 [B, 32, 32, 3] in [-1, 1].
 
         Returns:
-            By property name, logits [B, values].
+            By property name, outputs [B, n].
         """
         x = einops.rearrange(x_BHWC, "b (h p) (w q) c -> b h w (p q c)", p=self.patch, q=self.patch)
         x = nn.Conv(self.channels[0], (3, 3), name="stem")(x)
