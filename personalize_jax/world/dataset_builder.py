@@ -94,7 +94,7 @@ class World(tfds.core.GeneratorBasedBuilder):
                 block, size = start // BLOCK_SIZE, min(BLOCK_SIZE, count - start)
                 scenes = jax.tree.map(lambda a, size=size: a[:size], _block_scenes(split, block))
                 columns = _columns(scenes) | {
-                    "image": _rendered_once(folder / f"{block:05d}_{size}.npy", scenes, resolution),
+                    "image": rendered_once(folder / f"{block:05d}_{size}.npy", scenes, resolution),
                     "captions": caption_variants(scenes, _block_rng(split, block, "captions"), CAPTIONS_PER_IMAGE),
                 }
                 for i in range(size):
@@ -162,8 +162,8 @@ def _block_scenes(split: Split, block: int) -> Scene:
     return Scene(subjects, sample_views(rng, subjects))
 
 
-def _rendered_once(path: Path, scenes: Scene, resolution: int) -> np.ndarray:
-    """Renders scenes into a file, or finds them there where an earlier run left them."""
+def rendered_once(path: Path, scenes: Scene, resolution: int) -> np.ndarray:
+    """Renders scenes into a file, or finds them there where an earlier run left them: uint8 [N, H, W, 4]."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")

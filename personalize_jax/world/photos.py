@@ -84,14 +84,14 @@ def heldout_subject(class_noun: str, index: int, num_photos: int = 5) -> Heldout
     return HeldoutSubject(subject, _render_views(rng, subject, PHOTO_CONTEXTS, num_photos)[..., :3])
 
 
-def unseen_views(held: HeldoutSubject, count: int) -> np.ndarray:
+def unseen_views(subject: Subject, count: int) -> np.ndarray:
     """Render further views of a subject, in contexts that none of its photos show; deterministic.
 
     Returns:
         uint8 [count, 128, 128, 4], the fourth channel the object's mask.
     """
-    rng = np.random.default_rng([SEED, len(CLASSES), int(held.subject.class_id[0]), count])  # not a subject's
-    return _render_views(rng, held.subject, [c for c in CONTEXTS if c not in PHOTO_CONTEXTS], count)
+    rng = np.random.default_rng([SEED, len(CLASSES), int(subject.class_id[0]), count])  # not a subject's
+    return _render_views(rng, subject, [c for c in CONTEXTS if c not in PHOTO_CONTEXTS], count)
 
 
 def _render_views(rng: np.random.Generator, subject: Subject, places: Sequence[str], count: int) -> np.ndarray:

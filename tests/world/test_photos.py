@@ -31,7 +31,7 @@ def test_each_photo_shows_another_view():
 
 def test_unseen_views_show_the_subject_otherwise_than_its_photos():
     held = heldout_subject("dog", 0, num_photos=2)
-    views = unseen_views(held, 2)
+    views = unseen_views(held.subject, 2)
     assert views.shape == (2, RESOLUTION, RESOLUTION, 4) and views.dtype == np.uint8
     shares = views[..., 3].mean(axis=(1, 2)) / 255
     assert all(0.1 < share < 0.9 for share in shares)  # the mask of an object that fills much of the picture

@@ -1,0 +1,324 @@
+"""Trains the encoders that the paper's metrics need on the rendered world: a CLIP, and one in DINO's place.
+
+    python -m personalize_jax.world.encoder --output=runs/encoder
+
+renders what is missing, trains both and writes runs/encoder/clip and runs/encoder/dino, folders as on the Hugging Face
+hub, each with a quality.json that says how good it is on subjects it was not trained on; personalize_jax/assets/world
+holds the two that ship. Started again, it goes on from its last checkpoint.
+
+The CLIP learns which caption belongs to which picture (`contrastive.info_nce`). The instance encoder has DINO's network
+but not its training: it learns which two pictures, in different places, show the same subject among many of its class
+(`contrastive.nt_xent`), since that is what the paper takes DINO for. Samples of a cascade are softer and noisier than
+renders, so that half of the pictures are degraded to what those of a base model look like.
+
+Of the shipped CLIP, steps 300 to 800 ran under a learning rate that fell to 0 by then; the rest is as the constants
+below say. The instance encoder hardly sees proportions: see "changed" in its quality.json.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax import Array
+from ml_collections import ConfigDict
+
+from personalize_jax import command
+from personalize_jax.metrics.encoders import load_clip, load_dino
+from personalize_jax.metrics.preprocessing import FILE, Preprocessing
+from personalize_jax.models.clip import Clip
+from personalize_jax.models.params import Params
+from personalize_jax.models.port_weights import Network, save_weights
+from personalize_jax.models.vit import VisionTransformer
+from personalize_jax.pipeline.storage import ASSETS, write_text
+from personalize_jax.pipeline.tokenizer import Tokenizer
+from personalize_jax.training.checkpoint import Checkpoints
+from personalize_jax.training.contrastive import info_nce, nt_xent
+from personalize_jax.training.loop import MetricsLog
+from personalize_jax.training.optimizer import make_optimizer
+from personalize_jax.training.step import init_state, make_train_step, make_train_steps
+from personalize_jax.world import dataset_builder, encoder_quality
+from personalize_jax.world.probe import RESOLUTION as BASE_RESOLUTION
+from personalize_jax.world.probe import degrade
+from personalize_jax.world.scene import CONTEXTS, Scene, sample_views
+
+RENDER_RESOLUTION = 64
+CLIP_COUNT = 60_000  # pictures
+INSTANCE_COUNT = 24_576  # subjects: the first of those pictures, and another view of each
+TEST_COUNT = 2_048
+SEED = 0
+CLASSES_IN_BATCH = 2  # of the instance encoder: most of a subject's negatives are of its own class
+INSTANCE_SCALE = 10.0
+MAX_LOGIT_SCALE = 100.0  # as CLIP
+MAX_NOISE, MAX_BLUR = 0.15, 0.8  # of degraded pictures, see `probe.degrade`; a good cascade's have about .1 and .6
+_TRAINING = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.98, "weight_decay": 0.05, "clip_norm": 1.0, "warmup_steps": 60}
+CLIP_TRAINING = ConfigDict(_TRAINING | {"batch_size": 128, "num_steps": 1_400, "decay_steps": 600})
+INSTANCE_TRAINING = ConfigDict(_TRAINING | {"batch_size": 64, "num_steps": 700, "decay_steps": 400})
+LOG_EVERY, CHECKPOINT_EVERY = 10, 50  # steps
+
+# The networks, as their config.json says it.
+_TOWER = {"num_attention_heads": 4, "layer_norm_eps": 1e-5}
+_VISION = _TOWER | {"image_size": 48, "patch_size": 8, "hidden_size": 128, "intermediate_size": 512}
+CLIP = {
+    "model_type": "clip",
+    "architectures": ["CLIPModel"],
+    "projection_dim": 128,
+    "vision_config": _VISION | {"num_hidden_layers": 5, "hidden_act": "quick_gelu"},
+    "text_config": _TOWER
+    | {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2, "hidden_act": "quick_gelu"}
+    | {"vocab_size": 4096, "max_position_embeddings": 32, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None},
+}
+INSTANCE = _VISION | {
+    "model_type": "vit",
+    "architectures": ["ViTModel"],
+    "num_hidden_layers": 5,
+    "hidden_act": "gelu",
+    "qkv_bias": True,
+    "num_channels": 3,
+}
+_PROCESSOR = {"resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+_SIDE = _VISION["image_size"]
+CLIP_PROCESSOR = _PROCESSOR | {
+    "image_processor_type": "CLIPImageProcessor",
+    "size": {"shortest_edge": _SIDE},
+    "crop_size": {"height": _SIDE, "width": _SIDE},
+}
+INSTANCE_PROCESSOR = _PROCESSOR | {
+    "image_processor_type": "ViTImageProcessor",
+    "size": {"height": _SIDE, "width": _SIDE},
+}
+
+
+class Lesson(NamedTuple):
+    """What one encoder learns from.
+
+    Attributes:
+        init: (key) -> parameters.
+        draw: (examples, key) -> batch.
+        loss: (parameters, batch, key) -> loss.
+        examples: arrays to draw from.
+        config: batch size, steps and optimiser.
+    """
+
+    init: Callable[[Array], Params]
+    draw: Callable[[Mapping[str, Array], Array], Mapping[str, Array]]
+    loss: Callable[[Params, Mapping[str, Array], Array], Array]
+    examples: Mapping[str, np.ndarray]
+    config: ConfigDict
+
+
+def clip_lesson(data: Mapping[str, np.ndarray], config: ConfigDict = CLIP_TRAINING) -> Lesson:
+    """Pictures with their captions.
+
+    Args:
+        data: as `dataset_builder.load` gives them.
+        config: of the training.
+    """
+    network = Clip.from_config(CLIP)
+    captions = data["captions"]
+    tokens_NKL = tokenizer()(captions.ravel().tolist()).reshape(*captions.shape, -1)
+
+    def draw(examples: Mapping[str, Array], key: Array) -> dict[str, Array]:
+        row_key, caption_key = jax.random.split(key)
+        N, K, _ = examples["tokens"].shape
+        rows = jax.random.choice(row_key, N, (config.batch_size,), replace=False)
+        texts = examples["tokens"][rows, jax.random.randint(caption_key, rows.shape, 0, K)]
+        return {"images": examples["images"][rows], "tokens": texts}
+
+    def loss(params: Params, batch: Mapping[str, Array], key: Array) -> Array:
+        images_BD, texts_BD = network.apply({"params": params}, augmented(batch["images"], key), batch["tokens"])
+        return info_nce(images_BD, texts_BD, jnp.minimum(jnp.exp(params["logit_scale"]), MAX_LOGIT_SCALE))
+
+    def init(key: Array) -> Params:
+        return network.init(key, jnp.zeros((1, _SIDE, _SIDE, 3)), tokens_NKL[:1, 0])["params"]
+
+    return Lesson(init, draw, loss, {"images": resized(data["image"]), "tokens": tokens_NKL}, config)
+
+
+def instance_lesson(
+    class_id: np.ndarray, first: np.ndarray, second: np.ndarray, config: ConfigDict = INSTANCE_TRAINING
+) -> Lesson:
+    """Subjects in two views each.
+
+    Args:
+        class_id: int [N], of each subject.
+        first: uint8 [N, R, R, 3 or more], one view of each.
+        second: another.
+        config: of the training; its batches count subjects.
+    """
+    network = VisionTransformer.from_config(INSTANCE)
+    views_N2HWC = np.stack([resized(first), resized(second)], axis=1)
+    rows = [np.flatnonzero(class_id == k) for k in np.unique(class_id)]
+    M = min(map(len, rows))  # subjects of each class that are used, so that one array holds all
+
+    def draw(examples: Mapping[str, Array], key: Array) -> dict[str, Array]:
+        class_key, *keys = jax.random.split(key, CLASSES_IN_BATCH + 1)
+        classes = jax.random.choice(class_key, len(rows), (CLASSES_IN_BATCH,), replace=False)
+        count = config.batch_size // CLASSES_IN_BATCH
+        subjects = jnp.stack([jax.random.choice(key, M, (count,), replace=False) for key in keys])
+        views = examples["views"][classes[:, None], subjects]
+        return {"views": views.reshape(-1, *views.shape[2:])}
+
+    def loss(params: Params, batch: Mapping[str, Array], key: Array) -> Array:
+        x_BHWC = augmented(jnp.concatenate([batch["views"][:, 0], batch["views"][:, 1]]), key)
+        e_BD = network.apply({"params": params}, x_BHWC)
+        e_BD /= jnp.linalg.norm(e_BD, axis=-1, keepdims=True)
+        return nt_xent(*jnp.split(e_BD, 2), INSTANCE_SCALE)
+
+    def init(key: Array) -> Params:
+        return network.init(key, jnp.zeros((1, _SIDE, _SIDE, 3)))["params"]
+
+    return Lesson(init, draw, loss, {"views": views_N2HWC[np.stack([r[:M] for r in rows])]}, config)
+
+
+def learn(lesson: Lesson, directory: Path, description: str = "training") -> Params:
+    """Train one encoder, from its last checkpoint in `directory` if there is one.
+
+    Args:
+        lesson: what from.
+        directory: for `checkpoints/` and `metrics.jsonl`.
+        description: on the progress bar.
+
+    Raises:
+        UserError: the loss is not finite, or the directory cannot be used.
+    """
+    config = lesson.config
+    optimizer = make_optimizer(config, config.num_steps)
+    init_key, root_key = jax.random.split(jax.random.key(SEED))
+
+    def loss(params: Params, _: Params, batch: Mapping[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+        return lesson.loss(params, batch, key), {}
+
+    steps = make_train_steps(make_train_step(loss, optimizer, ema_decay=0.0), lesson.draw, root_key, count=1)
+    advance = jax.jit(steps, donate_argnums=0)
+    with contextlib.closing(Checkpoints(directory / "checkpoints")) as checkpoints:
+        state = init_state(jax.jit(lesson.init)(init_key), optimizer, ema=False, vocabulary_size=None)
+        state = checkpoints.restore(state) or state
+        examples = jax.device_put(lesson.examples)
+        start = int(state.step)
+        log = MetricsLog(directory / "metrics.jsonl", start)
+        with command.steps_bar(description, config.num_steps) as progress:
+            for step in range(start + 1, config.num_steps + 1):
+                state, metrics = advance(state, {}, examples)
+                if step % LOG_EVERY == 0:
+                    log.write(step, metrics)  # refuses what is not finite, so before saving
+                if step % CHECKPOINT_EVERY == 0 or step == config.num_steps:
+                    checkpoints.save(step, state)
+                progress(step, log.latest)
+    return state.params
+
+
+def augmented(images_BHWC: Array, key: Array) -> Array:
+    """Pictures in [-1, 1], half of them degraded to what a base model's look like once they are enlarged.
+
+    Args:
+        images_BHWC: uint8.
+        key: of all randomness.
+    """
+    B, *shape = images_BHWC.shape
+    kept_key, noise_key, blur_key, key = jax.random.split(key, 4)
+    x_BHWC = images_BHWC.astype(jnp.float32) / 127.5 - 1
+    small = jax.image.resize(x_BHWC, (B, BASE_RESOLUTION, BASE_RESOLUTION, 3), "cubic")
+    noise, blur = jax.random.uniform(noise_key, (B,)), jax.random.uniform(blur_key, (B,))
+    small = degrade(small, key, MAX_NOISE * noise, MAX_BLUR * blur)
+    kept = jax.random.bernoulli(kept_key, 0.5, (B, 1, 1, 1))
+    return jnp.where(kept, x_BHWC, jax.image.resize(small, (B, *shape), "cubic"))
+
+
+def resized(images: np.ndarray) -> np.ndarray:
+    """Pictures as the encoders prepare them, uint8 [N, R, R, 3 or more] as uint8 [N, 48, 48, 3]."""
+    prepare = Preprocessing.from_config(INSTANCE_PROCESSOR)
+    prepared = [np.round((prepare([image[..., :3]]) + 1) * 127.5).astype(np.uint8) for image in images]
+    return np.concatenate(prepared)
+
+
+def second_views(data: Mapping[str, np.ndarray], data_dir: Path) -> np.ndarray:
+    """Render another view of each subject, in another place; what an earlier call rendered is read.
+
+    Args:
+        data: the first views, as `dataset_builder.load` gives them.
+        data_dir: where the views are kept, in blocks.
+
+    Returns:
+        uint8 [N, 64, 64, 4].
+    """
+    scenes = dataset_builder.scenes_of(data)
+    size = dataset_builder.BLOCK_SIZE
+    images = []
+    for block, start in enumerate(range(0, len(scenes.subject.class_id), size)):
+        subject, first = jax.tree.map(lambda a, start=start: a[start : start + size], scenes)
+        n = len(subject.class_id)
+        rng = np.random.default_rng([SEED, block])
+        contexts = (first.context + rng.integers(1, len(CONTEXTS), n)) % len(CONTEXTS)
+        other = Scene(subject, sample_views(rng, subject, context=contexts))
+        file = data_dir / "world_second_views" / f"{block:05d}_{n}.npy"
+        images.append(dataset_builder.rendered_once(file, other, RENDER_RESOLUTION))
+    return np.concatenate(images)
+
+
+def tokenizer() -> Tokenizer:
+    """The world's vocabulary, at the length of the CLIP's texts."""
+    return Tokenizer.read(ASSETS / "world" / "tokenizer.json", CLIP["text_config"]["max_position_embeddings"])
+
+
+def save(params: Params, network: Network, folder: Path) -> None:
+    """Write an encoder in half precision as a folder of the hub.
+
+    Args:
+        params: of the network.
+        network: "clip" or "vit".
+        folder: made if missing.
+    """
+    config, processor = {"clip": (CLIP, CLIP_PROCESSOR), "vit": (INSTANCE, INSTANCE_PROCESSOR)}[network]
+    save_weights(params, folder, "model.safetensors", network, jnp.float16)
+    _write_json(folder / "config.json", config)
+    _write_json(folder / FILE, processor)
+    if network == "clip":
+        backend = tokenizer().backend
+        specials = {name: getattr(backend, name) for name in ("pad_token", "eos_token", "unk_token")}
+        write_text(folder / "tokenizer.json", backend.backend_tokenizer.to_str())
+        _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | specials)
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def _write_quality(folder: Path, quality: Mapping[str, Mapping[str, float]]) -> None:
+    rounded = {kind: {name: round(value, 4) for name, value in values.items()} for kind, values in quality.items()}
+    _write_json(folder / "quality.json", rounded)
+
+
+def define_flags() -> None:
+    """The command line."""
+    flags.DEFINE_string("output", None, "Folder for clip/ and dino/, and for the trainings' checkpoints.")
+    flags.DEFINE_string("data_dir", "runs/data", "Where the rendered world is kept.")
+    flags.DEFINE_multi_enum("encoder", ["clip", "dino"], ["clip", "dino"], "Which of the two to train.")
+
+
+def main(_: list[str]) -> None:
+    """Render or read the data, train, save, measure."""
+    output, data_dir = Path(flags.FLAGS.output), Path(flags.FLAGS.data_dir)
+    data = dataset_builder.load(RENDER_RESOLUTION, "train", CLIP_COUNT, data_dir)
+    if "clip" in flags.FLAGS.encoder:
+        params = learn(clip_lesson(data), output / "clip_training", "training the CLIP")
+        save(params, "clip", output / "clip")
+        test = dataset_builder.load(RENDER_RESOLUTION, "heldout", TEST_COUNT, data_dir)
+        _write_quality(output / "clip", encoder_quality.of_clip(load_clip(output / "clip"), test))
+    if "dino" in flags.FLAGS.encoder:
+        first = {name: column[:INSTANCE_COUNT] for name, column in data.items()}
+        lesson = instance_lesson(first["class_id"], first["image"], second_views(first, data_dir))
+        params = learn(lesson, output / "dino_training", "training the instance encoder")
+        save(params, "vit", output / "dino")
+        dino = load_dino(output / "dino")
+        quality = encoder_quality.of_instance_encoder(dino, *encoder_quality.heldout_pictures())
+        _write_quality(output / "dino", quality | {"changed": encoder_quality.of_changes(dino)})
+
+
+if __name__ == "__main__":
+    command.run(main, define_flags, required=("output",))
