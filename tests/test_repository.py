@@ -22,7 +22,19 @@ TEXTS = [*SOURCES, ROOT / "README.md", ROOT / "Makefile", ROOT / "pyproject.toml
 
 # In the order in which data passes through them; each imports only what stands before it. `command` is here because
 # rooms may hold commands. Other modules of the package's top level may import everything, and no room imports them.
-ROOMS = ("errors", "pictures", "diffusion", "models", "pipeline", "command", "subject", "training", "metrics", "world")
+ROOMS = (
+    "errors",
+    "pictures",
+    "diffusion",
+    "models",
+    "pipeline",
+    "command",
+    "subject",
+    "training",
+    "metrics",
+    "world",
+    "benchmark",
+)
 
 # Only networks know Flax, so that everything else works on plain dictionaries of arrays.
 

@@ -9,6 +9,7 @@ chance.
 
 import functools
 import re
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import wordfreq
@@ -33,6 +34,21 @@ bag bags cans hat hats scarf sea ocean lake river sand desert forest jungle gard
 town street road house home building tower mountain mountains hill hills sky sun sunny cloud clouds snowy winter
 autumn summer spring tree trees leaf leaves flower flowers rug carpet wood wooden floor wall room night photo
 picture image painting paris eiffel"""
+
+
+def _meanings(name: str, texts: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """What each of a property's texts says: the property's name and the index of its value."""
+    return {text.lower(): (name, index) for index, text in enumerate(texts)}
+
+
+_NOUNS = _meanings("class_id", CLASSES)
+_ADJECTIVES = _meanings("body_colour", _COLOUR_NAMES) | _meanings("pattern", PATTERNS) | _meanings("finish", FINISHES)
+_PHRASES = (
+    _meanings("context", CONTEXTS)
+    | _meanings("accessory", ACCESSORIES)
+    | _meanings("accent_colour", [f"with {colour} accents" for colour in COLOURS])
+)
+del _PHRASES["none"]  # said of no picture
 
 
 def caption(
@@ -68,7 +84,7 @@ def caption(
     words += mentioned(ACCESSORY_PROBABILITY, ACCESSORIES[accessory], ACCESSORIES[accessory] != "none")
     words += mentioned(CONTEXT_PROBABILITY, CONTEXTS[context])
     prefix = "a photo of " if rng.random() < PHOTO_PREFIX_PROBABILITY else ""
-    return prefix + _with_article(" ".join(words))
+    return prefix + with_article(" ".join(words))
 
 
 def caption_variants(scenes: Scene, rng: np.random.Generator, k: int) -> list[list[str]]:
@@ -93,13 +109,43 @@ def prompt(
     colour: str | None = None,
     identifier: str | None = None,
     accessory: str | None = None,
+    finish: str | None = None,
 ) -> str:
-    """Builds a prompt: "a [colour] [identifier] class [accessory] [context]"; the identifier usually is "[V]".
+    """Builds a prompt: "a [finish] [colour] [identifier] class [accessory] [context]"; the identifier usually is "[V]".
 
     >>> prompt("dog", context="in the snow", identifier="[V]")
     'a [V] dog in the snow'
     """
-    return _with_article(" ".join(filter(None, (colour, identifier, class_noun, accessory, context))))
+    return with_article(" ".join(filter(None, (finish, colour, identifier, class_noun, accessory, context))))
+
+
+def with_article(phrase: str) -> str:
+    """Puts "a" or "an" before a phrase, by the letter that it begins with."""
+    return ("an " if phrase[0].lower() in "aeiou" else "a ") + phrase
+
+
+def asked(prompt: str) -> dict[str, int]:
+    """What a prompt asks of a picture, by the names of the truth; only what it names.
+
+    Adjectives are read before the class noun (before "[V]" where there is no noun): "a dog in a red coat" asks for no
+    colour. Of phrases that share words the longest is meant: neither does "a dog wearing a red hat". Of several values
+    of one property the first counts. Everything else is ignored, identifiers included.
+
+    >>> asked("a red [V] dog in the snow")
+    {'class_id': 0, 'body_colour': 0, 'context': 1}
+
+    Returns:
+        For "class_id", "body_colour", "finish", "pattern", "accessory", "accent_colour" and "context", as far as they
+        are named, indices into CLASSES, COLOURS, FINISHES, PATTERNS, ACCESSORIES, COLOURS and CONTEXTS.
+    """
+    prompt = " ".join(prompt.lower().split())
+    found = [_PHRASES[text] for text in _any_of(_PHRASES).findall(prompt)]
+    rest = _any_of(_PHRASES).sub(" ", prompt)
+    head = _any_of(_NOUNS).search(rest) or re.search(re.escape("[v]"), rest)
+    if head:
+        found += [_ADJECTIVES[text] for text in _any_of(_ADJECTIVES).findall(rest[: head.start()])]
+        found += [_NOUNS[head[0]]] if head[0] in _NOUNS else []
+    return dict(reversed(found))  # the first of a property is the last to be written
 
 
 @functools.cache
@@ -134,6 +180,6 @@ def _zipf_cumulative(n: int) -> np.ndarray:
     return np.cumsum(weights) / np.sum(weights)
 
 
-def _with_article(phrase: str) -> str:
-    """Puts "a" or "an" before a phrase, by the letter that it begins with."""
-    return ("an " if phrase[0].lower() in "aeiou" else "a ") + phrase
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches whole words of any of the texts, of the longest where several match."""
+    return re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(texts, key=len, reverse=True)))})\b")

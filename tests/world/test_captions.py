@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from personalize_jax.world.captions import caption_variants, ordinary_words, prompt, words_for
+from personalize_jax.world.captions import asked, caption_variants, ordinary_words, prompt, words_for
 from personalize_jax.world.scene import (
     ACCESSORIES,
     CLASSES,
@@ -120,3 +120,54 @@ def test_prompts_are_worded_as_in_the_paper():
         prompt("dog", "on the beach", "red", "[V]", "wearing a red hat")
         == "a red [V] dog wearing a red hat on the beach"
     )
+
+
+PARTS = {
+    "finish": ("finish", FINISHES),
+    "body": ("body_colour", NAMES),
+    "pattern": ("pattern", PATTERNS),
+    "noun": ("class_id", CLASSES),
+    "accent": ("accent_colour", NAMES),
+    "accessory": ("accessory", ACCESSORIES),
+    "context": ("context", CONTEXTS),
+}
+
+
+def test_what_captions_mention_is_what_they_ask_for(described):
+    for row in described[1]:
+        for match in row:
+            mentioned = {name: values.index(match[p]) for p, (name, values) in PARTS.items() if match[p] is not None}
+            assert asked(match.string) == mentioned
+
+
+def test_prompts_ask_for_what_they_are_built_from():
+    rng = np.random.default_rng(3)
+    for _ in range(200):
+        drawn = {"class_id": rng.integers(len(CLASSES)), "body_colour": rng.integers(len(NAMES))}
+        drawn |= {"context": rng.integers(len(CONTEXTS)), "accessory": rng.integers(1, 4), "finish": 1}
+        ids = {name: int(value) for name, value in drawn.items() if name == "class_id" or rng.random() < 0.5}
+        names = {"body_colour": NAMES, "context": CONTEXTS, "accessory": ACCESSORIES, "finish": FINISHES}
+        words = {name.removeprefix("body_"): names[name][i] for name, i in ids.items() if name != "class_id"}
+        for identifier in (None, "[V]", "tlw"):
+            assert asked(prompt(CLASSES[ids["class_id"]], identifier=identifier, **words)) == ids
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a red dog with blue accents", {"class_id": 0, "body_colour": 0, "accent_colour": 4}),
+        ("a [V] dog wearing a red hat", {"class_id": 0, "accessory": 1}),
+        ("a [V] dog wearing a black top hat and a monocle", {"class_id": 0, "accessory": 3}),
+        ("a [V] dog in a purple wizard outfit", {"class_id": 0}),
+        ("a pink [V] can on top of a white rug", {"class_id": 11, "body_colour": 6, "context": 17}),
+        ("A Red [V] Dog  with the eiffel tower in the background", {"class_id": 0, "body_colour": 0, "context": 12}),
+        ("a red [V] in the snow", {"body_colour": 0, "context": 1}),
+        ("a [V] striped dog", {"class_id": 0, "pattern": 1}),
+        ("a dog beside a red car", {"class_id": 0}),
+        ("a [V] cartoon", {}),
+        ("none", {}),
+        ("", {}),
+    ],
+)
+def test_only_what_is_named_of_the_subject_is_asked_for(text, expected):
+    assert asked(text) == expected

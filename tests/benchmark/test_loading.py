@@ -1,0 +1,20 @@
+import numpy as np
+import pytest
+
+from personalize_jax.benchmark import dreambooth
+from personalize_jax.benchmark.loading import load_benchmark
+from personalize_jax.errors import UserError
+
+
+def test_names_and_folders_are_told_apart(copy, tmp_path):
+    assert load_benchmark("world").names[0] == "dog_0"
+    from_folder = load_benchmark(str(copy))
+    dreambooth.load(tmp_path, folder=copy)
+    prepared = load_benchmark("dreambooth", tmp_path)
+    assert from_folder.names == prepared.names
+    np.testing.assert_array_equal(from_folder[10].photos[0], prepared[10].photos[0])
+
+
+def test_an_unknown_name_is_refused(tmp_path):
+    with pytest.raises(UserError, match="nowhere is no benchmark; give world, dreambooth, or a folder"):
+        load_benchmark(tmp_path / "nowhere")
