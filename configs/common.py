@@ -33,7 +33,9 @@ def training() -> ConfigDict:
                 "form": "sampled",  # or frozen_prediction
                 "caption_dropout": 0.1,
             },
+            # Patterns of paths, and whether these are trained; "identifier" trains its tokens' rows of an embedding.
             "trainable": (("denoiser/", True), ("text_encoder/", False)),
+            "identifier_init": "pretrained",  # what such rows start from: themselves, or the class_noun's
             # Low-rank adapters of frozen kernels; with trainable=((".*", False),) nothing else is trained.
             "lora": {
                 "rank": 0,  # 0 switches them off
@@ -92,7 +94,8 @@ def public(pretrained: str | tuple[str, ...]) -> ConfigDict:
             "subject": {
                 "num_tokens": 1,  # of the identifier
                 "frequency": "recorded",  # how rare a token is: also sentencepiece, bpe_rank, or a file of captions
-                "rule": "rarest",  # or paper
+                "rule": "rarest",  # or paper, frequent, random_characters
+                "label": "identifier_and_class",  # or identifier: "a [V]"
                 "registry": "runs/registry.json",  # identifiers in use, shared by runs
                 "class_threshold": 0.6,  # least score of a class noun found by a classifier
             },
@@ -104,12 +107,29 @@ def public(pretrained: str | tuple[str, ...]) -> ConfigDict:
             },
             "tune": ("base",),
             "training": public_training(),
+            # What other methods than DreamBooth have for themselves, as published for Stable Diffusion: the first two
+            # by diffusers' examples at batch sizes of 4 and 1, the third by its authors at 8.
+            "methods": {
+                "textual_inversion": {"num_steps": 3000, "optimizer": {"learning_rate": 2e-3}},
+                "lora": {"num_steps": 500, "lora": {"rank": 4}, "optimizer": {"learning_rate": 1e-4}},
+                "custom_diffusion": {"num_steps": 250, "optimizer": {"learning_rate": 8e-5}},
+            },
             "report": {
                 "contexts": CONTEXTS,
                 "images_per_context": 4,
                 "class_samples": 32,
                 "without_prior": False,  # tune the base once more without the prior term, to compare
                 "batch_size": 16,
+            },
+            "evaluation": {
+                "prompts": "dreambooth",  # whose list of prompts, or a file of them
+                "images_per_prompt": 4,
+                "class_samples": 64,
+                "batch_size": 16,
+                "dino": "facebook/dino-vits16",  # on the hub, or a folder
+                "clips": ("openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"),
+                "lpips": "models/lpips",  # a folder: see metrics/encoders.py; "" measures DIV by DINO's cosine
+                "probe": False,  # exact scores, on the rendered world only
             },
         }
     )

@@ -11,17 +11,19 @@ the super-resolution model was trained: those are ours. Not run on the real weig
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, methods
 
 SUPER_RESOLUTION = {"M": "M", "L": "L", "XL": "L"}
 
 
-def get_config(size: str) -> ConfigDict:
-    """Both stages tuned with prior preservation, each on its own inputs.
+def get_config(size_and_method: str) -> ConfigDict:
+    """Both stages tuned with prior preservation, each on its own inputs; or another method.
 
     Args:
-        size: of the base model, "M", "L" or "XL"; the two larger ones go with the larger super-resolution model.
+        size_and_method: of the base model, "M", "L" or "XL", of which the two larger ones go with the larger
+            super-resolution model; and perhaps a key of `configs.methods.METHODS`, as in "XL:lora".
     """
+    size, _, method = size_and_method.partition(":")
     if size not in SUPER_RESOLUTION:
         raise ValueError(f"The size is {size!r}; give one of {', '.join(SUPER_RESOLUTION)}.")
     config = common.public((f"DeepFloyd/IF-I-{size}-v1.0", f"DeepFloyd/IF-II-{SUPER_RESOLUTION[size]}-v1.0"))
@@ -29,6 +31,7 @@ def get_config(size: str) -> ConfigDict:
     config.subject.frequency = "sentencepiece"
     config.subject.rule = "paper"
     config.training.optimizer.learning_rate = 1e-5
+    config.pretrained_augmentation_levels = (0.0, 0.251)  # up to what diffusers samples with: 250 of 1000
     config.super_resolution_training = common.public_training()
     super_resolution = config.super_resolution_training
     super_resolution.optimizer.learning_rate = 1e-6
@@ -36,4 +39,4 @@ def get_config(size: str) -> ConfigDict:
     super_resolution.batch_size = 4
     # The paper's variance of 1e-5 instead of 1e-3: the first of the noise schedule's thousand levels.
     super_resolution.augmentation_levels = (0.0, 0.001)
-    return config.lock()
+    return methods.apply(method or methods.DREAMBOOTH, config)

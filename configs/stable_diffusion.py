@@ -10,7 +10,7 @@ class images. Not run on the real weights yet.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, methods
 
 HUB = {
     "1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -19,16 +19,17 @@ HUB = {
 }
 
 
-def get_config(version: str) -> ConfigDict:
-    """The denoiser tuned with prior preservation.
+def get_config(version_and_method: str) -> ConfigDict:
+    """The denoiser tuned with prior preservation, or another method.
 
     Args:
-        version: a key of `HUB`.
+        version_and_method: a key of `HUB`, and perhaps one of `configs.methods.METHODS`, as in "1.5:lora".
     """
+    version, _, method = version_and_method.partition(":")
     if version not in HUB:
         raise ValueError(f"The version is {version!r}; give one of {', '.join(HUB)}.")
     config = common.public(HUB[version])
     config.tune = ("base",)
     config.subject.frequency = "bpe_rank"
     config.training.optimizer.learning_rate = 5e-6
-    return config.lock()
+    return methods.apply(method or methods.DREAMBOOTH, config)

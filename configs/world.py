@@ -1,22 +1,29 @@
 """Personalise the embedded cascade.
 
 python -m personalize_jax.personalize --config=configs/world.py --images=photos/ --class_noun=dog --workdir=runs/rex
+
+By another method than DreamBooth: --config=configs/world.py:textual_inversion, or lora, or custom_diffusion.
 """
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, methods
 
 
-def get_config() -> ConfigDict:
-    """Both stages tuned with prior preservation, each on its own inputs."""
+def get_config(method: str = methods.DREAMBOOTH) -> ConfigDict:
+    """Both stages tuned with prior preservation, each on its own inputs; or another method.
+
+    Args:
+        method: a key of `configs.methods.METHODS`.
+    """
     config = ConfigDict(
         {
             "seed": 0,
             "pretrained": "world",
             "subject": {
                 "num_tokens": 1,  # of the identifier
-                "rule": "rarest",  # which tokens are chosen, or "paper"
+                "rule": "rarest",  # which tokens are chosen, or "paper", "frequent", "random_characters"
+                "label": "identifier_and_class",  # "a [V] dog", or "identifier": "a [V]"
                 "frequency": "recorded",  # or "sentencepiece", "bpe_rank", a file of captions: subject/frequency.py
                 "registry": "runs/registry.json",  # identifiers in use, shared by runs
                 "class_threshold": 0.6,  # least score of a class noun found by the classifier
@@ -30,6 +37,7 @@ def get_config() -> ConfigDict:
             "tune": ("base", "super_resolution"),
             "training": common.training(),
             "super_resolution_training": common.training(),
+            "pretrained_augmentation_levels": (0.0, 0.15),  # of configs/pretrain_world.py, to compare with
             "report": {
                 "contexts": common.CONTEXTS,
                 "images_per_context": 2,
@@ -37,13 +45,23 @@ def get_config() -> ConfigDict:
                 "without_prior": True,  # tune the base once more without the prior term, to compare
                 "batch_size": 16,
             },
+            "evaluation": {
+                "prompts": "world",  # whose list of prompts, or a file of them
+                "images_per_prompt": 4,
+                "class_samples": 64,
+                "batch_size": 16,
+                "dino": "world",  # or a folder, or a name on the hub
+                "clips": ("world",),
+                "lpips": "",  # a folder; without one DIV is measured by DINO's cosine
+                "probe": True,  # exact scores, on the rendered world
+            },
         }
     )
     training = config.training
     training.num_steps = 200
     training.batch_size = 8
     training.prior.weight = 1.0
-    # Keeps more of the class in few steps than "sampled" does, whose targets are noisy: experiments.heldout_subjects.
+    # Keeps more of the class in few steps than "sampled" does, whose targets are noisy: experiments.prior_preservation.
     training.prior.form = "frozen_prediction"
     training.prior.caption_dropout = 0.2
     training.optimizer.learning_rate = 4e-4
@@ -60,4 +78,11 @@ def get_config() -> ConfigDict:
     super_resolution.augmentation_levels = (0.0, 0.005)
     super_resolution.checkpoint_every = 30
     super_resolution.log_every = 5
-    return config.lock()
+    config.methods = ConfigDict(
+        {
+            "textual_inversion": {"num_steps": 300, "optimizer": {"learning_rate": 5e-2}},
+            "lora": {"lora": {"rank": 8}, "optimizer": {"learning_rate": 4e-3}},
+            "custom_diffusion": {"optimizer": {"learning_rate": 4e-3}},
+        }
+    )
+    return methods.apply(method, config)

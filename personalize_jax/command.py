@@ -90,9 +90,14 @@ def steps_bar(description: str, total: int) -> Iterator[Callable[[int, dict[str,
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """As absl does, but with one sentence for a `--config.` key that there is not."""
+    """As absl does, but with one sentence where a configuration refuses its argument, or lacks a `--config.` key."""
     try:
-        return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        *before, last = str(error).strip().splitlines()
+        if before and not last.startswith("ValueError: "):  # by which configurations refuse their arguments
+            print(*before, sep="\n", file=sys.stderr)
+        sys.exit(_fail(last.removeprefix("ValueError: ")))
     except (AttributeError, KeyError) as error:
         sys.exit(_fail(f"A --config flag names a key that the configuration lacks: {_one_line(error)}"))
 

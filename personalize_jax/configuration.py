@@ -1,23 +1,27 @@
 """What a personalisation's configuration must hold, checked before anything is computed."""
 
+from collections.abc import Sequence
+
 from ml_collections import ConfigDict
 
 from personalize_jax.errors import UserError
 from personalize_jax.pipeline import Pipeline
 from personalize_jax.training.trainable import select
 
+EVALUATION = ("prompts", "images_per_prompt", "class_samples", "batch_size", "dino", "clips", "lpips", "probe")
 _OF_RUN = {
     "": ("seed", "pretrained", "tune"),
-    "subject.": ("num_tokens", "rule", "frequency", "registry", "class_threshold"),
+    "subject.": ("num_tokens", "rule", "frequency", "label", "registry", "class_threshold"),
     "class_images.": ("count", "num_steps", "guidance_scale", "batch_size"),
     "report.": ("contexts", "images_per_context", "class_samples", "without_prior", "batch_size"),
+    "evaluation.": EVALUATION,
 }
 _OF_TRAINING = {
     "": (
         *("num_steps", "batch_size", "microbatches", "steps_per_dispatch", "log_every", "checkpoint_every"),
         *("mesh", "sharding"),
         *("caption_dropout", "object_weight", "augmentation_levels", "weighting", "offset_noise", "vlb_weight"),
-        *("trainable", "ema_decay"),
+        *("trainable", "identifier_init", "ema_decay"),
     ),
     "lora.": ("rank", "targets"),
     "prior.": ("weight", "form", "caption_dropout"),
@@ -25,6 +29,8 @@ _OF_TRAINING = {
 }
 _TRAININGS = {"base": "training", "super_resolution": "super_resolution_training"}
 PRIOR_FORMS = ("sampled", "frozen_prediction")
+LABELS = ("identifier_and_class", "identifier")
+IDENTIFIER_INITS = ("pretrained", "class_noun")
 
 
 def stage_trainings(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -60,10 +66,10 @@ def check(pipeline: Pipeline, config: ConfigDict) -> None:
     names = [stage.name for stage in pipeline.stages if stage.name in trainings]
     if not config.tune or len(set(config.tune) - set(names)) or len(set(config.tune)) < len(config.tune):
         raise UserError(f"config.tune is {tuple(config.tune)}; give one or more of {', '.join(names)}, each once.")
+    _check_choice("config.subject.label", config.subject.label, LABELS)
     for i, name in enumerate(config.tune):
-        form = trainings[name].prior.form
-        if form not in PRIOR_FORMS:
-            raise UserError(f"The prior's form for {name} is {form!r}; give one of {', '.join(PRIOR_FORMS)}.")
+        _check_choice(f"The prior's form for {name}", trainings[name].prior.form, PRIOR_FORMS)
+        _check_choice(f"identifier_init for {name}", trainings[name].identifier_init, IDENTIFIER_INITS)
         trains_text = trains_text_encoder(pipeline, name, trainings[name])  # refuses rules that do not fit, too
         if trains_text and i > 0:
             raise UserError(
@@ -72,10 +78,22 @@ def check(pipeline: Pipeline, config: ConfigDict) -> None:
             )
 
 
+def changed(config: ConfigDict, **changes: object) -> ConfigDict:
+    """A locked copy of a configuration with other values, by dotted key with __ for the dots."""
+    copy = config.copy_and_resolve_references().unlock()
+    copy.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return copy.lock()
+
+
 def trains_text_encoder(pipeline: Pipeline, stage_name: str, training: ConfigDict) -> bool:
     """Whether tuning a stage changes the text encoder too, by the rules of its training."""
     params = {"denoiser": pipeline.params[stage_name], "text_encoder": pipeline.params["text_encoder"]}
     return "text_encoder" in select(params, training).networks
+
+
+def _check_choice(what: str, given: str, choices: Sequence[str]) -> None:
+    if given not in choices:
+        raise UserError(f"{what} is {given!r}; give one of {', '.join(choices)}.")
 
 
 def _has(config: ConfigDict, dotted_key: str) -> bool:

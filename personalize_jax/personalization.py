@@ -5,6 +5,7 @@ cascade, each stage tuned on its own inputs. Every phase leaves its result in th
 where the last one stopped.
 """
 
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -114,7 +115,8 @@ def personalize(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, w
 def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path) -> None:
     """Claim a run directory for a configuration and a subject, before anything is computed.
 
-    Only the numbers of steps may differ from those that the run began with; its report is then outdated.
+    Only the numbers of steps, how it is evaluated and where the registry lies may differ from what the run began with;
+    its report is then outdated.
 
     Raises:
         UserError: the configuration cannot be used, or the directory belongs to another one or to another subject.
@@ -122,33 +124,37 @@ def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir
     configuration.check(pipeline, config)
     if (workdir / "subject" / MANIFEST).exists():
         _check_same(read_dataset(workdir / "subject"), photos, workdir)
-    may_change = [f"{part}.num_steps" for part in ("training", "super_resolution_training")]
+    may_change = ["subject.registry"]
+    may_change += [f"{part}.num_steps" for part in ("training", "super_resolution_training")]
+    may_change += [f"evaluation.{key}" for key in configuration.EVALUATION]
     command.record_config(config, workdir, may_change, outdates=[workdir / "report.html"])
 
 
-def tune_base_again(
-    pipeline: Pipeline, tuned: Personalized, config: ConfigDict, workdir: Path, name: str, **prior: float | str
-) -> Pipeline:
-    """The tuned cascade with a base stage that was tuned with another prior term, to compare.
+def tune_again(
+    pipeline: Pipeline, tuned: Personalized, name: str, config: ConfigDict, workdir: Path, directory: Path
+) -> Personalized:
+    """The tuned cascade with one stage tuned in another way, to compare.
 
     Args:
         pipeline: the pretrained cascade.
         tuned: what `personalize` made in `workdir`.
-        config: of that run.
-        workdir: of that run.
-        name: of this tuning, for its directory.
-        **prior: what is different in `config.training.prior`; weight=0 shows what the term is there to prevent.
+        name: of the stage; where `config.tune` leaves it out, it is the pretrained one.
+        config: that run's, changed.
+        workdir: of that run, for its class images.
+        directory: for checkpoints and metrics of this tuning; its seconds go to `times.json` beside it.
     """
-    training = config.training.copy_and_resolve_references().unlock()
-    training.prior.update(prior)
-    stage = pipeline.stages[0]
+    stage = pipeline.stage(name)
+    if name not in config.tune:
+        untuned = tuned.pipeline.replace_params(**{name: pipeline.params[name]})
+        return Personalized(untuned.replace_sampling(**{name: stage.sampling}), tuned.subject)
+    training = stage_trainings(config)[name]
     drawn = {}
     if training.prior.weight > 0:
-        drawn = draw_class_images(pipeline, tuned.subject, [stage.name], config, workdir)
-    with phase(workdir, f"tuning {stage.name} {name}".replace("_", " ")):
-        directory = workdir / f"{stage.name}_{name}"
+        drawn = draw_class_images(pipeline, tuned.subject, [name], config, workdir)
+    with phase(directory.parent, f"tuning {directory.name}".replace("_", " ")):
         networks, _ = tune(pipeline, stage, tuned.subject, drawn, training, config.seed, directory)
-    return tuned.pipeline.replace_params(**networks)
+    changed = tuned.pipeline.replace_params(**networks).replace_sampling(**{name: stage.sampling})
+    return Personalized(with_tuned_sampling(changed, config, [name]), tuned.subject)
 
 
 def determine_subject(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path) -> SubjectDataset:
@@ -160,9 +166,12 @@ def determine_subject(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigD
     class_noun = determine(photos.images, photos.class_noun, classifier, nouns, config.subject.class_threshold)
 
     tokenizer, settings = pipeline.tokenizer, config.subject
-    at_random = settings.rule == "paper"
-    frequencies = None if at_random else token_frequencies(tokenizer, settings.frequency)
-    seed = config.seed if at_random else None
+    frequencies = None
+    if settings.rule in ("rarest", "frequent"):
+        frequencies = token_frequencies(tokenizer, settings.frequency)
+    seed = None if settings.rule == "rarest" else config.seed
+    if settings.rule == "random_characters":  # which no registry keeps apart
+        seed = zlib.crc32(f"{config.seed} {workdir.name}".encode())
 
     def choose(in_use: frozenset[int]) -> Identifier:
         return choose_identifier(
@@ -171,7 +180,7 @@ def determine_subject(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigD
 
     registry = Registry(Path(config.subject.registry))
     identifier = registry.reserve(workdir.name, class_noun.noun, workdir, choose)
-    return write_dataset(directory, photos.images, class_noun, identifier)
+    return write_dataset(directory, photos.images, class_noun, identifier, settings.label == "identifier_and_class")
 
 
 def class_knowledge(config: ConfigDict) -> tuple[Classifier | None, Sequence[str] | None]:
@@ -242,9 +251,22 @@ def tune(
         examples["prior"] = stage_examples(pipeline, stage, pictures, [subject.class_prompt] * len(pictures))
     if not configuration.trains_text_encoder(pipeline, stage.name, config):
         examples = {half: with_embeddings(pipeline, e) for half, e in examples.items()}
+    tokens = identifier_tokens(pipeline, subject, config.identifier_init)
     with command.steps_bar(f"tuning {directory.name.replace('_', ' ')}", config.num_steps) as progress:
-        state = train(stage, pipeline.text_encoder, start, examples, config, seed, directory, progress)
+        state = train(stage, pipeline.text_encoder, start, examples, config, seed, directory, progress, tokens)
     return tuned_networks(pipeline, stage, state, config)
+
+
+def identifier_tokens(pipeline: Pipeline, subject: SubjectDataset, start: str) -> dict[int, list[int]]:
+    """The identifier's tokens, each with those whose embeddings it starts from.
+
+    Args:
+        pipeline: for its tokenizer.
+        subject: with identifier and class noun.
+        start: "pretrained", each token from its own; or "class_noun", as in Textual Inversion.
+    """
+    noun = pipeline.tokenizer.encode(subject.class_noun.noun)
+    return {token: noun if start == "class_noun" else [token] for token in subject.identifier.token_ids}
 
 
 def tuned_networks(pipeline: Pipeline, stage: Stage, state: TrainState, config: ConfigDict) -> Tuned:
@@ -326,8 +348,8 @@ def with_embeddings(pipeline: Pipeline, examples: Examples) -> Examples:
 def with_tuned_sampling(pipeline: Pipeline, config: ConfigDict, names: Sequence[str]) -> Pipeline:
     """Sample tuned stages as they were tuned.
 
-    A super-resolution stage at its augmentation level; and a stage whose variances were left alone while its mean moved
-    with the posterior's variance instead.
+    A super-resolution stage within the augmentation levels that it has seen; and a stage whose variances were left
+    alone while its mean moved with the posterior's variance instead.
 
     Args:
         pipeline: the tuned cascade.
@@ -339,7 +361,8 @@ def with_tuned_sampling(pipeline: Pipeline, config: ConfigDict, names: Sequence[
         stage, training = pipeline.stage(name), stage_trainings(config)[name]
         sampling = stage.sampling
         if stage.low_resolution is not None:
-            sampling = sampling._replace(augmentation_level=float(training.augmentation_levels[1]))
+            level = min(sampling.augmentation_level, float(training.augmentation_levels[1]))
+            sampling = sampling._replace(augmentation_level=level)
         if stage.learned_variance and training.vlb_weight == 0:
             sampling = sampling._replace(variance="small")
         samplings[name] = sampling

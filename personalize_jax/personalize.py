@@ -11,8 +11,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from personalize_jax import command, manifest, showcase
-from personalize_jax.personalization import begin, load_pretrained, load_subject, personalize, tune_base_again
+from personalize_jax import command, configuration, manifest, showcase
+from personalize_jax.personalization import begin, load_pretrained, load_subject, personalize, tune_again
 
 
 def define_flags() -> None:
@@ -39,7 +39,9 @@ def main(_: list[str]) -> None:
             compared = None
             base = pipeline.stages[0].name
             if config.report.without_prior and base in config.tune and config.training.prior.weight > 0:
-                compared = tune_base_again(pipeline, personalized, config, workdir, "without_prior", weight=0.0)
+                without = configuration.changed(config, training__prior__weight=0.0)
+                directory = workdir / f"{base}_without_prior"
+                compared = tune_again(pipeline, personalized, base, without, workdir, directory).pipeline
             showcase.show(pipeline, personalized, compared, config, workdir)
     print(f"Pictures: {workdir / 'gallery.png'}\nReport:   {workdir / 'report.html'}")
 

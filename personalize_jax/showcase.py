@@ -16,7 +16,7 @@ from personalize_jax.pictures import file_name, save_png
 from personalize_jax.pipeline import Pipeline
 from personalize_jax.pipeline.storage import write_text
 from personalize_jax.report import Panel, gallery, read_metrics, report_html
-from personalize_jax.subject.identifier import PLACEHOLDER, substitute
+from personalize_jax.subject.identifier import substitute
 from personalize_jax.world.probe import Probe
 from personalize_jax.world.scene import CLASSES, COLOURS, CONTEXTS, PATTERNS
 
@@ -42,7 +42,7 @@ def show(
         pipelines["after, without the prior term"] = without_prior
 
     with phase(workdir, "samples"):
-        prompts = [f"a {PLACEHOLDER} {noun} {context}" for context in config.report.contexts]
+        prompts = [f"a {subject.phrase} {context}" for context in config.report.contexts]
         in_context = _draw_contexts(personalized, prompts, config, workdir / "samples")
         of_class = {name: _draw_class(pipeline, subject.class_prompt, config) for name, pipeline in pipelines.items()}
 
@@ -54,9 +54,9 @@ def show(
             )
     write_text(workdir / "metrics.json", json.dumps({name: value for name, (value, _) in scores.items()}, indent=2))
 
-    panels = [Panel("The photos", f"a {PLACEHOLDER} {noun}", subject.images_NHWC)]
+    panels = [Panel("The photos", f"a {subject.phrase}", subject.images_NHWC)]
     panels += [
-        Panel(f'"a {PLACEHOLDER} {noun}" in {len(prompts)} contexts', prompt, images)
+        Panel(f'"a {subject.phrase}" in {len(prompts)} contexts', prompt, images)
         for prompt, images in zip(prompts, in_context, strict=True)
     ]
     panels += [
@@ -84,7 +84,7 @@ def world_scores(
 ) -> dict[str, tuple[float, str]]:
     """Exact scores on the rendered world: (value, what it means) by name.
 
-    The subject's colours and pattern are those that the probe reads in the photos.
+    The subject's properties are those that the probe reads in the photos; its class is known.
 
     Args:
         personalized: the cascade, with its subject.
@@ -93,13 +93,15 @@ def world_scores(
         config: for the contexts.
     """
     probe = Probe.load()
-    truth = world_metrics.subject_truth(probe.read(personalized.subject.images_NHWC))
-    truth["class_id"] = CLASSES.index(personalized.subject.class_noun.noun)  # known, unlike what photographs look like
+    class_id = CLASSES.index(personalized.subject.class_noun.noun)
+    truth = world_metrics.subject_truth(probe.read(personalized.subject.images_NHWC), class_id)
     pictures = np.concatenate(in_context)
     reading = probe.read(pictures)
     scores = {}
     for name, value in world_metrics.subject_fidelity(reading, **truth).items():
-        scores[f"subject: {name}"] = (value, f"share of the {len(pictures)} pictures of the subject with its {name}")
+        meaning = f"of the {len(pictures)} pictures of the subject"
+        measure = "mean likeness of proportions" if name == "shape" else f"share with its {name}"
+        scores[f"subject: {name}"] = (value, f"{measure}, {meaning}")
     places = zip(config.report.contexts, in_context, strict=True)
     if known := [(CONTEXTS.index(context), images) for context, images in places if context in CONTEXTS]:
         contexts = np.repeat([context for context, _ in known], config.report.images_per_context)
@@ -116,6 +118,11 @@ def world_scores(
         scores[f"class, {name}: leakage"] = (
             world_metrics.leakage(reading, truth["body_colour"]),
             f"share of class pictures in the subject's body colour, {colour} ({PATTERNS[truth['pattern']]})",
+        )
+        own = {name: truth[name] for name in world_metrics.IDENTITY}
+        scores[f"class, {name}: is the subject"] = (
+            float(world_metrics.is_subject(reading, **own).mean()),
+            "share of class pictures in the subject's class, colours and pattern",
         )
     return scores
 

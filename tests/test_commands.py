@@ -105,6 +105,13 @@ def test_configurations_that_cannot_be_used(pretrained, photos, tmp_path, flag, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("config", ["world.py:hypernetwork", "stable_diffusion.py:1.5:hypernetwork"])
+def test_methods_that_there_are_not(photos, tmp_path, config):
+    flags = [f"--config=configs/{config}", f"--images={photos}", f"--workdir={tmp_path / 'run'}"]
+    sentence = refused(processes.command(tmp_path, "personalize_jax.personalize", *flags))
+    assert "The method is 'hypernetwork'; give one of dreambooth, textual_inversion" in sentence
+
+
 def test_a_configuration_without_all_keys(pretrained, photos, tmp_path):
     (tmp_path / "short.py").write_text(
         "from tests import tiny_world\n\n\ndef get_config(folder):\n"

@@ -64,4 +64,6 @@ def test_every_key_is_asked_for():
         for key, value in tree.items():
             yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
 
-    assert sorted(keys(world.get_config().to_dict())) == sorted(configuration.keys(world.get_config()))
+    compared = ("methods.", "pretrained_augmentation_levels")  # what a run does not look at: other ways to tune
+    of_run = [key for key in keys(world.get_config().to_dict()) if not key.startswith(compared)]
+    assert sorted(of_run) == sorted(configuration.keys(world.get_config()))

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from configs import deepfloyd_if, stable_diffusion
 from personalize_jax.models.params import flatten
@@ -170,3 +171,19 @@ def test_an_export_halfway_takes_the_last_checkpoint_and_leaves_other_stages_alo
     assert json.loads((tmp_path / "out" / "base" / "scheduler" / "scheduler_config.json").read_text())[
         "variance_type"
     ] == ("fixed_small")
+
+
+@pytest.mark.slow
+def test_an_inverted_text_is_a_row_of_the_exported_table(tmp_path, lightly_compiled):
+    """Textual Inversion of Stable Diffusion: transformers reads the table, of which one row has moved."""
+    config = small(stable_diffusion.get_config("1.5:textual_inversion"), save_sd(tmp_path), tmp_path)
+    pipeline = load_pretrained(config)
+    tuned = personalize(pipeline, load_subject(photos_of("dog"), "dog", 64), config, tmp_path / "run")
+    before, after = (
+        transformers.CLIPTextModel.from_pretrained(folder / "text_encoder").get_input_embeddings().weight.detach()
+        for folder in (tmp_path / "sd", tmp_path / "run" / "pipeline")
+    )
+    moved = torch.nonzero((before != after).any(1)).ravel().tolist()
+    assert moved == list(tuned.subject.identifier.token_ids)
+    for path, value in flatten(pipeline.params["base"]).items():
+        np.testing.assert_array_equal(flatten(tuned.pipeline.params["base"])[path], value)

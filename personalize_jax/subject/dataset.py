@@ -14,19 +14,25 @@ from PIL import Image
 
 from personalize_jax.errors import UserError
 from personalize_jax.subject.class_noun import ClassNoun
-from personalize_jax.subject.identifier import Identifier
+from personalize_jax.subject.identifier import PLACEHOLDER, Identifier
 from personalize_jax.subject.images import SubjectImage
 
 MANIFEST = "subject.json"
 
 
 class SubjectDataset(NamedTuple):
-    """Images of the subject, uint8 [N, R, R, 3], each with its label "a [identifier] [class noun]"."""
+    """Images of the subject, uint8 [N, R, R, 3], each with its label, usually "a [identifier] [class noun]"."""
 
     images_NHWC: np.ndarray
     labels: tuple[str, ...]
     class_noun: ClassNoun
     identifier: Identifier
+
+    @property
+    def phrase(self) -> str:
+        """What prompts call the subject, as its labels do: "[V] [class noun]", or "[V]" alone."""
+        named = self.class_noun.noun in self.labels[0]
+        return f"{PLACEHOLDER} {self.class_noun.noun}" if named else PLACEHOLDER
 
     @property
     def class_prompt(self) -> str:
@@ -35,7 +41,11 @@ class SubjectDataset(NamedTuple):
 
 
 def write_dataset(
-    directory: Path, images: Sequence[SubjectImage], class_noun: ClassNoun, identifier: Identifier
+    directory: Path,
+    images: Sequence[SubjectImage],
+    class_noun: ClassNoun,
+    identifier: Identifier,
+    name_class: bool = True,
 ) -> SubjectDataset:
     """Labels the images and writes them, all or nothing, into a directory that does not exist yet (or is empty).
 
@@ -44,6 +54,7 @@ def write_dataset(
       images: At least one, all of one resolution.
       class_noun: What the subject is.
       identifier: The subject's rare tokens.
+      name_class: Whether labels say "a [identifier] [class noun]", or "a [identifier]" alone.
 
     Raises:
       UserError: The directory is taken or cannot be written.
@@ -51,7 +62,7 @@ def write_dataset(
     """
     if len({image.pixels.shape for image in images}) != 1:
         raise ValueError(f"{len(images)} images of one resolution were expected; load them in one call of load_images")
-    label = f"a {identifier.text} {class_noun.noun}"
+    label = f"a {identifier.text} {class_noun.noun}" if name_class else f"a {identifier.text}"
     pngs = [_encode_png(image.pixels) for image in images]
     manifest = {
         "class_noun": class_noun.noun,

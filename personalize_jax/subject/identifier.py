@@ -1,6 +1,7 @@
 """The identifier of a subject: rare tokens, and a text that encodes to them."""
 
 import functools
+import string
 from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
@@ -13,6 +14,10 @@ PLACEHOLDER = "[V]"
 MAX_TOKENS = 3
 SHORT = 3  # characters; the paper's limit on the tokens it draws from
 PAPER_IDS = range(5000, 10001)  # of T5, that the paper draws from
+RULES = ("rarest", "paper", "frequent", "random_characters")
+NUM_FREQUENT = 100  # tokens that "frequent" draws from
+NUM_CHARACTERS = 9  # as in the paper's example of random characters, "xxy5syt00"
+_TRIES = 1000
 _LATER_LETTERS = "qxzjv"  # few tokens join one of these to what comes before
 
 
@@ -38,6 +43,11 @@ class Identifier(NamedTuple):
     token_ids: tuple[int, ...]
     counts: tuple[int, ...]
 
+    @property
+    def own_tokens(self) -> frozenset[int]:
+        """The tokens that no other subject may have: all but those of random characters, which are common letters."""
+        return frozenset(self.token_ids if len(self.token_ids) <= MAX_TOKENS else ())
+
 
 def choose_identifier(
     tokenizer: Vocabulary,
@@ -53,7 +63,9 @@ def choose_identifier(
     By the rule "rarest" (specification [0057]-[0059], claims 3-6) candidates are tokens of letters only, ranked by: at
     most three characters before longer ones (the paper's rule for T5), then the lowest frequency, then the token id.
     By the rule "paper" (Ruiz et al. 2023, section 3.2) candidates are those of T5's tokens 5000 to 10000 that have at
-    most three characters, in random order, whatever their frequency.
+    most three characters, in random order, whatever their frequency. Two more rules are there to compare with, which
+    the paper advises against. By "frequent" candidates are the 100 most frequent words of four letters or more, in
+    random order. By "random_characters" the identifier is nine letters and digits, encoded as many tokens.
 
     The first token is the first candidate in this order, the second the next, and so on, of those whose text is a word
     of letters that survives re-encoding: "a [V] [class noun]", cleaned as prompts are, must give exactly the tokens of
@@ -68,8 +80,8 @@ def choose_identifier(
       num_tokens: 1 to 3.
       in_use: Tokens of other subjects' identifiers, never chosen again.
       seed: By the rule "rarest", orders tokens of equal frequency at random if given, instead of by id. By the rule
-        "paper", of the draw; every draw is another one without it.
-      rule: "rarest" or "paper".
+        others, of the draw; every draw is another one without it.
+      rule: "rarest", "paper", "frequent" or "random_characters".
       frequencies: [V], higher for more frequent tokens; those recorded in pretraining if None.
 
     Raises:
@@ -79,6 +91,8 @@ def choose_identifier(
     """
     if not 1 <= num_tokens <= MAX_TOKENS:
         raise UserError(f"an identifier of {num_tokens} tokens was asked for; choose 1 to {MAX_TOKENS}")
+    if rule == "random_characters":
+        return _random_characters(tokenizer, class_noun, np.random.default_rng(seed))
     frequencies = tokenizer.counts if frequencies is None else frequencies
     if frequencies is not None and len(frequencies) != tokenizer.size:
         raise ValueError(f"{len(frequencies)} token counts for a vocabulary of {tokenizer.size}; one each expected")
@@ -133,13 +147,31 @@ def _rank(tokenizer: Vocabulary, rule: str, frequencies: np.ndarray | None, seed
             )
         allowed = [i for i in PAPER_IDS if i < len(texts) and texts[i].isalpha() and len(texts[i]) <= SHORT]
         return np.random.default_rng(seed).permutation(allowed).tolist()
-    if rule != "rarest":
-        raise UserError(f'identifiers by the rule {rule!r} were asked for; choose "rarest" or "paper"')
+    if rule not in ("rarest", "frequent"):
+        raise UserError(f"identifiers by the rule {rule!r} were asked for; choose one of {', '.join(RULES)}")
     if frequencies is None:
-        raise UserError("the rarest tokens were asked for, and no frequencies are recorded; give them")
+        raise UserError(f"{rule} tokens were asked for, and no frequencies are recorded; give them")
+    if rule == "frequent":
+        words = [i for i in np.argsort(-np.asarray(frequencies), kind="stable") if texts[i].isalpha()]
+        words = [i for i in words if len(texts[i]) > SHORT][:NUM_FREQUENT]
+        return np.random.default_rng(seed).permutation(words).tolist()
     tie_break = np.arange(tokenizer.size) if seed is None else np.random.default_rng(seed).permutation(tokenizer.size)
     order = np.lexsort((tie_break, frequencies, [len(text) > SHORT for text in texts]))
     return [i for i in order.tolist() if texts[i].isalpha()]
+
+
+def _random_characters(tokenizer: Vocabulary, class_noun: str, rng: np.random.Generator) -> Identifier:
+    """Nine random letters and digits that come through cleaning and encoding whole, as whatever tokens."""
+    article, noun = tokenizer.encode("a"), tokenizer.encode(class_noun)
+    for _ in range(_TRIES):
+        text = "".join(rng.choice(list(string.ascii_lowercase + string.digits), NUM_CHARACTERS))
+        token_ids = tokenizer.encode(f"a {text} {class_noun}")
+        begins, ends = token_ids[: len(article)] == article, token_ids[-len(noun) :] == noun
+        own = token_ids[len(article) : len(token_ids) - len(noun)]
+        whole = tokenizer.decode(own).strip() == text and not set(own).intersection(tokenizer.special_ids)
+        if begins and ends and whole and len(own) > MAX_TOKENS:
+            return Identifier(text, tuple(own), ())
+    raise UserError(f"none of {_TRIES} random strings comes through this vocabulary's encoding; choose another rule")
 
 
 @functools.lru_cache(maxsize=2)  # the public vocabularies take a third of a second, for each of many subjects

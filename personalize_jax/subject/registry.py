@@ -24,6 +24,8 @@ class Subject(NamedTuple):
 class Registry:
     """The subjects of one pretrained cascade, in a JSON file that its runs share, so that no two share a token.
 
+    But for random characters, whose tokens are anybody's: see `Identifier.own_tokens`.
+
     The file is replaced as a whole, under a lock on a file beside it (`<name>.lock`): several runs may reserve at once.
     """
 
@@ -88,7 +90,7 @@ class Registry:
                 if subject.run_directory == run:
                     return _same_class(subject, class_noun)
             identifier = choose(_tokens(subjects))
-            if clash := _tokens(subjects).intersection(identifier.token_ids):
+            if clash := _tokens(subjects).intersection(identifier.own_tokens):
                 raise ValueError(f"tokens {sorted(clash)} were chosen though another subject has them; choose others")
             self._write([*subjects, Subject(name, identifier, class_noun, run)])
             return identifier
@@ -131,7 +133,7 @@ class Registry:
 
 
 def _tokens(subjects: Sequence[Subject]) -> frozenset[int]:
-    return frozenset(token_id for subject in subjects for token_id in subject.identifier.token_ids)
+    return frozenset(token_id for subject in subjects for token_id in subject.identifier.own_tokens)
 
 
 def _same_class(subject: Subject, class_noun: str) -> Identifier:

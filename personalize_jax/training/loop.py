@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from personalize_jax.training.lora import init_adapters
 from personalize_jax.training.losses import Objective, personalization_loss
 from personalize_jax.training.optimizer import make_optimizer
 from personalize_jax.training.step import TrainState, init_state, make_train_step, make_train_steps
-from personalize_jax.training.trainable import LORA, merge, select
+from personalize_jax.training.trainable import LORA, ROWS, init_rows, merge, select
 
 _ADAPTER_PURPOSE = np.uint32(2**32 - 2)  # folded into the run's key for adapters; the steps fold in their numbers
 
@@ -78,12 +78,15 @@ def prepare(
     config: ConfigDict,
     seed: int,
     checkpoints: Checkpoints,
+    identifier: Mapping[int, Sequence[int]] | None = None,
 ) -> Training:
     """Place everything on the mesh and build the program; the arguments are those of `train`."""
     mesh = sharding.make_mesh(config.mesh)
     _check(config, mesh)
     root_key = jax.random.key(seed)
     selection = select(pretrained, config)
+    if selection.with_rows and not identifier:
+        raise UserError("The rows of an identifier are to be trained where there is none; give True or False instead.")
     frozen = selection.frozen
     objective = Objective(
         config.weighting,
@@ -100,6 +103,8 @@ def prepare(
 
     def make_state(trained: Params) -> TrainState:
         params = dict(trained)
+        if selection.with_rows:
+            params[ROWS] = init_rows(pretrained, selection.with_rows, identifier)
         if selection.adapted:
             key = jax.random.fold_in(root_key, _ADAPTER_PURPOSE)
             params[LORA] = init_adapters(pretrained, selection.adapted, config.lora.rank, key)
@@ -143,6 +148,7 @@ def train(
     seed: int,
     directory: Path,
     progress: Callable[[int, dict[str, float]], object] = lambda step, metrics: None,
+    identifier: Mapping[int, Sequence[int]] | None = None,
 ) -> TrainState:
     """Train one stage, from its last checkpoint in `directory` if there is one.
 
@@ -155,6 +161,7 @@ def train(
         seed: of all randomness in this training.
         directory: for `checkpoints/` and `metrics.jsonl`.
         progress: called after each dispatch with the number of steps done and the latest logged metrics.
+        identifier: for rules that train its rows, its tokens and what they start from: see `trainable.init_rows`.
 
     Returns:
         The state after `config.num_steps`.
@@ -163,7 +170,7 @@ def train(
         UserError: the loss is not finite, or the configuration does not fit.
     """
     with contextlib.closing(Checkpoints(directory / "checkpoints")) as checkpoints:
-        training = prepare(stage, text_encoder, pretrained, examples, config, seed, checkpoints)
+        training = prepare(stage, text_encoder, pretrained, examples, config, seed, checkpoints, identifier)
         state = training.state
         step = saved = int(state.step)
         log = MetricsLog(directory / "metrics.jsonl", step)

@@ -49,6 +49,15 @@ def test_round_trip(tmp_path, images):
         assert (dataset.class_noun, dataset.identifier) == (DOG, XYZ)
 
 
+def test_labels_may_leave_out_the_class_noun(tmp_path, images):
+    write_dataset(tmp_path / "subject", images, DOG, XYZ, name_class=False)
+    read = read_dataset(tmp_path / "subject")
+    assert read.labels == ("a xyz",) * 3
+    assert read.class_prompt == "a dog"
+    assert read.phrase == "[V]"
+    assert write_dataset(tmp_path / "other", images, DOG, XYZ).phrase == "[V] dog"
+
+
 def test_files_can_be_inspected(directory, images):
     assert sorted(path.name for path in directory.iterdir()) == ["00.png", "01.png", "02.png", "subject.json"]
     np.testing.assert_array_equal(np.array(Image.open(directory / "01.png")), images[1].pixels)

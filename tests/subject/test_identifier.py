@@ -9,6 +9,7 @@ import pytest
 import sentencepiece
 
 from personalize_jax.errors import UserError
+from personalize_jax.pipeline import load_pipeline
 from personalize_jax.pipeline.caption_cleaning import clean_caption
 from personalize_jax.pipeline.tokenizer import Tokenizer
 from personalize_jax.subject.frequency import token_frequencies
@@ -239,7 +240,41 @@ def test_rules_that_do_not_fit_are_refused(t5):
     tokenizer = tiny.tokenizer()
     with pytest.raises(UserError, match="draws from the tokens of T5"):
         choose_identifier(tokenizer, "dog", seed=0, rule="paper")
-    with pytest.raises(UserError, match='\'shortest\' were asked for; choose "rarest" or "paper"'):
+    with pytest.raises(UserError, match="'shortest' were asked for; choose one of rarest, paper, frequent, random"):
         choose_identifier(tokenizer, "dog", rule="shortest")
     with pytest.raises(UserError, match="no frequencies are recorded"):
         choose_identifier(t5, "dog")
+
+
+def test_frequent_words_are_existing_ones_that_the_network_knows_well():
+    tokenizer = load_pipeline("world").tokenizer
+    chosen = {choose_identifier(tokenizer, "dog", seed=seed, rule="frequent").text for seed in range(20)}
+    assert len(chosen) > 10
+    least = sorted(tokenizer.counts)[-400]
+    for text in chosen:
+        (token,) = tokenizer.encode(text)
+        assert tokenizer.counts[token] >= least > 0
+        assert text.isalpha() and len(text) > 3 and text != "dog"
+
+
+def test_two_subjects_do_not_share_a_frequent_word():
+    tokenizer = load_pipeline("world").tokenizer
+    first = choose_identifier(tokenizer, "dog", seed=0, rule="frequent")
+    assert choose_identifier(tokenizer, "dog", seed=0, rule="frequent", in_use=first.own_tokens).text != first.text
+    assert choose_identifier(tokenizer, "dog", seed=0, rule="frequent") == first
+
+
+@pytest.mark.parametrize("name", ["world", "t5", "clip"])
+def test_random_characters_come_through_encoding_as_many_tokens(name, tmp_path):
+    if name == "world":
+        tokenizer = tiny.tokenizer()
+    else:
+        tokenizer = Tokenizer.from_folder(getattr(public_tokenizers, f"{name}_folder")(tmp_path), 77)
+    chosen = [choose_identifier(tokenizer, "dog", seed=seed, rule="random_characters") for seed in range(3)]
+    assert len({identifier.text for identifier in chosen}) == 3
+    for identifier in chosen:
+        assert len(identifier.text) == 9 and identifier.text.isalnum()
+        assert len(identifier.token_ids) > 3
+        whole = [*tokenizer.encode("a"), *identifier.token_ids, *tokenizer.encode("dog")]
+        assert tokenizer.encode(f"a {identifier.text} dog") == whole
+        assert identifier.own_tokens == frozenset()  # its letters are anybody's

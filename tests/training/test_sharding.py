@@ -81,7 +81,7 @@ def test_every_parameter_matches_the_rules_of_every_configuration(name):
     personalization = world.get_config()
     tunings = {"base": personalization.training, "super_resolution": personalization.super_resolution_training}
     for config in (pretrain_world.get_config(name).training, tunings[name]):
-        trained, frozen = partition(params, config.trainable)
+        trained, frozen, _ = partition(params, config.trainable)
         for part in (trained, frozen):
             for path, placed in flatten_dict(sharding.shardings(part, config.sharding, MESH), sep="/").items():
                 leaf = flatten_dict(part, sep="/")[path]

@@ -1,26 +1,27 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from personalize_jax.errors import UserError
-from personalize_jax.training.trainable import merge, partition
+from personalize_jax.training.trainable import init_rows, merge, partition
 
 PARAMS = {"denoiser": {"stem": {"kernel": 1, "bias": 2}, "head": {"kernel": 3}}, "text_encoder": {"tokens": 4}}
 
 
 def test_first_matching_rule_decides():
-    trained, frozen = partition(PARAMS, [("denoiser/stem/kernel", True), ("denoiser/", False), (".*", True)])
+    trained, frozen, _ = partition(PARAMS, [("denoiser/stem/kernel", True), ("denoiser/", False), (".*", True)])
     assert trained == {"denoiser": {"stem": {"kernel": 1}}, "text_encoder": {"tokens": 4}}
     assert frozen == {"denoiser": {"stem": {"bias": 2}, "head": {"kernel": 3}}}
 
 
 def test_a_rule_matches_from_the_beginning_of_a_path():
-    trained, _ = partition(PARAMS, [("head", True), ("denoiser/stem", True), (".*", False)])
+    trained, *_ = partition(PARAMS, [("head", True), ("denoiser/stem", True), (".*", False)])
     assert trained == {"denoiser": {"stem": PARAMS["denoiser"]["stem"]}}
 
 
 def test_merge_puts_the_parts_together_and_prefers_the_trained():
-    assert merge(*partition(PARAMS, [("denoiser/head", True), (".*", False)])) == PARAMS
+    assert merge(*partition(PARAMS, [("denoiser/head", True), (".*", False)])[:2]) == PARAMS
     assert merge({"denoiser": {"head": {"kernel": 9}}}, PARAMS)["denoiser"] == {
         "stem": {"kernel": 1, "bias": 2},
         "head": {"kernel": 9},
@@ -38,7 +39,7 @@ def test_rules_that_leave_nothing_to_train_are_refused():
 
 
 def test_with_adapters_nothing_else_need_be_trained():
-    trained, frozen = partition(PARAMS, [(".*", False)], adapted={"denoiser/stem/kernel"})
+    trained, frozen, _ = partition(PARAMS, [(".*", False)], adapted={"denoiser/stem/kernel"})
     assert trained == {} and frozen == PARAMS
 
 
@@ -54,3 +55,47 @@ def test_merge_applies_adapters_to_what_only_the_others_have():
     assert merged.keys() == {"denoiser"}
     np.testing.assert_array_equal(merged["denoiser"]["kernel"], [[1, 0, -1], [2, 0, -2]])
     np.testing.assert_array_equal(merged["denoiser"]["bias"], [1, 1, 1])
+
+
+TABLE = {"text_encoder": {"tokens": {"embedding": jnp.arange(12.0).reshape(6, 2)}, "norm": jnp.ones(2)}}
+ROWS_ONLY = [("text_encoder/tokens/embedding", "identifier"), (".*", False)]
+
+
+def test_of_a_table_only_the_rows_of_the_identifier_are_trained():
+    trained, others, with_rows = partition(TABLE, ROWS_ONLY)
+    assert trained == {} and others == TABLE
+    assert with_rows == ["text_encoder/tokens/embedding"]
+
+
+def test_rows_start_from_themselves_or_from_the_mean_of_others():
+    paths = ["text_encoder/tokens/embedding"]
+    rows = init_rows(TABLE, paths, {4: [4], 1: [0, 2, 5]})["text_encoder"]["tokens"]["embedding"]
+    np.testing.assert_array_equal(rows["4"], [8, 9])
+    np.testing.assert_allclose(rows["1"], [7 / 3 * 2, 7 / 3 * 2 + 1], rtol=1e-6)
+
+
+def test_merge_puts_rows_into_their_table_and_leaves_the_others():
+    rows = {"text_encoder": {"tokens": {"embedding": {"4": jnp.array([-1.0, -2.0]), "1": jnp.array([-3.0, -4.0])}}}}
+    merged = merge({"rows": rows}, TABLE)
+    assert merged.keys() == {"text_encoder"}
+    expected = [[0, 1], [-3, -4], [4, 5], [6, 7], [-1, -2], [10, 11]]
+    np.testing.assert_array_equal(merged["text_encoder"]["tokens"]["embedding"], expected)
+
+
+def test_the_gradient_reaches_a_row_as_it_would_reach_it_in_the_table():
+    weights = jnp.arange(12.0).reshape(6, 2) ** 2
+
+    def loss(params):
+        return jnp.sum(jnp.sin(params["text_encoder"]["tokens"]["embedding"]) * weights)
+
+    rows = init_rows(TABLE, ["text_encoder/tokens/embedding"], {3: [3]})
+    of_row = jax.grad(lambda rows: loss(merge({"rows": rows}, TABLE)))(rows)
+    of_table = jax.grad(loss)(TABLE)
+    np.testing.assert_allclose(
+        of_row["text_encoder"]["tokens"]["embedding"]["3"], of_table["text_encoder"]["tokens"]["embedding"][3]
+    )
+
+
+def test_a_rule_that_says_something_else_is_refused():
+    with pytest.raises(UserError, match="says 'rows'; give True, False or \"identifier\""):
+        partition(TABLE, [(".*", "rows")])

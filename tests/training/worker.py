@@ -30,7 +30,7 @@ def start():
     return {"denoiser": tiny.stage_params(STAGE), "text_encoder": tiny.text_params()}
 
 
-def train(directory, progress=lambda step, metrics: None, **changes):
+def train(directory, progress=lambda step, metrics: None, identifier=None, **changes):
     """Tune a small base model and the text encoder with the prior term and an average."""
     config = tiny.training(
         **{
@@ -44,7 +44,7 @@ def train(directory, progress=lambda step, metrics: None, **changes):
         }
     )
     examples = {"instance": tiny.examples(seed=1), "prior": tiny.examples(seed=2, captions=["a dog"])}
-    return loop.train(STAGE, tiny.text_encoder(), start(), examples, config, 5, directory, progress)
+    return loop.train(STAGE, tiny.text_encoder(), start(), examples, config, 5, directory, progress, identifier)
 
 
 def train_by_sgd(directory, **changes):
