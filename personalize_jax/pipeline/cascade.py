@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from personalize_jax.models.autoencoder_kl import AutoencoderKL
 from personalize_jax.models.params import Params
@@ -108,7 +110,7 @@ class Pipeline:
         Args:
             prompts: one a picture.
             seeds: one a picture.
-            batch_size: pictures drawn at once; the last batch is filled up and cut.
+            batch_size: pictures drawn at once, split over the devices; the last batch is filled up and cut.
             samplings: overrides of the stages' own sampling, by stage name.
             progress: called with the number of pictures that a stage has just finished.
 
@@ -148,21 +150,16 @@ class Pipeline:
             raise ValueError(
                 f"{len(prompts)} prompts and {len(seeds)} seeds were given; give one seed for each prompt."
             )
-        null = self.encode([""] * batch_size)
+        batch_size += -batch_size % jax.device_count()
+        null, params = self.encode([""] * batch_size), _on_every_device(self.params[stage.name])
         drawn = []
         for start in range(0, len(prompts), batch_size):
             # Batches of constant size keep one compiled program each, and with it the same rounding for every picture.
             rows = [min(start + i, len(prompts) - 1) for i in range(batch_size)]
             keys = jnp.stack([_picture_key(seeds[row], self.stages.index(stage)) for row in rows])
-            batch = draw_pictures(
-                stage,
-                sampling or stage.sampling,
-                self.params[stage.name],
-                keys,
-                self.encode([prompts[row] for row in rows]),
-                null,
-                None if low_res is None else low_res[rows],
-            )
+            text = self.encode([prompts[row] for row in rows])
+            inputs = _split_over_devices((keys, text, null, None if low_res is None else low_res[rows]))
+            batch = draw_pictures(stage, sampling or stage.sampling, params, *inputs)
             if self.codec is not None:
                 batch = decode_latents(self.codec, self.params["codec"], batch)
             kept = min(batch_size, len(prompts) - start)
@@ -214,6 +211,28 @@ def to_float(u: Array) -> Array:
 def to_uint8(x: Array) -> Array:
     """Pictures in [-1, 1] as uint8, rounded."""
     return jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+
+
+def _split_over_devices(batch: Any) -> Any:
+    """A pytree of [B, ...] arrays, each device with its part of the batch."""
+    return jax.device_put(batch, NamedSharding(_devices(), P("data"))) if jax.device_count() > 1 else batch
+
+
+def _on_every_device(params: Params) -> Params:
+    """Parameters that lie on one device, on all of them; those that are sharded already stay as they are."""
+    if jax.device_count() == 1:
+        return params
+    everywhere = NamedSharding(_devices(), P())
+
+    def place(value: Any) -> Array:
+        sharded = isinstance(value, Array) and len(value.sharding.device_set) > 1
+        return value if sharded else jax.device_put(value, everywhere)
+
+    return jax.tree.map(place, params)
+
+
+def _devices() -> Mesh:
+    return Mesh(np.array(jax.devices()), ("data",))
 
 
 def _picture_key(seed: int, stage_index: int) -> Array:

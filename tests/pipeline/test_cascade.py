@@ -1,3 +1,9 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
 import numpy as np
 import pytest
 
@@ -40,6 +46,20 @@ def test_other_seeds_and_other_prompts_give_other_pictures(together):
     base = together[0].astype(int)
     assert np.abs(base[0] - base[4]).mean() > 5  # another seed
     assert np.abs(base[1] - base[3]).mean() > 0.5  # another prompt
+
+
+def draw_on_every_device(file):
+    """Run on eight devices."""
+    assert jax.device_count() == 8
+    np.save(file, tiny.pipeline().sample(PROMPTS, SEEDS, batch_size=3)[-1])
+
+
+def test_eight_devices_draw_the_same_pictures(together, tmp_path):
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    program = f"from {__name__} import draw_on_every_device; draw_on_every_device({str(tmp_path / 'drawn.npy')!r})"
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=Path(__file__).parents[2])
+    drawn = np.load(tmp_path / "drawn.npy")
+    assert np.abs(drawn.astype(int) - together[-1]).max() <= 1
 
 
 def test_progress_counts_pictures_not_filled_rows(pipeline):
