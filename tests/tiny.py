@@ -62,10 +62,14 @@ def stage_params(stage):
     return random_params(lambda key: stage.init_params(key, TEXT["width"]), seed=2)
 
 
-def pipeline(**network):
-    """Both stages; `network` changes arguments of their U-Nets."""
+def pipeline(resolution=8, **network):
+    """Both stages, the second of twice the resolution; `network` changes arguments of their U-Nets."""
     encoder = text_encoder()
-    specs = [{**spec, "network": {**spec["network"], **network}} for spec in (BASE, SUPER_RESOLUTION)]
+    sizes = {"resolution": resolution}, {"resolution": 2 * resolution, "low_resolution": resolution}
+    specs = [
+        {**spec, **size, "network": {**spec["network"], **network}}
+        for spec, size in zip((BASE, SUPER_RESOLUTION), sizes, strict=True)
+    ]
     stages = tuple(Stage.from_spec(spec) for spec in specs)
     params = {"text_encoder": text_params(), **{stage.name: stage_params(stage) for stage in stages}}
     spec = {"text_encoder": {"vocab_size": encoder.vocab_size, **TEXT}, "stages": specs}

@@ -1,0 +1,103 @@
+"""Evaluate as the paper does: DINO, CLIP-I, CLIP-T, PRES and DIV, and exact scores on the rendered world.
+
+    python -m personalize_jax.evaluate --workdir=runs/rex
+    python -m personalize_jax.evaluate --config=configs/stable_diffusion.py:1.5 --images=pictures/ \
+        --prompts=prompts.csv --photos=photos/ --out=scores/
+
+The first draws the pictures that the configuration of the run asks for (`config.evaluation`; give `--config` to ask for
+others) and scores them; several `--workdir` are several subjects of one table. The second scores pictures that are
+there already, whatever made them. `prompts.csv` has the columns file and prompt, and where there are several subjects
+the column subject, which names a folder of photos below `--photos`. "[V]" stands for the identifier: a prompt with it
+asks for the subject, one without it for its class.
+
+Every picture gets a line in `rows.jsonl`; `table.md` and `table.csv` have the means over subjects, with intervals.
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from personalize_jax import command
+from personalize_jax.benchmark.prompts import read_prompts
+from personalize_jax.errors import UserError
+from personalize_jax.evaluation import evaluate, read_pictures
+from personalize_jax.metrics.table import Row, comma_separated, estimates, transposed
+from personalize_jax.personalization import load_pretrained
+from personalize_jax.personalized import load_personalized
+from personalize_jax.pipeline.storage import write_text
+from personalize_jax.scoring import load_judges, score, summary, write_rows
+
+
+def define_flags() -> None:
+    """The command line."""
+    config_flags.DEFINE_config_file("config", None, "Whose `evaluation` keys to use; by default the run's own.")
+    flags.DEFINE_multi_string("workdir", None, "Run directory of a personalised cascade; repeat for several.")
+    flags.DEFINE_string("images", None, "Instead: a folder of pictures.")
+    flags.DEFINE_string("prompts", None, "CSV file with the columns file and prompt, and perhaps subject.")
+    flags.DEFINE_string("photos", None, "Real photos of the subject, or a folder of them for each subject.")
+    flags.DEFINE_string("out", None, "Folder for the results; by default that of the only run.")
+
+
+def main(_: list[str]) -> None:
+    """Score, then print the table."""
+    arguments = flags.FLAGS
+    of_folder = (arguments.images, arguments.prompts, arguments.photos, arguments.config, arguments.out)
+    if (arguments.workdir is None) == (arguments.images is None):
+        raise UserError("Give either --workdir (personalised runs) or --images (a folder of pictures).")
+    if arguments.images is not None and None in of_folder:
+        raise UserError("Pictures of a folder need --images, --prompts, --photos, --config and --out, all five.")
+    if arguments.workdir is not None and len(arguments.workdir) > 1 and arguments.out is None:
+        raise UserError("Several runs make one table: say by --out where it goes.")
+    if arguments.workdir is not None:
+        rows = of_runs([Path(workdir) for workdir in arguments.workdir], arguments.config)
+        out = Path(arguments.out or Path(arguments.workdir[0]) / "evaluation")
+        out.mkdir(parents=True, exist_ok=True)
+    else:
+        rows = of_pictures(*map(Path, of_folder[:3]), arguments.config)
+        out = Path(arguments.out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_rows(rows, out / "rows.jsonl")
+    table = {"mean over subjects": estimates(summary(rows))}
+    text = transposed(table)
+    write_text(out / "table.md", text)
+    write_text(out / "table.csv", comma_separated(table))
+    print(f"{text}\nRows and tables: {out}")
+
+
+def of_runs(workdirs: list[Path], config: ConfigDict | None) -> list[Row]:
+    """Rows of personalised runs."""
+    if len({workdir.name for workdir in workdirs}) < len(workdirs):
+        raise UserError("Two runs have the same name, which is their subject's in the table; rename one.")
+    rows = []
+    for workdir in workdirs:
+        tuned = load_personalized(workdir)
+        ran = ConfigDict(json.loads((workdir / "config.json").read_text()))
+        settings = (config or ran).get("evaluation")
+        if settings is None:
+            raise UserError(f"{workdir} was begun without `evaluation` keys in its configuration; give --config.")
+        prompts = read_prompts(settings.prompts, tuned.subject.class_noun.noun)
+        count = len(prompts) * settings.images_per_prompt + 2 * settings.class_samples
+        judges = load_judges(settings)
+        with tqdm(total=count, desc=f"evaluating {workdir.name}", unit="img") as bar:
+            folder = workdir / "evaluation"
+            rows += evaluate(
+                tuned, load_pretrained(ran), workdir.name, prompts, judges, settings, folder, progress=bar.update
+            )
+    return rows
+
+
+def of_pictures(images: Path, prompts: Path, photos: Path, config: ConfigDict) -> list[Row]:
+    """Rows of pictures that are there already."""
+    by_subject = read_pictures(images, prompts, photos)
+    judges = load_judges(config.evaluation)
+    rows = []
+    for subject, pictures in tqdm(by_subject.items(), desc="subjects"):
+        rows += score(judges, subject, pictures, None)
+    return rows
+
+
+if __name__ == "__main__":
+    command.run(main, define_flags, required=())

@@ -1,0 +1,96 @@
+"""The command, as it is typed."""
+
+import numpy as np
+import pytest
+
+from personalize_jax.personalization import load_subject, personalize
+from personalize_jax.pictures import save_png
+from personalize_jax.pipeline import load_pipeline, save_pipeline
+from personalize_jax.scoring import read_rows
+from tests import processes, tiny, tiny_world
+from tests.judges import plain
+
+
+def evaluate(folder, *flags):
+    return processes.command(folder, "personalize_jax.evaluate", *flags)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny cascade, photos of two subjects, three pictures and their prompts, and a run."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    smallest = {"channels": (16,), "down_blocks": (0,), "up_blocks": (0,), "attention": (False,)}
+    save_pipeline(tiny.pipeline(resolution=16, **smallest), folder / "tiny")
+    for name in ("photos/rex/0.png", "photos/tom/0.png", "pictures/a.png", "pictures/b.png", "pictures/c.png"):
+        noise = np.random.default_rng(len(name)).integers(0, 60, (64, 64, 3), np.uint8)
+        save_png(plain("red", 64) // 2 + noise, folder / name, {})
+    lines = ["file,prompt,subject", "a.png,a [V] dog in the snow,rex", "b.png,a [V] dog in the snow,rex"]
+    (folder / "prompts.csv").write_text("\n".join([*lines, "c.png,a red [V] car,tom"]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    config = tiny_world.get_config(folder / "tiny", training__num_steps=3, super_resolution_training__num_steps=3)
+    photos = load_subject(folder / "photos" / "rex", "dog", 32)
+    personalize(load_pipeline(str(folder / "tiny")), photos, config, folder / "run")
+    return folder / "run"
+
+
+def test_pictures_of_a_folder_become_rows_and_tables(folder, tmp_path):
+    finished = evaluate(
+        tmp_path,
+        f"--config=tests/tiny_world.py:{folder / 'tiny'}",
+        f"--images={folder / 'pictures'}",
+        f"--prompts={folder / 'prompts.csv'}",
+        f"--photos={folder / 'photos'}",
+        f"--out={tmp_path / 'scores'}",
+    )
+    assert finished.status == 0, finished.error
+    rows = read_rows(tmp_path / "scores" / "rows.jsonl")
+    assert [(row.subject, row.role, row.file) for row in rows] == [
+        ("rex", "photo", "0.png"),
+        ("rex", "subject", "a.png"),
+        ("rex", "subject", "b.png"),
+        ("tom", "photo", "0.png"),
+        ("tom", "subject", "c.png"),
+    ]
+    assert {"DINO", "CLIP-I", "CLIP-T", "DIV", "class", "context"} <= rows[1].scores.keys()
+    assert "property" in rows[4].scores and "DIV" not in rows[4].scores
+    table = (tmp_path / "scores" / "table.md").read_text()
+    assert table in finished.output and "| DINO |" in table
+    assert (tmp_path / "scores" / "table.csv").read_text().startswith("row,metric,mean,low,high\n")
+
+
+def test_a_run_is_drawn_from_scored_and_then_only_read(folder, run, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a [V] {} in the snow\na red [V] {}\n")
+    flags = [f"--workdir={run}", f"--config=tests/tiny_world.py:{folder / 'tiny'}"]
+    flags += [f"--config.evaluation.prompts={prompts}"]
+    finished = evaluate(tmp_path, *flags)
+    assert finished.status == 0, finished.error
+    rows = read_rows(run / "evaluation" / "rows.jsonl")
+    assert [row.role for row in rows] == ["photo"] + ["subject"] * 4 + ["class"] * 3 + ["class before"] * 3
+    assert {row.subject for row in rows} == {"run"}
+    pictures = {file: file.stat().st_mtime_ns for file in (run / "evaluation").rglob("*.png")}
+    assert len(pictures) == 10
+    again = evaluate(tmp_path, *flags)
+    assert again.output == finished.output
+    assert pictures == {file: file.stat().st_mtime_ns for file in (run / "evaluation").rglob("*.png")}
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], "Give either --workdir (personalised runs) or --images"),
+        (["--workdir=a", "--images=b"], "Give either --workdir (personalised runs) or --images"),
+        (["--images=pictures"], "need --images, --prompts, --photos, --config and --out, all five"),
+        (["--workdir=a", "--workdir=b"], "say by --out where it goes"),
+        (["--workdir=a/rex", "--workdir=b/rex", "--out=c"], "Two runs have the same name"),
+        (["--workdir=nowhere"], "nowhere holds no personalised pipeline"),
+    ],
+)
+def test_what_cannot_be_evaluated(flags, sentence, tmp_path):
+    finished = evaluate(tmp_path, *flags)
+    assert finished.status == 2
+    assert sentence in finished.error.strip().splitlines()[-1]
