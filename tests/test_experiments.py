@@ -4,15 +4,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import heldout_subjects
+from configs import world
+from experiments import class_noun, prior_preservation, study, super_resolution, tables, training_length
 from experiments.pretrained_cascade import prompt_grid
+from personalize_jax.errors import UserError
+from personalize_jax.metrics.similarity import Estimate
 from personalize_jax.world.scene import CLASSES, COLOURS, CONTEXTS
 from tests import processes
 
 EXPERIMENTS = sorted(
     f"experiments.{file.stem}"
     for file in (Path(__file__).parent.parent / "experiments").glob("*.py")
-    if file.stem != "__init__"
+    if file.stem not in ("__init__", "study", "tables")
 )
 
 
@@ -50,16 +53,74 @@ def test_prompts_say_the_truth():
         assert all(word in text for word in words)
 
 
-def test_means_are_taken_score_by_score_and_tabled_with_blanks():
-    subjects = [
-        {"pretrained": {"leakage": 0.0}, "sampled": {"leakage": 0.25, "context": 1.0}},
-        {"pretrained": {"leakage": 0.5}, "sampled": {"leakage": 0.75, "context": 0.5}},
+ARMS = {"tuned": {f"s{i}": {"DINO": 0.5 + i / 50, "DINO (real)": 0.8} for i in range(10)}}
+ARMS["worse"] = {subject: {"DINO": scores["DINO"] - 0.1} for subject, scores in ARMS["tuned"].items()}
+
+
+def test_tables_show_real_pictures_arms_and_the_paper(tmp_path):
+    finding = tables.Finding("tuning helps", "DINO", "tuned", "worse")
+    text = tables.write(ARMS, [finding], {"DreamBooth": {"DINO": 0.668}}, tmp_path)
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
+    assert rows[:5] == ["|", "| real pictures", "| tuned", "| worse", "| paper: DreamBooth"]
+    assert "| real pictures | .800 |" in text and "| paper: DreamBooth | .668 |" in text
+    assert "| tuning helps | DINO | .100 | yes |" in text
+    assert (tmp_path / "tables.md").read_text() == text
+    assert (tmp_path / "tables.csv").exists() and (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_a_finding_holds_when_its_interval_excludes_zero():
+    assert [tables.verdict(Estimate(0.1, *ends)) for ends in ((0.05, 0.2), (-0.05, 0.2), (-0.2, -0.1))] == [
+        "yes",
+        "undecided",
+        "no, the opposite",
     ]
-    means = heldout_subjects.mean(subjects)
-    assert means == {"pretrained": {"leakage": 0.25}, "sampled": {"leakage": 0.5, "context": 0.75}}
-    rows = heldout_subjects.table(means).splitlines()
-    assert rows[0] == "| | leakage | context |"
-    assert rows[2:] == ["| pretrained | 0.25 |  |", "| sampled | 0.50 | 0.75 |"]
+
+
+def test_parts_share_the_subjects_out():
+    assert sorted(i for k in (1, 2, 3) for i in study.select(range(30), 10, f"{k}/3")) == list(range(10))
+    assert study.select("abcd", 3, "1/1") == ["a", "b", "c"]
+    for wrong in ("0/2", "3/2", "2", "a/b", "1/"):
+        with pytest.raises(UserError, match="--part"):
+            study.select(range(30), 10, wrong)
+    with pytest.raises(UserError, match="31 subjects were asked for and the benchmark has 30"):
+        study.select(range(30), 31, "1/1")
+
+
+def test_prompts_are_worded_as_the_labels_are():
+    prompt = "a red [V] stuffed animal on the beach"
+    both, alone = "identifier_and_class", "identifier"
+    assert study.worded(prompt, "stuffed animal", "stuffed animal", both) == prompt
+    assert study.worded(prompt, "stuffed animal", "dog", both) == "a red [V] dog on the beach"
+    assert study.worded(prompt, "stuffed animal", "stuffed animal", alone) == "a red [V] on the beach"
+
+
+def test_some_arms_take_their_findings_along():
+    whole = prior_preservation.make_study(world.get_config())
+    some = study.with_arms(whole, ["dreambooth", "without_prior"])
+    assert [arm.name for arm in some.arms] == ["dreambooth", "without_prior"]
+    assert 0 < len(some.findings) < len(whole.findings)
+    assert study.with_arms(whole, None) == whole
+    with pytest.raises(UserError, match="names nobody; the arms are dreambooth"):
+        study.with_arms(whole, ["nobody"])
+    with pytest.raises(UserError, match="vary dreambooth"):
+        study.with_arms(whole, ["without_prior"])
+
+
+def test_a_wrong_noun_is_another_one():
+    for count in (2, 3, 12):
+        nouns = CLASSES[:count]
+        assert all(class_noun.wrong(noun, nouns) in set(nouns) - {noun} for noun in nouns)
+
+
+def test_trainings_go_on_from_shorter_ones():
+    arms = training_length.make_study(world.get_config()).arms
+    by_name = {arm.name: arm for arm in arms}
+    for arm in arms:
+        if arm.goes_on_from is not None:
+            before = by_name[arm.goes_on_from]
+            assert arms.index(before) < arms.index(arm)
+            assert before.config.training.num_steps < arm.config.training.num_steps
+            assert before.config.training.prior.weight == arm.config.training.prior.weight
 
 
 def test_enlarging_is_measured_on_the_object():
@@ -68,5 +129,5 @@ def test_enlarging_is_measured_on_the_object():
     truth[:, 32:96, 32:96, 3] = 255
     enlarged = np.full((8, 128, 128, 3), 200, np.uint8)
     enlarged[:, 32:96, 32:96] = 26
-    psnr = heldout_subjects.object_psnr(enlarged, truth)
+    psnr = np.mean([super_resolution.object_psnr(*pair) for pair in zip(enlarged, truth, strict=True)])
     assert psnr == pytest.approx(-20 * np.log10(26 / 255))

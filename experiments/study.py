@@ -1,0 +1,267 @@
+"""What the experiments share: the same subjects personalised in several ways, scored, and compared.
+
+An experiment names its arms, the ways of personalising, and what it expects to find. Runs lie in
+`workdir/<arm>/<subject>`: an arm that several experiments have is run once where they share a working directory, and a
+run that has been scored is only read. Rows of scores stay in each run's `evaluation/rows.jsonl`; the experiment's own
+folder, `workdir/<experiment>`, gets the tables and a figure.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from experiments import tables
+from personalize_jax import command
+from personalize_jax.benchmark.loading import load_benchmark
+from personalize_jax.benchmark.subjects import BenchmarkSubject
+from personalize_jax.configuration import changed
+from personalize_jax.errors import UserError
+from personalize_jax.evaluation import evaluate
+from personalize_jax.metrics.table import Row
+from personalize_jax.personalization import SubjectPhotos, load_pretrained, personalize, tune_again
+from personalize_jax.personalized import Personalized, load_personalized
+from personalize_jax.pipeline import Pipeline
+from personalize_jax.scoring import Judges, load_judges, read_rows, summary, write_rows
+from personalize_jax.subject.identifier import PLACEHOLDER
+from personalize_jax.subject.images import from_pixels
+from personalize_jax.world.exact import truth_of
+
+QUICK_SUBJECTS = 2
+
+
+class Arm(NamedTuple):
+    """A way of personalising: a row of the table.
+
+    Attributes:
+        name: of the row and of the folder.
+        config: of the run.
+        stage: if given, only this stage is tuned as `config` says, and the rest is taken from the first arm's run.
+        goes_on_from: if given, the arm whose training this one continues, with more steps.
+        num_photos: the first so many photos of each subject; None for all.
+        class_noun: what the subject is said to be, of what it is and the benchmark's nouns.
+    """
+
+    name: str
+    config: ConfigDict
+    stage: str | None = None
+    goes_on_from: str | None = None
+    num_photos: int | None = None
+    class_noun: Callable[[str, Sequence[str]], str] = lambda noun, nouns: noun
+
+
+class Study(NamedTuple):
+    """An experiment.
+
+    Attributes:
+        name: of its folder.
+        arms: in the order of the table; the first is the one that the others vary.
+        findings: what is expected.
+        paper: the paper's own rows: {row: {metric: value}}.
+        num_subjects: how many of the benchmark's subjects, unless the command says otherwise.
+        measure: what else is measured of a tuned cascade, if anything.
+    """
+
+    name: str
+    arms: Sequence[Arm]
+    findings: Sequence[tables.Finding]
+    paper: Mapping[str, Mapping[str, float]]
+    num_subjects: int
+    measure: Callable[[Personalized, BenchmarkSubject], list[Row]] | None = None
+
+
+def define_flags() -> None:
+    """The command line of every experiment."""
+    config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/world.py.")
+    flags.DEFINE_string("workdir", None, "Folder for runs and tables; experiments may share it.")
+    flags.DEFINE_string("benchmark", "world", 'Whose subjects: "world", "dreambooth", or a folder with its copy.')
+    flags.DEFINE_integer("num_subjects", None, "How many of them; by default as many as the experiment needs.")
+    flags.DEFINE_list("arms", None, "Which of the experiment's arms; by default all.")
+    flags.DEFINE_string("part", "1/1", "Which of the subjects, such as 2/3: every third, beginning with the second.")
+    flags.DEFINE_bool("delete_weights", False, "Delete a subject's weights once all arms have been scored.")
+    flags.DEFINE_bool("quick", False, "Two subjects, few steps and pictures: to see whether it runs.")
+
+
+def run(make_study: Callable[[ConfigDict], Study]) -> None:
+    """The command of an experiment."""
+
+    def main(_: list[str]) -> None:
+        arguments = flags.FLAGS
+        config = quick(arguments.config) if arguments.quick else arguments.config
+        study = with_arms(make_study(config), arguments.arms)
+        count = arguments.num_subjects or (QUICK_SUBJECTS if arguments.quick else study.num_subjects)
+        benchmark = load_benchmark(arguments.benchmark)
+        chosen = select(benchmark, count, arguments.part)
+        nouns = tuple(dict.fromkeys(benchmark.class_nouns))
+        print(conduct(study, config, chosen, nouns, Path(arguments.workdir), arguments.delete_weights))
+
+    command.run(main, define_flags, required=("config", "workdir"))
+
+
+def quick(config: ConfigDict) -> ConfigDict:
+    """The configuration with so few steps and pictures that nothing but running can be seen."""
+    changes = {"class_images__count": 4, "evaluation__images_per_prompt": 2, "evaluation__class_samples": 4}
+    for training in set(config) & {"training", "super_resolution_training"}:
+        changes |= {f"{training}__num_steps": config[training].steps_per_dispatch, f"{training}__batch_size": 2}
+    return changed(config, **changes)
+
+
+def with_arms(study: Study, names: Sequence[str] | None) -> Study:
+    """The experiment with some of its arms, and the findings that are about these.
+
+    Raises:
+        UserError: it has no such arm, or they vary the first one, which is left out.
+    """
+    if names is None:
+        return study
+    known = [arm.name for arm in study.arms]
+    if unknown := sorted(set(names) - set(known)):
+        raise UserError(f"--arms names {', '.join(unknown)}; the arms are {', '.join(known)}.")
+    arms = [arm for arm in study.arms if arm.name in names]
+    if any(arm.stage for arm in arms) and arms[0] != study.arms[0]:
+        raise UserError(f"These arms vary {known[0]}; name it among --arms, too.")
+    findings = [finding for finding in study.findings if {finding.greater, finding.less} <= set(names)]
+    return study._replace(arms=arms, findings=findings)
+
+
+def select(subjects: Sequence[BenchmarkSubject], count: int, part: str) -> list[BenchmarkSubject]:
+    """Which subjects a call is for: its part of the first `count`.
+
+    >>> select(range(30), 8, "2/3")
+    [1, 4, 7]
+
+    Raises:
+        UserError: there are fewer, or the text does not say which part.
+    """
+    if count > len(subjects):
+        raise UserError(f"{count} subjects were asked for and the benchmark has {len(subjects)}; ask for fewer.")
+    k, slash, n = part.partition("/")
+    if not (slash and k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
+        raise UserError(f"--part is {part!r}; give such as 2/3, the second of three.")
+    return [subjects[i] for i in range(int(k) - 1, count, int(n))]
+
+
+def conduct(
+    study: Study,
+    config: ConfigDict,
+    subjects: Sequence[BenchmarkSubject],
+    nouns: Sequence[str],
+    workdir: Path,
+    delete_weights: bool = False,
+) -> str:
+    """Run what is missing, write tables and figure.
+
+    Args:
+        study: the experiment.
+        config: that its arms vary.
+        subjects: of the benchmark.
+        nouns: all class nouns of the benchmark.
+        workdir: for runs and tables.
+        delete_weights: whether to delete a subject's weights once all arms have been scored.
+
+    Returns:
+        The tables as Markdown.
+
+    Raises:
+        UserError: a run's directory belongs to another configuration.
+    """
+    pretrained = load_pretrained(config)
+    judges = load_judges(config.evaluation)
+    rows: dict[str, list[Row]] = {arm.name: [] for arm in study.arms}
+    with tqdm(total=len(subjects) * len(study.arms), desc=study.name, unit="run") as bar:
+        for subject in subjects:
+            for arm in study.arms:
+                rows[arm.name] += scored_run(study, arm, subject, nouns, pretrained, judges, workdir)
+                bar.update()
+            if delete_weights:
+                for arm in study.arms:
+                    forget_weights(workdir / arm.name / subject.name)
+    scores = {arm: summary(of_arm) for arm, of_arm in rows.items()}
+    return tables.write(scores, study.findings, study.paper, workdir / study.name)
+
+
+def scored_run(
+    study: Study,
+    arm: Arm,
+    subject: BenchmarkSubject,
+    nouns: Sequence[str],
+    pretrained: Pipeline,
+    judges: Judges,
+    workdir: Path,
+) -> list[Row]:
+    """The rows of one subject in one arm: personalised and scored, or read where that was done before."""
+    folder = workdir / arm.name / subject.name
+    config = changed(arm.config, subject__registry=str(workdir / arm.name / "registry.json"))
+    command.record_config(config, folder, may_change=["subject.registry"])  # the folders may have been moved
+    scored = folder / "evaluation" / "rows.jsonl"
+    measured = folder / "evaluation" / f"{study.name}.jsonl"
+    if not scored.exists() or (study.measure and not measured.exists()):
+        first = workdir / study.arms[0].name / subject.name
+        noun = arm.class_noun(subject.class_noun, nouns)
+        tuned = tuned_run(arm, config, subject, noun, pretrained, workdir, first)
+        prompts = [worded(prompt, subject.class_noun, noun, config.subject.label) for prompt in subject.prompts]
+        truth = None if subject.truth is None else truth_of(subject.truth)
+        settings, out = config.evaluation, folder / "evaluation"
+        before = workdir / "class_before" / noun.replace(" ", "_")
+        evaluate(tuned, pretrained, subject.name, prompts, judges, settings, out, subject.photos, truth, before)
+        if study.measure:
+            write_rows(study.measure(tuned, subject), measured)
+    return read_rows(scored) + (read_rows(measured) if study.measure else [])
+
+
+def tuned_run(
+    arm: Arm, config: ConfigDict, subject: BenchmarkSubject, noun: str, pretrained: Pipeline, workdir: Path, first: Path
+) -> Personalized:
+    """The cascade of one subject, tuned as an arm says, in `workdir/<arm>/<subject>`.
+
+    Args:
+        arm: the way of personalising.
+        config: of the run.
+        subject: of the benchmark.
+        noun: what it is said to be.
+        pretrained: the cascade.
+        workdir: of all arms.
+        first: run directory of the first arm, for arms that vary one stage of it.
+    """
+    folder = workdir / arm.name / subject.name
+    if arm.stage is not None:
+        return tune_again(pretrained, load_personalized(first), arm.stage, config, first, folder / arm.stage)
+    resolution = pretrained.stages[-1].resolution
+    images = [from_pixels(f"{i:02d}", p, resolution) for i, p in enumerate(subject.photos[: arm.num_photos])]
+    share_class_images(folder, workdir / "class_images" / noun.replace(" ", "_"))
+    if arm.goes_on_from is not None:
+        take_checkpoints(workdir / arm.goes_on_from / subject.name, folder, config.tune)
+    return personalize(pretrained, SubjectPhotos(images, noun), config, folder)
+
+
+def worded(prompt: str, true_noun: str, noun: str, label: str) -> str:
+    """A prompt as it is put to a cascade that was tuned with another noun, or with none."""
+    given = noun if label == "identifier_and_class" else ""
+    return " ".join(prompt.replace(f"{PLACEHOLDER} {true_noun}", f"{PLACEHOLDER} {given}").split())
+
+
+def share_class_images(folder: Path, shared: Path) -> None:
+    """Let runs of one class find each other's class images: they depend on nothing else of a run."""
+    shared.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / "class_images"
+    if not link.is_symlink():
+        link.symlink_to(shared.resolve())
+
+
+def take_checkpoints(source: Path, folder: Path, stages: Sequence[str]) -> None:
+    """Begin a run with the checkpoints of another one."""
+    for stage in stages:
+        if not (folder / stage).exists():
+            shutil.copytree(source / stage, temporary := folder / f".{stage}", dirs_exist_ok=True)
+            temporary.rename(folder / stage)
+
+
+def forget_weights(folder: Path) -> None:
+    """Delete checkpoints and the tuned cascade of a run, which has been scored."""
+    for part in (*folder.glob("*/checkpoints"), folder / "pipeline"):
+        shutil.rmtree(part, ignore_errors=True)

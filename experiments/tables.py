@@ -1,0 +1,146 @@
+"""Tables and figure of an experiment: its arms, the paper's rows beside them, and what was found."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from personalize_jax.metrics.table import (
+    Estimate,
+    SubjectScores,
+    Table,
+    cell,
+    comma_separated,
+    difference,
+    estimates,
+    markdown,
+)
+from personalize_jax.pipeline.storage import write_text
+
+PAPER_METRICS = ("DINO", "CLIP-I", "CLIP-T", "PRES", "DIV")
+SUBJECT_METRICS = ("class", "body colour", "accent colour", "pattern", "finish", "proportions", "context", "property")
+CLASS_METRICS = ("leakage", "is subject", "colours", "diversity kept")
+SHOWN = ("DINO", "CLIP-T", "PRES", "DIV", "body colour", "pattern", "context", "diversity kept")
+
+
+class Finding(NamedTuple):
+    """What is expected: that a metric is greater in one arm than in another.
+
+    Attributes:
+        claim: in words.
+        metric: of the tables.
+        greater: name of an arm.
+        less: of another.
+    """
+
+    claim: str
+    metric: str
+    greater: str
+    less: str
+
+
+def write(
+    scores: Mapping[str, SubjectScores],
+    findings: Sequence[Finding],
+    paper: Mapping[str, Mapping[str, float]],
+    folder: Path,
+) -> str:
+    """Write `tables.md`, `tables.csv`, `subjects.csv` and `figure.png`.
+
+    Args:
+        scores: of every arm.
+        findings: what is expected of them.
+        paper: the paper's own rows.
+        folder: to write to.
+
+    Returns:
+        The tables as Markdown.
+    """
+    table = {arm: estimates(of_arm) for arm, of_arm in scores.items()}
+    text = tables(table, paper, len(next(iter(scores.values()))))
+    if findings:
+        text += "\n" + verdicts(scores, findings)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "tables.md", text)
+    write_text(folder / "tables.csv", comma_separated(table))
+    write_text(folder / "subjects.csv", of_subjects(scores))
+    draw(table, folder / "figure.png")
+    return text
+
+
+def tables(table: Table, paper: Mapping[str, Mapping[str, float]], num_subjects: int) -> str:
+    """The paper's metrics with its own rows, and the exact ones of the rendered world where there are any."""
+    first = next(iter(table.values()))
+    real = {name.removesuffix(" (real)"): value for name, value in first.items() if name.endswith(" (real)")}
+    quoted = {
+        f"paper: {row}": {name: Estimate(value, value, value) for name, value in values.items()}
+        for row, values in paper.items()
+    }
+    further = [n for n in first if n.startswith("CLIP") and n not in PAPER_METRICS and not n.endswith("(real)")]
+    text = f"Means over {num_subjects} subjects, with 95 % bootstrap intervals over them.\n\n"
+    text += markdown({"real pictures": real, **table, **quoted}, [*PAPER_METRICS, *further])
+    for metrics in (SUBJECT_METRICS, CLASS_METRICS):
+        if any(metric in first for metric in metrics):
+            text += "\n" + markdown(table, [metric for metric in metrics if metric in first])
+    return text
+
+
+def of_subjects(scores: Mapping[str, SubjectScores]) -> str:
+    """What the means are of, as CSV: arm, subject, metric, value."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["arm", "subject", "metric", "value"])
+    for arm, of_arm in scores.items():
+        for subject, metrics in of_arm.items():
+            writer.writerows([arm, subject, metric, f"{value:.6g}"] for metric, value in metrics.items())
+    return text.getvalue()
+
+
+def verdicts(scores: Mapping[str, SubjectScores], findings: Sequence[Finding]) -> str:
+    """For each finding the difference, subject by subject, and whether its interval excludes zero.
+
+    Findings about metrics that were not measured, such as exact ones of real pictures, are left out.
+    """
+    lines = ["| finding | metric | difference | holds |", "|---|---|---|---|"]
+    for finding in findings:
+        if not all(any(finding.metric in m for m in scores[arm].values()) for arm in (finding.greater, finding.less)):
+            continue
+        estimate = difference(scores[finding.greater], scores[finding.less], finding.metric)
+        lines.append(f"| {finding.claim} | {finding.metric} | {cell(estimate)} | {verdict(estimate)} |")
+    return "\n".join(lines) + "\n"
+
+
+def verdict(difference: Estimate) -> str:
+    """Whether a difference that is expected to be positive is so."""
+    if difference.low > 0:
+        return "yes"
+    return "no, the opposite" if difference.high < 0 else "undecided"
+
+
+def draw(table: Table, file: Path) -> None:
+    """A panel for each metric: the arms from top to bottom, with their intervals."""
+    shown = [metric for metric in SHOWN if any(metric in metrics for metrics in table.values())]
+    columns = min(4, len(shown))
+    lines = -(-len(shown) // columns)
+    height = 0.28 * len(table) + 0.9
+    figure = Figure(figsize=(2.4 * columns + 1.6, height * lines), layout="constrained", dpi=100)
+    panels = np.ravel(figure.subplots(lines, columns, sharey=True, squeeze=False))
+    for empty in panels[len(shown) :]:
+        empty.set_axis_off()
+    for axes, metric in zip(panels, shown, strict=False):
+        for y, metrics in enumerate(table.values()):
+            if metric in metrics:
+                mean, low, high = metrics[metric]
+                axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color="#3b82c4", capsize=3)
+        axes.set_title(metric, fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_yticks(range(len(table)), list(table), fontsize=8)
+        axes.set_ylim(len(table) - 0.5, -0.5)
+    temporary = file.with_name(f".{file.name}")
+    figure.savefig(temporary, format="png")
+    temporary.replace(file)

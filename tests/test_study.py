@@ -1,0 +1,112 @@
+"""Experiments from end to end, on a tiny cascade that draws nothing in particular."""
+
+import importlib
+
+import pytest
+
+from experiments import study
+from personalize_jax.benchmark.loading import load_benchmark
+from personalize_jax.errors import UserError
+from personalize_jax.pipeline import save_pipeline
+from personalize_jax.scoring import read_rows
+from tests import tiny, tiny_world
+
+NOUNS = ("dog", "cat", "car")
+NAMES = (
+    "subject_fidelity",
+    "prior_preservation",
+    "class_noun",
+    "num_images",
+    "super_resolution",
+    "identifier_rarity",
+    "training_length",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled(lightly_compiled):
+    """Every arm compiles a train step of its own."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny cascade whose pictures are large enough for the probe, and the runs of all experiments."""
+    folder = tmp_path_factory.mktemp("studies")
+    smallest = {"channels": (64,), "down_blocks": (0,), "up_blocks": (0,), "attention": (True,)}
+    save_pipeline(tiny.pipeline(resolution=16, **smallest), folder / "tiny")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return study.quick(tiny_world.get_config(folder / "tiny", tune=("base",)))
+
+
+@pytest.fixture(scope="module")
+def subjects():
+    """Two subjects with two prompts each."""
+    world = load_benchmark("world")
+    return [world[i]._replace(prompts=world[i].prompts[:1] + world[i].prompts[-1:]) for i in range(2)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_runs_and_tables_all_its_arms(name, folder, config, subjects):
+    if name == "super_resolution":
+        config = study.changed(config, tune=("base", name))
+    made = importlib.import_module(f"experiments.{name}").make_study(config)
+    runs = folder / ("enlarged" if name == "super_resolution" else "runs")
+    text = study.conduct(made, config, subjects[:1], NOUNS, runs)
+    for arm in made.arms:
+        assert f"| {arm.name} |" in text
+    for finding in made.findings:
+        assert f"| {finding.claim} |" in text
+    for row in made.paper:
+        assert f"| paper: {row} |" in text
+    assert {file.name for file in (runs / name).iterdir()} == {
+        "tables.md",
+        "tables.csv",
+        "subjects.csv",
+        "figure.png",
+    }
+
+
+def test_what_was_scored_is_only_read(folder, config, subjects, monkeypatch):
+    made = importlib.import_module("experiments.prior_preservation").make_study(config)
+    text = study.conduct(made, config, subjects[:1], NOUNS, folder / "runs")
+    monkeypatch.setattr(study, "personalize", None)
+    monkeypatch.setattr(study, "evaluate", None)
+    assert study.conduct(made, config, subjects[:1], NOUNS, folder / "runs") == text
+
+
+def test_a_killed_experiment_goes_on(folder, config, subjects, monkeypatch):
+    """The second subject's run is cut short while it is being scored."""
+    made = study.Study("alone", [study.Arm("alone", config)], [], {}, 2)
+    whole = study.conduct(made, config, subjects, NOUNS, folder / "whole")
+    evaluate = study.evaluate
+
+    def dies(*arguments, **named):
+        if arguments[2] == subjects[1].name:
+            raise KeyboardInterrupt
+        return evaluate(*arguments, **named)
+
+    monkeypatch.setattr(study, "evaluate", dies)
+    with pytest.raises(KeyboardInterrupt):
+        study.conduct(made, config, subjects, NOUNS, folder / "killed")
+    monkeypatch.undo()
+    assert study.conduct(made, config, subjects, NOUNS, folder / "killed") == whole
+
+
+def test_weights_can_be_deleted_once_scored(folder, config, subjects):
+    made = study.Study("alone", [study.Arm("alone", config)], [], {}, 1)
+    study.conduct(made, config, subjects[:1], NOUNS, folder / "light", delete_weights=True)
+    run = folder / "light" / "alone" / subjects[0].name
+    assert not (run / "pipeline").exists() and not list(run.glob("*/checkpoints"))
+    assert len(read_rows(run / "evaluation" / "rows.jsonl")) == 5 + 2 * 2 + 2 * 4
+    study.conduct(made, config, subjects[:1], NOUNS, folder / "light", delete_weights=True)
+
+
+def test_another_configuration_needs_another_directory(folder, config, subjects):
+    other = study.changed(config, seed=7)
+    made = study.Study("alone", [study.Arm("alone", other)], [], {}, 1)
+    with pytest.raises(UserError, match="begun with another configuration"):
+        study.conduct(made, other, subjects[:1], NOUNS, folder / "whole")
