@@ -107,6 +107,9 @@ def quick(config: ConfigDict) -> ConfigDict:
     changes = {"class_images__count": 4, "evaluation__images_per_prompt": 2, "evaluation__class_samples": 4}
     for training in set(config) & {"training", "super_resolution_training"}:
         changes |= {f"{training}__num_steps": config[training].steps_per_dispatch, f"{training}__batch_size": 2}
+    for method, numbers in config.get("methods", {}).items():
+        if "num_steps" in numbers:
+            changes[f"methods__{method}__num_steps"] = config.training.steps_per_dispatch
     return changed(config, **changes)
 
 

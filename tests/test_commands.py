@@ -134,7 +134,7 @@ def test_a_run_directory_that_cannot_be_made(pretrained, photos, tmp_path, paren
 
 def test_required_flags_are_named(tmp_path):
     finished = processes.command(tmp_path, "personalize_jax.sample", "--prompt=a dog")
-    assert finished.status == 1 and "--out must have a value" in finished.error and "Traceback" not in finished.error
+    assert "--out must have a value" in refused(finished).replace("Flag ", "").replace("flag ", "")
 
 
 @pytest.mark.parametrize(

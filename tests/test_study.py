@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from experiments import study
+from experiments import num_images, study, training_length
 from personalize_jax.benchmark.loading import load_benchmark
 from personalize_jax.errors import UserError
 from personalize_jax.pipeline import save_pipeline
@@ -50,9 +50,11 @@ def subjects():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_experiment_runs_and_tables_all_its_arms(name, folder, config, subjects):
+def test_every_experiment_runs_and_tables_all_its_arms(name, folder, config, subjects, monkeypatch):
     if name == "super_resolution":
         config = study.changed(config, tune=("base", name))
+    monkeypatch.setattr(training_length, "SHARES", (1.0, 2.0))  # every arm takes seconds to compile
+    monkeypatch.setattr(num_images, "COUNTS", (1, 2))
     made = importlib.import_module(f"experiments.{name}").make_study(config)
     runs = folder / ("enlarged" if name == "super_resolution" else "runs")
     text = study.conduct(made, config, subjects[:1], NOUNS, runs)

@@ -156,11 +156,13 @@ def losses(directory):
     return [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_training_lowers_the_clips_loss(small, fresh, lightly_compiled, tmp_path):
     learn(next(lessons(fresh)), tmp_path)
     assert np.mean(losses(tmp_path)[-3:]) < np.mean(losses(tmp_path)[:3])
 
 
+@pytest.mark.slow
 def test_training_lowers_the_instance_encoders_loss_and_goes_on_where_it_was_stopped(
     small, fresh, lightly_compiled, tmp_path
 ):
