@@ -6,6 +6,7 @@ run that has been scored is only read. Rows of scores stay in each run's `evalua
 folder, `workdir/<experiment>`, gets the tables and a figure.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -253,7 +254,7 @@ def share_class_images(folder: Path, shared: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     link = folder / "class_images"
     if not link.is_symlink():
-        link.symlink_to(shared.resolve())
+        link.symlink_to(os.path.relpath(shared, folder))  # relative, so that all can be moved together
 
 
 def take_checkpoints(source: Path, folder: Path, stages: Sequence[str]) -> None:

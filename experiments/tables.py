@@ -80,7 +80,8 @@ def tables(table: Table, paper: Mapping[str, Mapping[str, float]], num_subjects:
         f"paper: {row}": {name: Estimate(value, value, value) for name, value in values.items()}
         for row, values in paper.items()
     }
-    further = [n for n in first if n.startswith("CLIP") and n not in PAPER_METRICS and not n.endswith("(real)")]
+    known = (*PAPER_METRICS, *SUBJECT_METRICS, *CLASS_METRICS)
+    further = [name for name in first if name not in known and not name.endswith((" (real)", " before"))]
     text = f"Means over {num_subjects} subjects, with 95 % bootstrap intervals over them.\n\n"
     text += markdown({"real pictures": real, **table, **quoted}, [*PAPER_METRICS, *further])
     for metrics in (SUBJECT_METRICS, CLASS_METRICS):

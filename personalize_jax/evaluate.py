@@ -27,8 +27,9 @@ from personalize_jax.evaluation import evaluate, read_pictures
 from personalize_jax.metrics.table import Row, comma_separated, estimates, transposed
 from personalize_jax.personalization import load_pretrained
 from personalize_jax.personalized import load_personalized
+from personalize_jax.pipeline import Pipeline
 from personalize_jax.pipeline.storage import write_text
-from personalize_jax.scoring import load_judges, score, summary, write_rows
+from personalize_jax.scoring import Judges, load_judges, score, summary, write_rows
 
 
 def define_flags() -> None:
@@ -71,7 +72,9 @@ def of_runs(workdirs: list[Path], config: ConfigDict | None) -> list[Row]:
     """Rows of personalised runs."""
     if len({workdir.name for workdir in workdirs}) < len(workdirs):
         raise UserError("Two runs have the same name, which is their subject's in the table; rename one.")
-    rows = []
+    rows: list[Row] = []
+    judges: dict[str, Judges] = {}  # by what they are loaded from, so that the runs share them
+    pretrained: dict[str, Pipeline] = {}
     for workdir in workdirs:
         tuned = load_personalized(workdir)
         ran = ConfigDict(json.loads((workdir / "config.json").read_text()))
@@ -80,12 +83,14 @@ def of_runs(workdirs: list[Path], config: ConfigDict | None) -> list[Row]:
             raise UserError(f"{workdir} was begun without `evaluation` keys in its configuration; give --config.")
         prompts = read_prompts(settings.prompts, tuned.subject.class_noun.noun)
         count = len(prompts) * settings.images_per_prompt + 2 * settings.class_samples
-        judges = load_judges(settings)
+        if (reads := settings.to_json()) not in judges:
+            judges = {reads: load_judges(settings)}
+        if (origin := str((ran.pretrained, ran.get("compute")))) not in pretrained:
+            pretrained = {origin: load_pretrained(ran)}
         with tqdm(total=count, desc=f"evaluating {workdir.name}", unit="img") as bar:
             folder = workdir / "evaluation"
-            rows += evaluate(
-                tuned, load_pretrained(ran), workdir.name, prompts, judges, settings, folder, progress=bar.update
-            )
+            known = pretrained[origin], workdir.name, prompts, judges[reads]
+            rows += evaluate(tuned, *known, settings, folder, progress=bar.update)
     return rows
 
 

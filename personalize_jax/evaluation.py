@@ -5,12 +5,10 @@ lie beside them. Pictures that are there already are scored all the same: `read_
 """
 
 import csv
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -64,7 +62,7 @@ def evaluate(
     """
     if plain := [prompt for prompt in prompts if PLACEHOLDER not in prompt]:
         raise UserError(f"The prompt {plain[0]!r} has no {PLACEHOLDER}; write it before the class noun.")
-    tuned, untuned = fingerprint(personalized.pipeline), fingerprint(pretrained)
+    tuned, untuned = personalized.pipeline.fingerprint, pretrained.fingerprint
     made_of = {
         "definitions": DEFINITIONS,
         "weights": {"after": tuned, "before": untuned},
@@ -106,7 +104,7 @@ def draw(
         pipeline: the cascade.
         role: of the pictures.
         jobs: prompts, with "[V]", and seeds.
-        weights: a fingerprint of the cascade's, kept with every picture.
+        weights: the cascade's fingerprint, kept with every picture.
         identifier: for "[V]".
         folder: for the pictures.
         batch_size: pictures drawn at once, and kept before the next ones.
@@ -128,15 +126,6 @@ def draw(
         Picture(role, prompt, seed, file.relative_to(folder).as_posix(), found[i])
         for i, ((prompt, seed), file) in enumerate(zip(jobs, files, strict=True))
     ]
-
-
-def fingerprint(pipeline: Pipeline) -> str:
-    """A digest of all parameters of a cascade, and of how its stages are sampled."""
-    digest = hashlib.sha256(json.dumps([stage.sampling._asdict() for stage in pipeline.stages]).encode())
-    for path, value in jax.tree_util.tree_leaves_with_path(dict(pipeline.params)):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(value).data)
-    return digest.hexdigest()[:16]
 
 
 def read_pictures(images: Path, prompts: Path, photos: Path) -> dict[str, list[Picture]]:

@@ -3,7 +3,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from personalize_jax.errors import UserError
-from personalize_jax.evaluation import draw, evaluate, fingerprint, read_pictures
+from personalize_jax.evaluation import draw, evaluate, read_pictures
 from personalize_jax.personalized import Personalized
 from personalize_jax.pictures import read_png, save_png
 from personalize_jax.subject.class_noun import ClassNoun
@@ -71,9 +71,9 @@ def test_progress_counts_pictures_found_and_drawn(pipeline, tmp_path):
 
 
 def test_fingerprints_tell_weights_and_samplings_apart(pipeline, personalized):
-    assert fingerprint(pipeline) == fingerprint(tiny.pipeline())
+    assert pipeline.fingerprint == tiny.pipeline().fingerprint
     sampling = pipeline.stages[0].sampling._replace(num_steps=9)
-    others = {fingerprint(p) for p in (pipeline, personalized.pipeline, pipeline.replace_sampling(base=sampling))}
+    others = {p.fingerprint for p in (pipeline, personalized.pipeline, pipeline.replace_sampling(base=sampling))}
     assert len(others) == 3
 
 

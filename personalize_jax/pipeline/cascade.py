@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +55,15 @@ class Pipeline:
     def is_public(self) -> bool:
         """Whether the networks are public ones, whose configurations name their kind."""
         return "model_type" in self.spec["text_encoder"]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A digest of all parameters, and of how the stages are sampled; computed once, as it reads every byte."""
+        digest = hashlib.sha256(json.dumps([stage.sampling._asdict() for stage in self.stages]).encode())
+        for path, value in jax.tree_util.tree_leaves_with_path(dict(self.params)):
+            digest.update(jax.tree_util.keystr(path).encode())
+            digest.update(np.ascontiguousarray(value).data)
+        return digest.hexdigest()[:16]
 
     def save(self, folder: str | Path) -> None:
         """Write float32 parameters for `load_pipeline`; a public pipeline in diffusers' layout."""
