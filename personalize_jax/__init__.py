@@ -32,6 +32,9 @@ _CPU_ONLY = find_spec("libtpu") is None and find_spec("jax_plugins") is None
 if _CPU_ONLY and version("jaxlib") == "0.10.2" and _FLAG not in _FLAGS:
     os.environ["XLA_FLAGS"] = f"{_FLAGS} {_FLAG}=LIBRARY_FUSION_TYPE_REDUCE"
 
+# transformers is here for its tokenizers, and would advise everybody to install PyTorch.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for, so that a command does not wait for what it does not need."""
