@@ -21,8 +21,8 @@ test-all: .venv/test-installed
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/test-installed
-	.venv/bin/python -m ruff check .
-	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m ruff check --no-cache .
+	.venv/bin/python -m ruff format --no-cache --check .
 
 format: .venv/test-installed
 	.venv/bin/python -m ruff check --fix .

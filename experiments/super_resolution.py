@@ -9,11 +9,11 @@ signal-to-noise ratio over the object.
 
 import numpy as np
 from ml_collections import ConfigDict
-from personalize_jax.benchmark.subjects import BenchmarkSubject
 
 from experiments import study
 from experiments.study import Arm, Study
 from experiments.tables import Finding
+from personalize_jax.benchmark.subjects import BenchmarkSubject
 from personalize_jax.configuration import changed
 from personalize_jax.errors import UserError
 from personalize_jax.metrics.table import Row
