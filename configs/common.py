@@ -55,7 +55,7 @@ def training() -> ConfigDict:
                 "weight_decay": 0.0,
                 "clip_norm": 1.0,
             },
-            "mesh": (-1, 1, 1),  # sizes of data, fsdp and tensor
+            "mesh": (-1, 1, 1),  # sizes of data, fsdp and tensor; see training/sharding.py:make_mesh
             # Axes of the last dimensions, last first: features over tensor, inputs over fsdp.
             "sharding": (("", ("tensor", "fsdp")),),
             "steps_per_dispatch": 1,
@@ -73,6 +73,7 @@ def public_training() -> ConfigDict:
     config.optimizer.weight_decay = 1e-2
     config.lora.targets = (("denoiser/.*/(to_q|to_k|to_v|to_out_0|add_k_proj|add_v_proj)/kernel", 1),)
     config.steps_per_dispatch = 10
+    config.mesh = (1, -1, -1)  # every parameter in parts: over as many devices as split the batch, and the rest
     return config
 
 

@@ -34,6 +34,7 @@ from personalize_jax.training import sharding
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
 from personalize_jax.training.loop import averaged, latest, train, trained_params
 from personalize_jax.training.prior import class_images
+from personalize_jax.training.program import mesh_of
 from personalize_jax.training.step import TrainState
 from personalize_jax.training.trainable import LORA
 
@@ -73,7 +74,7 @@ def load_pretrained(config: ConfigDict) -> Pipeline:
     """The pretrained cascade that a configuration names; a public one is read right into the shards of training."""
 
     def place(shapes: Params) -> Params:
-        return sharding.shardings(shapes, config.training.sharding, sharding.make_mesh(config.training.mesh))
+        return sharding.shardings(shapes, config.training.sharding, mesh_of(config.training))
 
     return load_pipeline(config.pretrained, place, **config.get("compute", {}))
 

@@ -34,6 +34,7 @@ ROOMS = (
     "metrics",
     "world",
     "benchmark",
+    "planning",
 )
 
 # Only networks know Flax, so that everything else works on plain dictionaries of arrays.

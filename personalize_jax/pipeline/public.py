@@ -181,10 +181,7 @@ def load_public(
         UserError: nothing there, or what is there cannot be used.
     """
     found = [read_components(resolve(source)) for source in sources]
-    first = found[0]
-    spec = {"text_encoder": first.configs.get("text_encoder", {}), "stages": [_stage_spec(c) for c in found]}
-    if "vae" in first.configs:
-        spec["vae"] = first.configs["vae"]
+    first, spec = found[0], spec_of(found)
     built = architecture(spec, **compute)
     abstract = built.abstract_params()
     shardings = {} if place is None else place(abstract)
@@ -263,6 +260,13 @@ def saved_folders(folder: Path) -> list[Path]:
         return [folder]
     names = dict.fromkeys(family.stage for family in FAMILIES.values())
     return [folder / name for name in names if (folder / name / "model_index.json").is_file()]
+
+
+def spec_of(found: Sequence[Components]) -> dict[str, Any]:
+    """The spec of a pipeline, from the components of each stage."""
+    first = found[0]
+    spec = {"text_encoder": first.configs.get("text_encoder", {}), "stages": [_stage_spec(c) for c in found]}
+    return spec | ({"vae": first.configs["vae"]} if "vae" in first.configs else {})
 
 
 def _stage_spec(components: Components) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The training loop: the same for every stage, for pretraining and for personalisation."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import time
@@ -12,46 +11,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from personalize_jax.errors import UserError
 from personalize_jax.models.params import Params
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Stage
-from personalize_jax.training import sharding
 from personalize_jax.training.checkpoint import Checkpoints
-from personalize_jax.training.examples import Batch, Examples, draw_batch
-from personalize_jax.training.lora import init_adapters
-from personalize_jax.training.losses import Objective, personalization_loss
-from personalize_jax.training.optimizer import make_optimizer
-from personalize_jax.training.step import TrainState, init_state, make_train_step, make_train_steps
-from personalize_jax.training.trainable import LORA, ROWS, init_rows, merge, select
+from personalize_jax.training.examples import Examples
+from personalize_jax.training.program import build, mesh_of
+from personalize_jax.training.step import TrainState
+from personalize_jax.training.trainable import merge
 
 _ADAPTER_PURPOSE = np.uint32(2**32 - 2)  # folded into the run's key for adapters; the steps fold in their numbers
-
-
-@dataclasses.dataclass(frozen=True)
-class Draw:
-    """How batches are drawn: examples of each half, and the share of captions left empty.
-
-    Attributes:
-        batch_size: of each half.
-        caption_dropout: share of empty captions by half.
-        object_weight: additional loss weight of the object's pixels, where masks are known.
-    """
-
-    batch_size: int
-    caption_dropout: dict[str, float]
-    object_weight: float
-
-    def __call__(self, examples: dict[str, Examples], key: Array) -> dict[str, Batch]:
-        """Draw a batch for each half, with a key of its own."""
-        keys = jax.random.split(key, len(examples))
-        return {
-            half: draw_batch(examples[half], k, self.batch_size, self.caption_dropout[half], self.object_weight)
-            for half, k in zip(sorted(examples), keys, strict=True)
-        }
 
 
 class Training(NamedTuple):
@@ -80,63 +52,14 @@ def prepare(
     checkpoints: Checkpoints,
     identifier: Mapping[int, Sequence[int]] | None = None,
 ) -> Training:
-    """Place everything on the mesh and build the program; the arguments are those of `train`."""
-    mesh = sharding.make_mesh(config.mesh)
-    _check(config, mesh)
-    root_key = jax.random.key(seed)
-    selection = select(pretrained, config)
-    if selection.with_rows and not identifier:
-        raise UserError("The rows of an identifier are to be trained where there is none; give True or False instead.")
-    frozen = selection.frozen
-    objective = Objective(
-        config.weighting,
-        config.prior.weight,
-        config.prior.form,
-        tuple(config.augmentation_levels),
-        config.offset_noise,
-        config.vlb_weight,
-    )
-    if objective.prior_form == "frozen_prediction" and objective.prior_weight > 0:
-        frozen = pretrained
-    optimizer = make_optimizer(config.optimizer, config.num_steps)
-    vocabulary_size = text_encoder.vocab_size if "text_encoder" in selection.networks else None
-
-    def make_state(trained: Params) -> TrainState:
-        params = dict(trained)
-        if selection.with_rows:
-            params[ROWS] = init_rows(pretrained, selection.with_rows, identifier)
-        if selection.adapted:
-            key = jax.random.fold_in(root_key, _ADAPTER_PURPOSE)
-            params[LORA] = init_adapters(pretrained, selection.adapted, config.lora.rank, key)
-        return init_state(params, optimizer, config.ema_decay > 0, vocabulary_size)
-
-    abstract = jax.eval_shape(make_state, selection.trained)
-    state_shardings = sharding.shardings(abstract, config.sharding, mesh)
-    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, state_shardings)
-    state = checkpoints.restore(abstract)
+    """Build the program and place everything on the mesh; the arguments are those of `train`."""
+    mesh = mesh_of(config)
+    program = build(stage, text_encoder, pretrained, config, seed, mesh, identifier)
+    state = checkpoints.restore(program.state)
     if state is None:
-        # Copied, since the state is donated and the caller keeps the pretrained parameters.
-        state = jax.jit(make_state, out_shardings=state_shardings)(jax.tree.map(np.array, selection.trained))
-
-    draw = Draw(
-        config.batch_size,
-        {"instance": config.caption_dropout, "prior": config.prior.caption_dropout},
-        config.object_weight,
-    )
-
-    def loss(params: Params, frozen_params: Params, batch: dict[str, Batch], rng: Array) -> tuple[Array, dict]:
-        params, frozen_params = (sharding.gathered(p, config.sharding, mesh) for p in (params, frozen_params))
-        return personalization_loss(stage, text_encoder, objective, params, frozen_params, batch, rng)
-
-    steps = make_train_steps(
-        make_train_step(loss, optimizer, config.ema_decay, config.microbatches),
-        lambda examples, key: sharding.shard_batch(draw(examples, key), mesh),
-        root_key,
-        config.steps_per_dispatch,
-    )
-    advance = jax.jit(steps, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh)))
-    frozen = jax.device_put(frozen, sharding.shardings(frozen, config.sharding, mesh))
-    return Training(advance, state, frozen, jax.device_put(examples, sharding.replicated(mesh)))
+        state = program.make_state(program.place(program.start))
+    frozen = program.place(program.frozen_params)
+    return Training(program.advance, state, frozen, jax.device_put(examples, program.everywhere))
 
 
 def train(
@@ -187,23 +110,6 @@ def train(
                 saved = step
             progress(step, log.latest)
     return state
-
-
-def _check(config: ConfigDict, mesh: Mesh) -> None:
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch_size % shards:
-        raise UserError(
-            f"batch_size is {config.batch_size} and the mesh splits it {shards} ways; give a multiple of that."
-        )
-    if config.microbatches < 1 or config.batch_size % (config.microbatches * shards):
-        raise UserError(
-            f"batch_size is {config.batch_size} and microbatches {config.microbatches}, and the mesh splits each part "
-            f"{shards} ways; give microbatches of 1 or more whose product with that divides batch_size."
-        )
-    if config.num_steps % config.steps_per_dispatch:
-        raise UserError(
-            f"num_steps is {config.num_steps} and steps_per_dispatch {config.steps_per_dispatch}; give a multiple."
-        )
 
 
 def latest(directory: Path) -> TrainState | None:

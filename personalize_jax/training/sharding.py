@@ -1,5 +1,6 @@
 """Where arrays live: a named mesh (data, fsdp, tensor) and rules from parameter paths to PartitionSpecs."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -15,23 +16,30 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
 
-def make_mesh(shape: Sequence[int]) -> Mesh:
+def make_mesh(shape: Sequence[int], batch_size: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over this program's devices.
 
     Args:
-        shape: sizes of data, fsdp and tensor; one of them may be -1 for "what remains".
+        shape: sizes of data, fsdp and tensor. One of them may be -1 for "what remains"; or fsdp and tensor both, and
+            then fsdp is as large as the batch can be split and tensor takes the rest.
+        batch_size: pictures of a half that go through a network at once.
+        devices: others than this program's.
 
     Raises:
         UserError: the sizes do not multiply to the number of devices.
     """
-    devices = np.array(jax.devices())
+    devices = np.array(jax.devices() if devices is None else devices)
+    data, fsdp, tensor = shape
+    if fsdp == tensor == -1 and data > 0:
+        fsdp = math.gcd(batch_size // math.gcd(batch_size, data), devices.size // data)
     try:
-        return Mesh(devices.reshape(tuple(shape)), AXES)
+        grid = devices.reshape(data, fsdp, tensor)
     except ValueError as error:
         raise UserError(
             f"config.mesh is {tuple(shape)} and there are {devices.size} devices; "
             "give sizes of (data, fsdp, tensor) that multiply to that number, -1 for what remains."
         ) from error
+    return Mesh(grid, AXES)
 
 
 def shardings(tree: Any, rules: Sequence[tuple[str, Sequence[str | None]]], mesh: Mesh) -> Any:
@@ -65,24 +73,48 @@ def shardings(tree: Any, rules: Sequence[tuple[str, Sequence[str | None]]], mesh
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def placed(tree: Any, rules: Sequence[tuple[str, Sequence[str | None]]], mesh: Mesh) -> Any:
+    """Arrays where `shardings` puts them; of shapes, shapes that say so."""
+
+    def place(leaf: Any, target: NamedSharding) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target)
+        return jax.device_put(leaf, target)
+
+    return jax.tree.map(place, tree, shardings(tree, rules, mesh))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Whole on every device."""
     return NamedSharding(mesh, P())
 
 
 def gathered(params: Any, rules: Sequence[tuple[str, Sequence[str | None]]], mesh: Mesh) -> Any:
-    """Constrain parameters to be whole over fsdp, as a network uses them; traceable.
+    """Parameters whole over fsdp, as a network uses them; traceable.
 
     Stored in parts, used whole: left to itself XLA may split a convolution's sums over fsdp instead, and then its
-    gradients are wrong where a batch is split over data and fsdp both and features over tensor (jax 0.10.2).
+    gradients are wrong where a batch is split over data and fsdp both and features over tensor (jax 0.10.2). Their
+    gradients lie as the parameters do, so that devices add up their own parts only and none holds them all.
 
     Args:
         params: parameters that lie as `shardings` with the same rules puts them.
         rules: see `shardings`.
         mesh: the mesh.
     """
-    whole = [(pattern, [None if axis == "fsdp" else axis for axis in axes]) for pattern, axes in rules]
-    return jax.lax.with_sharding_constraint(params, shardings(params, whole, mesh))
+    if mesh.shape["fsdp"] == 1:
+        return params
+    in_parts = shardings(params, rules, mesh)
+    whole = shardings(params, [(p, [None if axis == "fsdp" else axis for axis in axes]) for p, axes in rules], mesh)
+
+    @jax.custom_vjp
+    def gather(params: Any) -> Any:
+        return jax.lax.with_sharding_constraint(params, whole)
+
+    gather.defvjp(
+        lambda params: (gather(params), None),
+        lambda _, gradient: (jax.lax.with_sharding_constraint(gradient, in_parts),),
+    )
+    return gather(params)
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:

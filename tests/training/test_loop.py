@@ -13,7 +13,7 @@ import pytest
 
 from personalize_jax.errors import UserError
 from personalize_jax.pipeline import Stage
-from personalize_jax.training import loop
+from personalize_jax.training import program
 from personalize_jax.training.loop import train, trained_params
 from tests import tiny
 from tests.training import worker
@@ -105,14 +105,14 @@ def test_two_steps_a_dispatch_give_the_same_parameters(tmp_path):
 
 def test_token_counts_are_those_of_the_drawn_captions_over_a_resume_too(tmp_path, monkeypatch):
     drawn = []
-    draw_batch = loop.draw_batch
+    draw_batch = program.draw_batch
 
     def recording(*args):
         batch = draw_batch(*args)
         jax.debug.callback(lambda tokens: drawn.append(np.asarray(tokens)), batch.tokens)
         return batch
 
-    monkeypatch.setattr(loop, "draw_batch", recording)
+    monkeypatch.setattr(program, "draw_batch", recording)
     for num_steps in (4, 7):
         state = train_linear(tmp_path, num_steps=num_steps, trainable=EVERYTHING, caption_dropout=0.3)
         jax.effects_barrier()

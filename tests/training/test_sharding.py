@@ -102,7 +102,7 @@ def eight_devices(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("personalize_jax.training.loop.make_optimizer", None)  # put back after the worker's change
+        patch.setattr("personalize_jax.training.program.make_optimizer", None)  # put back after the worker's change
         return worker.train_by_sgd(tmp_path_factory.mktemp("one_device")).params
 
 

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from personalize_jax.errors import UserError
 from personalize_jax.pipeline import Stage
-from personalize_jax.training import loop
+from personalize_jax.training import loop, program
 from personalize_jax.training.losses import interleave, separate
 from personalize_jax.training.sharding import BATCH
 from tests import tiny
@@ -53,7 +53,7 @@ def train_by_sgd(directory, **changes):
     Adam divides by the gradient's size: where it vanishes but for rounding, as that of an attention's key biases does,
     devices that add in another order would get steps of another sign.
     """
-    loop.make_optimizer = lambda config, num_steps: optax.sgd(0.05, momentum=0.9)
+    program.make_optimizer = lambda config, num_steps: optax.sgd(0.05, momentum=0.9)
     return train(directory, num_steps=10, checkpoint_every=10, batch_size=8, ema_decay=0.0, **changes)
 
 

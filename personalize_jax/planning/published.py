@@ -5,6 +5,8 @@ brings its own. What a comment does not call recalled was compared with publishe
 them. A size or version that was never published raises UserError.
 """
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from personalize_jax.errors import UserError
@@ -14,6 +16,40 @@ _IF_WIDTHS = {"M": 192, "L": 320, "XL": 704}
 # M is a guess: it has 482M parameters, where 450M are published.
 _IF_SUPER_RESOLUTION_WIDTHS = {"M": 96, "L": 160}
 _STABLE_DIFFUSION = ("1.5", "2.1", "2.1-base")
+_REPOSITORIES = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "1.5",
+    "stabilityai/stable-diffusion-2-1": "2.1",
+    "stabilityai/stable-diffusion-2-1-base": "2.1-base",
+}
+
+
+def spec(repositories: Sequence[str]) -> dict[str, Any] | None:
+    """What `pipeline.public.architecture` builds of published repositories; None if they are not all known here.
+
+    Args:
+        repositories: on the hub, one a stage, such as "DeepFloyd/IF-I-XL-v1.0".
+    """
+    stages = []
+    for name in repositories:
+        if version := _REPOSITORIES.get(name):
+            unet, scheduler = stable_diffusion_unet(version), stable_diffusion_scheduler(version)
+            stage = {"class": "StableDiffusionPipeline", "unet": unet, "scheduler": scheduler}
+            return {"text_encoder": clip_text(version), "vae": vae(), "stages": [stage]}
+        match = re.fullmatch(r"DeepFloyd/IF-(I|II)-(M|L|XL)-v1\.0", name)
+        if match is None:
+            return None
+        if match[1] == "I":
+            stages.append({"class": "IFPipeline", "unet": if_unet(match[2]), "scheduler": if_scheduler()})
+        else:
+            stages.append(
+                {
+                    "class": "IFSuperResolutionPipeline",
+                    "unet": if_super_resolution_unet(match[2]),
+                    "scheduler": if_super_resolution_scheduler(),
+                    "image_noising_scheduler": if_image_noising_scheduler(),
+                }
+            )
+    return {"text_encoder": t5_xxl(), "stages": stages}
 
 
 def if_unet(size: str) -> dict[str, Any]:

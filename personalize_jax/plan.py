@@ -1,0 +1,222 @@
+"""Tell what a personalisation takes of TPUs that are not at hand: memory, time, traffic, and what to change.
+
+    python -m personalize_jax.plan --config=configs/stable_diffusion.py:2.1 --topology=v5e-8 --topology=v5p-8
+
+The real train step and the real sampling step of each stage are compiled ahead of time, on any machine with libtpu
+(`pip install libtpu`) and without weights: a published model's shapes are known, a folder's are read. Compiling a step
+of a large model takes a core some ten minutes. `--out=plan.json` keeps all numbers.
+
+Times are a roofline's, the least that a step can take; real steps take longer.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from personalize_jax import command
+from personalize_jax.configuration import changed, stage_trainings, trains_text_encoder
+from personalize_jax.personalization import prior_sampling
+from personalize_jax.pipeline import Pipeline, load_pipeline
+from personalize_jax.pipeline.diffusers_folder import read_components
+from personalize_jax.pipeline.public import architecture, spec_of
+from personalize_jax.pipeline.storage import saved_folders, write_text
+from personalize_jax.planning import chips, published
+from personalize_jax.planning.chips import GIB, Topology
+from personalize_jax.planning.estimate import Run, fits, roofline, seconds
+from personalize_jax.planning.programs import Usage, sampling_step, train_step
+
+SUBJECTS, CLASSES, PROMPTS = 30, 15, 25  # of the paper's protocol
+
+
+def define_flags() -> None:
+    """The command line."""
+    config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/deepfloyd_if.py:XL.")
+    flags.DEFINE_multi_string("topology", None, "A slice, such as v5e:4x4 or v5e-16; as often as wanted.")
+    flags.DEFINE_bool("sampling", True, "Whether to plan drawing, too, and with it whole runs.")
+    flags.DEFINE_bool("advise", True, "Where tuning does not fit, try which changes make it fit.")
+    flags.DEFINE_string("out", None, "A JSON file for all numbers.")
+
+
+def main(_: list[str]) -> None:
+    """Compile, print tables, write JSON."""
+    jax.config.update("jax_platforms", "cpu")  # chips that this machine may have are left alone
+    arguments = flags.FLAGS
+    topologies = [chips.parse(text) for text in arguments.topology]
+    pipeline = abstract_pipeline(arguments.config)
+    plans = []
+    for topology in topologies:
+        plans.append(plan(pipeline, arguments.config, topology, arguments.sampling, arguments.advise))
+        if arguments.out:
+            write_text(Path(arguments.out), json.dumps(plans, indent=2))
+    print(table(plans))
+
+
+def abstract_pipeline(config: ConfigDict) -> Pipeline:
+    """The pretrained cascade that a configuration names, with shapes in place of parameters and without vocabulary."""
+    named = config.pretrained
+    sources = [named] if isinstance(named, str) else list(named)
+    spec = published.spec(sources)
+    if spec is None and (folders := [found for source in sources for found in saved_folders(Path(source))]):
+        spec = spec_of([read_components(folder) for folder in folders])
+    if spec is None:  # ours, which are small
+        pipeline = load_pipeline(named)
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), pipeline.params)
+        return pipeline.replace_params(**shapes)
+    built = architecture(spec, **config.get("compute", {}))
+    return Pipeline(None, built.text_encoder, built.stages, built.abstract_params(), spec, built.codec)
+
+
+def plan(
+    pipeline: Pipeline, config: ConfigDict, topology: Topology, sampling: bool = True, advise: bool = True
+) -> dict[str, Any]:
+    """What a configuration takes of one slice, as plain data.
+
+    Args:
+        pipeline: from `abstract_pipeline`.
+        config: of the run.
+        topology: the slice.
+        sampling: whether to plan drawing, too.
+        advise: whether to look for changes where tuning does not fit.
+
+    Raises:
+        UserError: the configuration does not fit the number of chips.
+    """
+    devices = chips.devices(topology)
+    trainings = stage_trainings(config)
+    steps, draws, programs = {}, {}, []
+    for name in config.tune:
+        usage = tuning(pipeline, config, name, devices)
+        programs.append(described(f"tuning {name}", usage, topology))
+        steps[name] = roofline(usage, topology).seconds
+        if advise and not fits(usage, topology):
+            programs[-1]["changes"] = changes_that_fit(pipeline, config, name, topology)
+    if sampling:
+        for stage in pipeline.stages:
+            batch = config.class_images.batch_size
+            usage = sampling_step(pipeline, stage, stage.sampling, batch, config.training, devices)
+            programs.append(described(f"drawing {stage.name}", usage, topology))
+            draws[stage.name] = roofline(usage, topology).seconds
+    result = {"topology": str(topology), "chips": topology.size, "mesh": list(config.training.mesh)}
+    result |= {"hbm": topology.chip.hbm_bytes, "programs": programs}
+    if sampling:
+        with_prior = any(trainings[name].prior.weight > 0 for name in config.tune)
+        result["seconds"] = run_seconds(pipeline, config, topology, with_prior, steps, draws)
+    return result
+
+
+def tuning(pipeline: Pipeline, config: ConfigDict, name: str, devices: Any) -> Usage:
+    """What the tuning of a stage takes."""
+    training = stage_trainings(config)[name]
+    trains_text = trains_text_encoder(pipeline, name, training)
+    return train_step(pipeline, pipeline.stage(name), training, config.class_images.count, trains_text, devices)
+
+
+def changes_that_fit(pipeline: Pipeline, config: ConfigDict, name: str, topology: Topology) -> list[str] | None:
+    """The first changes, each on top of those before, with which a stage's tuning fits; None if it never does.
+
+    In the order of what they cost: how parameters lie and an attention kernel cost next to nothing, computing
+    activations again a third more time, and small batches the use of the chip.
+    """
+    part = {"base": "training", "super_resolution": "super_resolution_training"}[name]
+    training, made = stage_trainings(config)[name], []
+    candidates: list[tuple[str, Any]] = [(f"{part}.mesh", (1, -1, -1))]
+    if "compute" in config:
+        candidates += [("compute.attention", "flash"), ("compute.remat", True)]
+    batches = [2**k for k in range(1, 4) if training.batch_size % 2**k == 0]
+    candidates += [(f"{part}.microbatches", count) for count in batches if count > training.microbatches]
+    for key, value in candidates:
+        config = changed(config, **{key.replace(".", "__"): value})
+        if key.startswith("compute"):
+            pipeline = abstract_pipeline(config)
+        made = [change for change in made if not change.startswith(key)] + [f"{key}={value}"]
+        if fits(tuning(pipeline, config, name, chips.devices(topology)), topology):
+            return made
+    return None
+
+
+def described(program: str, usage: Usage, topology: Topology) -> dict[str, Any]:
+    """A program's usage as plain data."""
+    least = roofline(usage, topology)
+    by_kind = {kind: usage.received(kind) for kind in dict.fromkeys(e.kind for e in usage.exchanges)}
+    return {
+        "program": program,
+        "fits": fits(usage, topology),
+        "memory": usage.memory,
+        "flops": usage.rounds * usage.flops,
+        "bytes": usage.rounds * usage.bytes,
+        "received": by_kind,
+        "seconds": least.seconds,
+        "bound": least.bound if usage.compiled else None,
+        "roofline": least._asdict(),
+        "compile_seconds": usage.seconds,
+    }
+
+
+def run_seconds(
+    pipeline: Pipeline,
+    config: ConfigDict,
+    topology: Topology,
+    with_prior: bool,
+    steps: dict[str, float],
+    draws: dict[str, float],
+) -> dict[str, float]:
+    """Seconds of the parts of a personalisation, of all of it, and of the paper's protocol of 30 subjects.
+
+    Subjects of one class share its class images.
+    """
+    settings, evaluation = config.class_images, config.evaluation
+    trainings = stage_trainings(config)
+
+    def batches(pictures: int, batch_size: int) -> int:
+        return math.ceil(pictures / (batch_size + -batch_size % topology.size))
+
+    drawn = batches(settings.count, settings.batch_size) * with_prior
+    shown = batches(PROMPTS * evaluation.images_per_prompt + evaluation.class_samples, settings.batch_size)
+    run = Run(
+        {name: trainings[name].num_steps for name in config.tune},
+        {stage.name: (drawn, prior_sampling(stage, settings).num_steps) for stage in pipeline.stages},
+        {stage.name: (shown, stage.sampling.num_steps) for stage in pipeline.stages},
+    )
+    parts = seconds(run, steps, draws)
+    whole = parts["class images"] + parts["tuning"]
+    protocol = CLASSES * parts["class images"] + SUBJECTS * (parts["tuning"] + parts["evaluation"])
+    return parts | {"personalisation": whole, "protocol": protocol}
+
+
+def table(plans: list[dict[str, Any]]) -> str:
+    """Plans as Markdown: memory a chip in GiB, time in ms a step, exchanges in MB a step, and whole runs."""
+    kinds = ("parameters", "optimizer", "average", "pretrained", "examples", "activations")
+    lines = ["| slice | program | fits | " + " | ".join(kinds) + " | of GiB | ms | bound | TFLOP | received MB |"]
+    lines.append("|---" * (8 + len(kinds)) + "|")
+    notes = []
+    for plan in plans:
+        for program in plan["programs"]:
+            memory = program["memory"]
+            cells = [f"{memory.get(kind, 0) / GIB:.2f}" for kind in kinds]
+            fitting = "yes" if program["fits"] else "no"
+            time = [f"{1e3 * program['seconds']:.1f}", program["bound"] or ""]
+            work = [f"{program['flops'] / 1e12:.2f}", f"{sum(program['received'].values()) / 1e6:.0f}"]
+            if program["bound"] is None:
+                time, work = ["", ""], ["", ""]
+            row = [plan["topology"], program["program"], fitting, *cells, f"{plan['hbm'] / GIB:.0f}", *time, *work]
+            lines.append("| " + " | ".join(row) + " |")
+            if "changes" in program:
+                change = ", ".join(program["changes"]) if program["changes"] else "no change that was tried"
+                notes.append(f"{plan['topology']}, {program['program']}: fits with {change}.")
+        if "seconds" in plan and not math.isnan(plan["seconds"]["protocol"]):
+            one, all_subjects = plan["seconds"]["personalisation"], plan["seconds"]["protocol"]
+            notes.append(
+                f"{plan['topology']}: a personalisation takes at least {one / 60:.2g} min "
+                f"({one * plan['chips'] / 3600:.2g} chip-hours), {SUBJECTS} subjects with evaluation "
+                f"{all_subjects / 3600:.2g} h ({all_subjects * plan['chips'] / 3600:.2g} chip-hours)."
+            )
+    return "\n".join([*lines, "", *notes])
+
+
+if __name__ == "__main__":
+    command.run(main, define_flags, required=("config", "topology"))

@@ -1,0 +1,125 @@
+"""TPU chips and slices: what they can hold and do, and compile-only devices in their place."""
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from personalize_jax.errors import UserError
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """One chip of a TPU generation.
+
+    Attributes:
+        hbm_bytes: memory of the chip.
+        flops: bfloat16 operations a second.
+        hbm_bandwidth: bytes a second.
+        link_bandwidth: bytes a second over one link between chips, in one direction.
+        dimensions: of a slice's torus.
+        ring: a side of at least, or a multiple of, so many chips closes to a ring; shorter ones are lines.
+        host: chips of one host.
+    """
+
+    hbm_bytes: float
+    flops: float
+    hbm_bandwidth: float
+    link_bandwidth: float
+    dimensions: int
+    ring: int
+    host: tuple[int, ...]
+
+
+# Google Cloud's system architecture pages (TPU v4, v5e, v5p, v6e); bandwidths of links as "How to scale your model"
+# (Austin et al. 2025, "TPU networking") derives them from the totals given there.
+CHIPS = {
+    "v4": Chip(32 * GIB, 275e12, 1.2e12, 4.5e10, 3, 4, (2, 2, 1)),
+    "v5e": Chip(16 * GIB, 197e12, 8.1e11, 4.5e10, 2, 16, (2, 2)),
+    "v5p": Chip(95 * GIB, 459e12, 2.765e12, 9e10, 3, 4, (2, 2, 1)),
+    "v6e": Chip(32 * GIB, 918e12, 1.6e12, 9e10, 2, 16, (2, 2)),
+}
+# What a slice's size is called where it is rented, which counts the two cores of v4's and v5p's chips.
+_CORES = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1}
+_SHAPES = {
+    2: {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)},
+    3: {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8)},
+}
+
+
+class Topology(NamedTuple):
+    """A slice.
+
+    Attributes:
+        name: of the generation.
+        shape: chips along each dimension of the torus.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def chip(self) -> Chip:
+        """One of its chips."""
+        return CHIPS[self.name]
+
+    @property
+    def size(self) -> int:
+        """Number of chips."""
+        return math.prod(self.shape)
+
+    @property
+    def accelerator_type(self) -> str:
+        """What the slice is called where it is rented, such as v5e-16."""
+        return f"{self.name}-{self.size * _CORES[self.name]}"
+
+    def __str__(self) -> str:
+        return f"{self.name}:{'x'.join(map(str, self.shape))}"
+
+
+def parse(text: str) -> Topology:
+    """A slice by its shape, "v5e:4x4", or by what it is called where it is rented, "v5e-16".
+
+    Raises:
+        UserError: it is neither.
+    """
+    name, shape = None, None
+    if match := re.fullmatch(r"(v\d\w*):(\d+(?:x\d+)+)", text):
+        name, shape = match[1], tuple(int(side) for side in match[2].split("x"))
+    elif match := re.fullmatch(r"(v\d\w*)-(\d+)", text):
+        name, cores = match[1], int(match[2])
+        if name in CHIPS:
+            shape = _SHAPES[CHIPS[name].dimensions].get(cores // _CORES[name])
+    if name not in CHIPS or shape is None or len(shape) != CHIPS[name].dimensions or min(shape) < 1:
+        raise UserError(
+            f"--topology is {text!r}; give one of {', '.join(CHIPS)} with a shape, as in v5e:4x4 or v5p:2x2x1, or with "
+            "a size, as in v5e-16."
+        )
+    return Topology(name, shape)
+
+
+def devices(topology: Topology) -> Sequence[Any]:
+    """Devices of a slice that programs can be compiled for and that cannot run them; they need libtpu, and no TPU.
+
+    Raises:
+        UserError: libtpu is not installed, or does not know such a slice.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks for a metadata server, which only a cloud has
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used, so that nothing has to be locked
+    host = topology.chip.host if topology.size > 1 else (1,) * len(topology.shape)
+    options = {"chips_per_host_bounds": (*host, 1)[:3] if topology.size > 1 else (1, 1, 1)}
+    if topology.name == "v4":
+        options["chip_config_name"] = "megacore"  # both cores of a chip as one device
+    try:
+        return topologies.get_topology_desc(str(topology), "tpu", **options).devices
+    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"Programs for {topology} cannot be compiled here ({reason}); install libtpu (pip install libtpu) and give "
+            "a shape that is rented, such as v5e:4x4."
+        ) from error

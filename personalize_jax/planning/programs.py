@@ -1,0 +1,197 @@
+"""The real programs of a run, compiled for devices that need not be there, and what they take of each."""
+
+import math
+import re
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from personalize_jax.errors import UserError
+from personalize_jax.pipeline import Pipeline, Sampling, Stage, Text
+from personalize_jax.pipeline.cascade import draw_pictures
+from personalize_jax.planning.hlo import Collective, collectives
+from personalize_jax.training import sharding
+from personalize_jax.training.examples import Examples
+from personalize_jax.training.program import build, mesh_of
+
+PHOTOS, CAPTIONS = 5, 3  # of a subject, and its captions with the empty one: too little to matter
+_OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]?) of")
+Shape = jax.ShapeDtypeStruct
+
+
+class Usage(NamedTuple):
+    """What a program takes of each device, for one step.
+
+    Attributes:
+        memory: bytes by kind.
+        flops: operations.
+        bytes: read from memory and written to it.
+        exchanges: what is sent between devices.
+        rounds: how often the body of the program's loop runs in a step; what is counted above is once.
+        compiled: whether there is a program: the compiler refuses what does not fit.
+        seconds: of compiling.
+    """
+
+    memory: dict[str, int]
+    flops: float
+    bytes: float
+    exchanges: list[Collective]
+    rounds: int
+    compiled: bool
+    seconds: float
+
+    @property
+    def total(self) -> int:
+        """Bytes of memory altogether."""
+        return sum(self.memory.values())
+
+    def received(self, kind: str | None = None) -> float:
+        """Bytes that a device receives from others in a step, of one kind of exchange or all."""
+        return sum(
+            e.received * (self.rounds if e.in_loop else 1) for e in self.exchanges if kind is None or e.kind == kind
+        )
+
+
+def train_step(
+    pipeline: Pipeline, stage: Stage, config: ConfigDict, class_images: int, trains_text: bool, devices: Sequence[Any]
+) -> Usage:
+    """One step of a stage's tuning, on its mesh.
+
+    Args:
+        pipeline: whose parameters are shapes.
+        stage: one of its stages.
+        config: of the training; one step is planned, however many are dispatched at once.
+        class_images: their number.
+        trains_text: whether captions are encoded in the step, rather than once.
+        devices: all of them.
+
+    Raises:
+        UserError: the configuration does not fit the devices.
+    """
+    one = config.copy_and_resolve_references().unlock()
+    one.steps_per_dispatch, one.num_steps = 1, max(1, config.num_steps)
+    mesh = mesh_of(one, devices)
+    pretrained = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
+    tokens = {1: [1]}  # of an identifier, which rules may ask for
+    program = build(stage, pipeline.text_encoder, pretrained, one, 0, mesh, tokens)
+    halves = {"instance": PHOTOS} | ({"prior": class_images} if config.prior.weight > 0 else {})
+    examples = {half: examples_of(pipeline, stage, count, not trains_text) for half, count in halves.items()}
+    examples = jax.tree.map(lambda a: Shape(a.shape, a.dtype, sharding=program.everywhere), examples)
+    frozen = program.place(program.frozen_params)
+    memory = {
+        "parameters": bytes_per_device(program.state.params),
+        "optimizer": bytes_per_device(program.state.opt_state),
+        "average": bytes_per_device(program.state.ema),
+        "pretrained": bytes_per_device(resident(pipeline, one, mesh)),
+        "examples": bytes_per_device(examples),
+    }
+    arguments = memory["parameters"] + memory["optimizer"] + memory["average"] + memory["examples"]
+    lowered = program.advance.lower(program.state, frozen, examples)
+    return measured(lowered, memory, arguments + bytes_per_device(frozen), one.microbatches, devices)
+
+
+def sampling_step(
+    pipeline: Pipeline, stage: Stage, sampling: Sampling, batch_size: int, config: ConfigDict, devices: Sequence[Any]
+) -> Usage:
+    """One step of drawing a batch of pictures from a stage, of `sampling.num_steps`.
+
+    Args:
+        pipeline: whose parameters are shapes.
+        stage: one of its stages.
+        sampling: how it is drawn.
+        batch_size: pictures at once; filled up to a multiple of the devices.
+        config: of a training, which says how parameters lie.
+        devices: all of them.
+    """
+    B = batch_size + -batch_size % len(devices)
+    over_devices = NamedSharding(Mesh(np.array(devices).ravel(), ("data",)), P("data"))
+    L, D = pipeline.text_encoder.max_length, pipeline.text_encoder.width
+    text = Text(Shape((B, L, D), jnp.float32), Shape((B, L), jnp.bool_))
+    side = stage.low_resolution
+    low_res = None if side is None else Shape((B, side, side, 3), jnp.uint8)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
+    inputs = jax.tree.map(lambda a: Shape(a.shape, a.dtype, sharding=over_devices), (keys, text, text, low_res))
+    held = resident(pipeline, config, mesh_of(config, devices))
+    memory = {"pretrained": bytes_per_device(held), "batch": bytes_per_device(inputs)}
+    lowered = draw_pictures.lower(stage, sampling, held[stage.name], *inputs)
+    arguments = memory["batch"] + bytes_per_device(held[stage.name])
+    return measured(lowered, memory, arguments, 1, devices)
+
+
+def measured(
+    lowered: jax.stages.Lowered, memory: dict[str, int], arguments: int, rounds: int, devices: Sequence[Any]
+) -> Usage:
+    """Compile a program and read what it takes.
+
+    Args:
+        lowered: the program.
+        memory: bytes of what is held by kind, to which its own is added.
+        arguments: how many bytes of these the program is given.
+        rounds: see `Usage`.
+        devices: that it is for.
+    """
+    start = time.monotonic()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _OUT_OF_MEMORY.search(str(error))
+        if needed is None:
+            raise UserError(f"The program cannot be compiled for {len(devices)} devices: {error}") from error
+        used = int(float(needed[1]) * 1024 ** " KMGT".index(needed[2] or " "))
+        own = {"activations": max(0, used - arguments)}
+        return Usage(memory | own, math.nan, math.nan, [], rounds, False, time.monotonic() - start)
+    sizes, costs = compiled.memory_analysis(), compiled.cost_analysis()
+    outputs = max(0, sizes.output_size_in_bytes - sizes.alias_size_in_bytes)
+    padding = max(0, sizes.argument_size_in_bytes - arguments)  # tiles that arrays do not fill
+    own = {
+        "activations": sizes.temp_size_in_bytes + outputs + padding,
+        "program": sizes.generated_code_size_in_bytes,
+    }
+    exchanges = collectives(compiled.as_text()) if len(devices) > 1 else []
+    seconds = time.monotonic() - start
+    return Usage(memory | own, costs["flops"], costs["bytes accessed"], exchanges, rounds, True, seconds)
+
+
+def examples_of(pipeline: Pipeline, stage: Stage, count: int, with_text: bool) -> Examples:
+    """Shapes of a training set."""
+    L, D = pipeline.text_encoder.max_length, pipeline.text_encoder.width
+    text = Text(Shape((CAPTIONS, L, D), jnp.float32), Shape((CAPTIONS, L), jnp.bool_))
+    low, side = stage.low_resolution, stage.resolution
+    return Examples(
+        Shape((count, side, side, 3), jnp.uint8),
+        Shape((count, 1), jnp.int32),
+        Shape((CAPTIONS, L), jnp.int32),
+        text if with_text else None,
+        None if low is None else Shape((count, low, low, 3), jnp.uint8),
+        None,
+        None if pipeline.codec is None else (Shape((count, *stage.shape), jnp.float32),) * 2,
+    )
+
+
+def resident(pipeline: Pipeline, config: ConfigDict, mesh: Mesh) -> Any:
+    """The pretrained cascade as it is held throughout a run: a public one in parts, others whole on each device."""
+    if pipeline.is_public:
+        return sharding.placed(pipeline.params, config.sharding, mesh)
+    return sharding.placed(pipeline.params, (("", ()),), mesh)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes on each device of arrays that have shardings."""
+
+    def size(leaf: Shape) -> int:
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * _itemsize(leaf)
+
+    return sum(map(size, jax.tree.leaves(tree)))
+
+
+def _itemsize(leaf: Shape) -> int:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return 8
+    return leaf.dtype.itemsize

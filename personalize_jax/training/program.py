@@ -1,0 +1,182 @@
+"""The program of a training, and where what it works on lies; nothing is computed or placed here.
+
+Built from arrays or from their shapes alone, so that what a machine would have to hold is known without that machine.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from personalize_jax.errors import UserError
+from personalize_jax.models.params import Params, flatten, unflatten
+from personalize_jax.models.text_encoder import TextEncoder
+from personalize_jax.pipeline import Stage
+from personalize_jax.training import sharding
+from personalize_jax.training.examples import Batch, Examples, draw_batch
+from personalize_jax.training.lora import init_adapters
+from personalize_jax.training.losses import Objective, personalization_loss
+from personalize_jax.training.optimizer import make_optimizer
+from personalize_jax.training.step import TrainState, init_state, make_train_step, make_train_steps
+from personalize_jax.training.trainable import LORA, ROWS, init_rows, select
+
+_ADAPTER_PURPOSE = np.uint32(2**32 - 2)  # folded into the run's key for adapters; the steps fold in their numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """How batches are drawn: examples of each half, and the share of captions left empty.
+
+    Attributes:
+        batch_size: of each half.
+        caption_dropout: share of empty captions by half.
+        object_weight: additional loss weight of the object's pixels, where masks are known.
+    """
+
+    batch_size: int
+    caption_dropout: dict[str, float]
+    object_weight: float
+
+    def __call__(self, examples: dict[str, Examples], key: Array) -> dict[str, Batch]:
+        """Draw a batch for each half, with a key of its own."""
+        keys = jax.random.split(key, len(examples))
+        return {
+            half: draw_batch(examples[half], k, self.batch_size, self.caption_dropout[half], self.object_weight)
+            for half, k in zip(sorted(examples), keys, strict=True)
+        }
+
+
+class Program(NamedTuple):
+    """A training before it starts.
+
+    Attributes:
+        advance: (state, frozen params, examples) -> (state, metrics), jitted; the state is donated.
+        make_state: start -> the state that the training starts from, jitted; nothing of `start` is donated.
+        start: what of the pretrained parameters the state is made of, arrays or shapes.
+        frozen_params: what the step looks at besides.
+        state: shapes, dtypes and shardings of the state.
+        place: gives arrays, or shapes, of parameters their shardings.
+        everywhere: the sharding of examples.
+    """
+
+    advance: Callable[[TrainState, Params, dict[str, Examples]], tuple[TrainState, dict[str, Array]]]
+    make_state: Callable[[Params], TrainState]
+    start: Params
+    frozen_params: Params
+    state: TrainState
+    place: Callable[[Params], Params]
+    everywhere: NamedSharding
+
+
+def build(
+    stage: Stage,
+    text_encoder: TextEncoder,
+    pretrained: Params,
+    config: ConfigDict,
+    seed: int,
+    mesh: Mesh,
+    identifier: Mapping[int, Sequence[int]] | None = None,
+) -> Program:
+    """The program of one stage's training on a mesh.
+
+    Args:
+        stage: what to train.
+        text_encoder: of the captions.
+        pretrained: {"denoiser": ..., "text_encoder": ...} to start from, arrays or shapes.
+        config: keys of `configs.common.training()`.
+        seed: of all randomness in this training.
+        mesh: of `sharding.make_mesh`.
+        identifier: for rules that train its rows, its tokens and what they start from: see `trainable.init_rows`.
+
+    Raises:
+        UserError: the configuration does not fit the parameters or the mesh.
+    """
+    _check(config, mesh)
+    root_key = jax.random.key(seed)
+    selection = select(pretrained, config)
+    if selection.with_rows and not identifier:
+        raise UserError("The rows of an identifier are to be trained where there is none; give True or False instead.")
+    objective = Objective(
+        config.weighting,
+        config.prior.weight,
+        config.prior.form,
+        tuple(config.augmentation_levels),
+        config.offset_noise,
+        config.vlb_weight,
+    )
+    looks_back = objective.prior_form == "frozen_prediction" and objective.prior_weight > 0
+    frozen = pretrained if looks_back else selection.frozen
+    optimizer = make_optimizer(config.optimizer, config.num_steps)
+    vocabulary_size = text_encoder.vocab_size if "text_encoder" in selection.networks else None
+
+    tables = {path: flatten(pretrained)[path] for path in selection.with_rows}
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), pretrained)
+
+    def make_state(start: dict[str, Params]) -> TrainState:
+        # Copied, since the state is donated and the caller keeps the pretrained parameters.
+        params = jax.tree.map(jnp.copy, start["trained"])
+        if selection.with_rows:
+            params[ROWS] = init_rows(start["tables"], selection.with_rows, identifier)
+        if selection.adapted:
+            key = jax.random.fold_in(root_key, _ADAPTER_PURPOSE)
+            params[LORA] = init_adapters(shapes, selection.adapted, config.lora.rank, key)
+        return init_state(params, optimizer, config.ema_decay > 0, vocabulary_size)
+
+    start = {"trained": selection.trained, "tables": unflatten(tables)}
+    state = sharding.placed(jax.eval_shape(make_state, start), config.sharding, mesh)
+    state_shardings = jax.tree.map(lambda a: a.sharding, state)
+
+    draw = Draw(
+        config.batch_size,
+        {"instance": config.caption_dropout, "prior": config.prior.caption_dropout},
+        config.object_weight,
+    )
+
+    def loss(params: Params, frozen_params: Params, batch: dict[str, Batch], rng: Array) -> tuple[Array, dict]:
+        params, frozen_params = (sharding.gathered(p, config.sharding, mesh) for p in (params, frozen_params))
+        return personalization_loss(stage, text_encoder, objective, params, frozen_params, batch, rng)
+
+    steps = make_train_steps(
+        make_train_step(loss, optimizer, config.ema_decay, config.microbatches),
+        lambda examples, key: sharding.shard_batch(draw(examples, key), mesh),
+        root_key,
+        config.steps_per_dispatch,
+    )
+    everywhere = sharding.replicated(mesh)
+    return Program(
+        jax.jit(steps, donate_argnums=0, out_shardings=(state_shardings, everywhere)),
+        jax.jit(make_state, out_shardings=state_shardings),
+        start,
+        frozen,
+        state,
+        lambda params: sharding.placed(params, config.sharding, mesh),
+        everywhere,
+    )
+
+
+def mesh_of(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh that a training's configuration asks for, over this program's devices or others."""
+    return sharding.make_mesh(config.mesh, config.batch_size // max(1, config.microbatches), devices)
+
+
+def _check(config: ConfigDict, mesh: Mesh) -> None:
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch_size % shards:
+        raise UserError(
+            f"batch_size is {config.batch_size} and the mesh splits it {shards} ways; give a multiple of that."
+        )
+    if config.microbatches < 1 or config.batch_size % (config.microbatches * shards):
+        raise UserError(
+            f"batch_size is {config.batch_size} and microbatches {config.microbatches}, and the mesh splits each part "
+            f"{shards} ways; give microbatches of 1 or more whose product with that divides batch_size."
+        )
+    if config.num_steps % config.steps_per_dispatch:
+        raise UserError(
+            f"num_steps is {config.num_steps} and steps_per_dispatch {config.steps_per_dispatch}; give a multiple."
+        )

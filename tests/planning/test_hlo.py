@@ -1,0 +1,57 @@
+"""Exchanges of small programs, compiled for a slice of four chips, against what they must be."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from personalize_jax.planning import chips
+from personalize_jax.planning.hlo import Collective, collectives
+
+pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with tests/requirements.txt")
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return Mesh(np.array(chips.devices(chips.parse("v5e:2x2"))).reshape(4), ("d",))
+
+
+def exchanges(mesh, function, into, out, *shapes):
+    specs = [
+        jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(mesh, i)) for s, i in zip(shapes, into, strict=True)
+    ]
+    compiled = jax.jit(function, out_shardings=NamedSharding(mesh, out)).lower(*specs).compile()
+    return collectives(compiled.as_text())
+
+
+def test_gathering_parts(mesh):
+    found = exchanges(mesh, lambda x: x + 1, [P("d")], P(), (1024, 256))
+    assert found == [Collective("all-gather", 4 * 1024 * 256, 4, False)]
+    assert found[0].received == 4 * 1024 * 256 * 3 / 4
+
+
+def test_adding_up_products_over_devices(mesh):
+    found = exchanges(mesh, jnp.matmul, [P(None, "d"), P("d")], P(), (512, 256), (256, 1024))
+    assert [(e.kind, e.bytes, e.group) for e in found] == [("all-reduce", 4 * 512 * 1024, 4)]
+    assert found[0].received == 2 * 4 * 512 * 1024 * 3 / 4  # every part is reduced once, and sent around once
+
+
+def test_adding_up_and_keeping_a_part_receives_half_as_much(mesh):
+    found = exchanges(mesh, jnp.matmul, [P(None, "d"), P("d")], P("d"), (512, 256), (256, 1024))
+    assert sum(e.received for e in found) == 4 * 512 * 1024 * 3 / 4
+
+
+def test_what_lies_in_a_loop_is_told(mesh):
+    def loop(x, w):
+        return jax.lax.fori_loop(0, 7, lambda _, x: jnp.tanh(x @ w), x)
+
+    found = exchanges(mesh, loop, [P(), P("d")], P(), (256, 256), (256, 256))
+    assert found and all(e.group == 4 for e in found)
+    assert any(e.in_loop for e in found) or sum(e.bytes for e in found) <= 4 * 256 * 256  # or taken out of it
+
+
+def test_one_device_exchanges_nothing():
+    compiled = jax.jit(lambda x: x @ x).lower(jnp.ones((4, 4))).compile()
+    assert collectives(compiled.as_text()) == []

@@ -1,0 +1,119 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import deepfloyd_if, stable_diffusion, world
+from personalize_jax import plan
+from personalize_jax.pipeline import Text
+from personalize_jax.planning import chips
+from personalize_jax.planning.estimate import Run, Usage, fits, roofline, seconds
+from personalize_jax.planning.hlo import Collective
+from personalize_jax.training.examples import Batch
+from personalize_jax.training.losses import Objective, personalization_loss
+
+
+def usage(**changes):
+    start = Usage({"parameters": 2**30}, 2e12, 8e9, [], 1, True, 1.0)
+    return start._replace(**changes)
+
+
+V5E_8 = chips.parse("v5e-8")
+
+
+def test_the_longest_of_three_bounds_a_step():
+    assert roofline(usage(), V5E_8).bound == "compute"
+    assert roofline(usage(), V5E_8).seconds == pytest.approx(2e12 / V5E_8.chip.flops)
+    assert roofline(usage(bytes=1e11), V5E_8).bound == "memory"
+    gather = Collective("all-gather", 10**10, 8, True)
+    assert roofline(usage(exchanges=[gather]), V5E_8).bound == "network"
+
+
+def test_loops_count_what_they_repeat():
+    gather, after = Collective("all-gather", 8000, 8, True), Collective("all-gather", 800, 8, False)
+    assert usage(exchanges=[gather, after], rounds=3).received() == 3 * 7000 + 700
+    assert roofline(usage(rounds=3), V5E_8).compute == pytest.approx(3 * roofline(usage(), V5E_8).compute)
+
+
+def test_what_the_compiler_refuses_or_a_chip_cannot_hold_does_not_fit():
+    assert fits(usage(), V5E_8)
+    assert not fits(usage(memory={"parameters": 16 * 2**30}), V5E_8)
+    assert not fits(usage(compiled=False), V5E_8)
+
+
+def test_a_run_is_its_steps_and_batches():
+    run = Run({"base": 100}, {"base": (3, 10)}, {"base": (2, 5)})
+    assert seconds(run, {"base": 0.5}, {"base": 0.25}) == {"class images": 7.5, "tuning": 50.0, "evaluation": 2.5}
+
+
+@pytest.mark.parametrize(
+    ("config", "published"),
+    [
+        (stable_diffusion.get_config("1.5"), {"base": 859.5e6, "text_encoder": 123.1e6, "codec": 83.7e6}),
+        (stable_diffusion.get_config("2.1"), {"base": 865.9e6, "text_encoder": 340.4e6, "codec": 83.7e6}),
+        (deepfloyd_if.get_config("XL"), {"base": 4.3e9, "super_resolution": 1.2e9, "text_encoder": 4.76e9}),
+    ],
+    ids=["SD 1.5", "SD 2.1", "IF XL"],
+)
+def test_shapes_of_published_models_need_no_weights(config, published):
+    pipeline = plan.abstract_pipeline(config)
+    for name, count in published.items():
+        found = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(pipeline.params[name]))
+        assert found == pytest.approx(count, rel=0.04), name  # given to two digits
+
+
+def test_planned_operations_are_those_of_the_products():
+    """XLA's count for the world's base stage against one of the products in its equations, which XLA has not seen."""
+    pipeline = plan.abstract_pipeline(world.get_config())
+    stage, B = pipeline.stages[0], 8
+    objective = Objective("none", 1.0, "sampled", (0.0, 0.0))
+    half = jax.eval_shape(lambda: tiny_batch(pipeline, stage, B))
+    params = {"denoiser": pipeline.params["base"]}
+
+    def loss(denoiser, batch):
+        return personalization_loss(stage, None, objective, {"denoiser": denoiser}, {}, batch, jax.random.key(0))[0]
+
+    step = jax.grad(loss)
+    batch = {"instance": half, "prior": half}
+    counted = product_flops(jax.make_jaxpr(step)(params["denoiser"], batch).jaxpr)
+    compiled = jax.jit(step).lower(params["denoiser"], batch).compile()
+    assert compiled.cost_analysis()["flops"] == pytest.approx(counted, rel=0.05)
+
+
+def tiny_batch(pipeline, stage, size):
+    L, D = pipeline.text_encoder.max_length, pipeline.text_encoder.width
+    text = Text(jnp.zeros((size, L, D)), jnp.ones((size, L), bool))
+    return Batch(jnp.zeros((size, *stage.shape)), jnp.zeros((size, L), jnp.int32), text, None, None)
+
+
+def product_flops(jaxpr):
+    """Two operations for each product of numbers in matrix products and convolutions."""
+    total = 0
+    for equation in jaxpr.eqns:
+        out = equation.outvars[0].aval.shape
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            total += 2 * math.prod(out) * math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+        elif equation.primitive.name == "conv_general_dilated":
+            total += convolution_flops(equation)
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            total += product_flops(inner)
+    return total
+
+
+def convolution_flops(equation):
+    """Padding and the zeros between dilated numbers are not multiplied with."""
+    x, kernel = (v.aval.shape for v in equation.invars)
+    out, given = equation.outvars[0].aval.shape, equation.params
+    numbers = given["dimension_numbers"]
+    pairs = out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * kernel[numbers.rhs_spec[1]]
+    for i, (low, _) in enumerate(given["padding"]):
+        length, taps, places = (
+            shape[spec[2 + i]]
+            for shape, spec in ((x, numbers.lhs_spec), (kernel, numbers.rhs_spec), (out, numbers.out_spec))
+        )
+        gap, spread, stride = given["lhs_dilation"][i], given["rhs_dilation"][i], given["window_strides"][i]
+        at = [place * stride + tap * spread - low for place in range(places) for tap in range(taps)]
+        pairs *= sum(0 <= a <= (length - 1) * gap and a % gap == 0 for a in at)
+    return 2 * pairs
