@@ -93,7 +93,8 @@ def check_inputs(program: Program, files: Sequence[str]) -> None:
     for path in program.inputs:
         if PurePath(path).is_absolute():
             raise UserError(
-                f"{path} is on this computer only; name it relative to the project's folder {ROOT}, or put it into a bucket."
+                f"{path} is on this computer only; name it relative to the project's folder {ROOT}, or put it into a "
+                "bucket."
             )
         if not any(PurePath(file).is_relative_to(path) for file in files):
             raise UserError(f"{path} would not be copied, as git ignores it or it is elsewhere; add --copy={path}.")

@@ -82,7 +82,7 @@ def stop() -> str:
     """End the program, if there is one: it has a minute to save; and forget it."""
     return (
         "cd launch 2>/dev/null || exit 0; if [ -e pid ]; then "
-        f'kill -TERM -- "-$(cat pid)" 2>/dev/null; for i in $(seq 60); do {_ALIVE} || break; sleep 1; done; '
+        f'kill -TERM -- "-$(cat pid)" 2>/dev/null; for i in $(seq 600); do {_ALIVE} || break; sleep 0.1; done; '
         'kill -KILL -- "-$(cat pid)" 2>/dev/null; fi; cd .. && rm -rf launch'
     )
 
