@@ -51,8 +51,25 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     """The command; exits with the status of the program that it ran."""
     arguments = flags.FLAGS
-    machine = requested_machine()
-    program = payload.read_command(argv[1:])
+    launch = prepare(arguments, argv[1:])
+    for end in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: whoever ends this is told that the machine still runs
+        if signal.getsignal(end) != signal.SIG_IGN:  # as under nohup
+            signal.signal(end, signal.default_int_handler)
+    sys.exit(launch.run(arguments.max_restarts, arguments.keep))
+
+
+def prepare(arguments: flags.FlagValues, command_line: list[str]) -> Launch:
+    """Check all that can be checked before anything costs, and pack the code.
+
+    Args:
+        arguments: values of this command's flags.
+        command_line: what to run.
+
+    Raises:
+        UserError: it could not be run, or what it makes would be lost.
+    """
+    machine = requested_machine(arguments)
+    program = payload.read_command(command_line)
     if program.local_outputs and not arguments.keep:
         raise UserError(
             f"{program.local_outputs[0]} would be on the machine's own disk and be deleted with it; write to a bucket, "
@@ -64,22 +81,17 @@ def main(argv: list[str]) -> None:
     payload.check_inputs(program, files)
     if not machine.dry_run and shutil.which("gcloud") is None:
         raise UserError("gcloud was not found; install it from https://cloud.google.com/sdk/docs/install.")
-    for end in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: whoever ends this is told that the machine still runs
-        if signal.getsignal(end) != signal.SIG_IGN:  # as under nohup
-            signal.signal(end, signal.default_int_handler)
     folder = Path(arguments.logs) / machine.name
     payload.pack(files, archive := folder / worker.ARCHIVE)
-    launch = Launch(machine, program, archive, folder, arguments.poll)
-    sys.exit(launch.run(arguments.max_restarts, arguments.keep))
+    return Launch(machine, program, archive, folder, arguments.poll)
 
 
-def requested_machine() -> Machine:
+def requested_machine(arguments: flags.FlagValues) -> Machine:
     """The machine that the flags describe.
 
     Raises:
         UserError: it cannot exist.
     """
-    arguments = flags.FLAGS
     for flag, pattern, example in (
         ("name", _NAME, "rex-1, at most 63 lower-case letters, digits and dashes"),
         ("type", _TYPE, "v5litepod-16"),
@@ -87,8 +99,9 @@ def requested_machine() -> Machine:
         ("project", _PROJECT, "my-project-1"),
         ("version", _VERSION, "v2-alpha-tpuv5-lite"),
     ):
-        if arguments[flag].value is not None and not re.fullmatch(pattern, arguments[flag].value):
-            raise UserError(f"--{flag}={arguments[flag].value!r} cannot be; give such as {example}.")
+        value = getattr(arguments, flag)
+        if value is not None and not re.fullmatch(pattern, value):
+            raise UserError(f"--{flag}={value!r} cannot be; give such as {example}.")
     generation = arguments.type.partition("-")[0]
     if not arguments.version and generation not in RUNTIME_VERSIONS:
         raise UserError(

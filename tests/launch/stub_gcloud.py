@@ -11,6 +11,7 @@ and, made here, `state.json`; `calls`, every command; `worker_0` and `worker_1`,
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -160,10 +161,8 @@ def need_node(state):
 def vanish(state):
     for home in HOMES:
         if (home / "launch" / "pid").exists():
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(int((home / "launch" / "pid").read_text()), signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         shutil.rmtree(home, ignore_errors=True)
 
 

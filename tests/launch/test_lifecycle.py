@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import subprocess
@@ -23,10 +24,8 @@ def cloud(tmp_path, monkeypatch):
     made = Cloud(tmp_path, monkeypatch)
     yield made
     for pid in made.folder.glob("worker_*/launch/pid"):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(int(pid.read_text()), signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def times_begun(cloud, run="rex"):
