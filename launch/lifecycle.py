@@ -112,7 +112,8 @@ class Launch:
                 try:
                     self.machine.create()
                 except GcloudError as error:
-                    self._refused(error.summary, fatal=first)
+                    if self._word_if_known() == ABSENT:  # or else the request came through and only its answer did not
+                        self._refused(error.summary, fatal=first)
                 asked = True
             elif state.word != said:
                 said = state.word
@@ -133,8 +134,8 @@ class Launch:
         raise UserError(sentence) if fatal else MachineLost(sentence)
 
     def _run_once(self, first: bool) -> int:
-        """The program's exit status on this machine; at first, one that runs there already is only watched."""
-        if first and self._is_running():
+        """The program's exit status on this machine; at first, one that was started before is only watched."""
+        if first and self._was_started():
             self._say("the program was started before; watching it.")
         else:
             self._set_up()
@@ -146,18 +147,18 @@ class Launch:
             self._say("the program has ended and the manifest of its run does not say done.")
             status = AGAIN
         self._fetch_logs(logs)
+        if status not in (0, AGAIN):
+            self._check_machine()  # where one worker is preempted, the program fails on the others
         return status
 
-    def _is_running(self) -> bool:
-        """Whether this program was started and goes well, or has ended well while nobody watched."""
+    def _was_started(self) -> bool:
         statuses = self._statuses(smooth=worker.ABSENT)
-        others = [digest for digest, how in statuses if digest != self.digest and how == worker.RUNNING]
-        if others:
+        if any(digest != self.digest and how == worker.RUNNING for digest, how in statuses):
             raise UserError(
                 f"{self.machine.name} is running another command; give another --name, or delete it with: "
                 f"{self.machine.delete_command}"
             )
-        return {digest for digest, _ in statuses} == {self.digest} and exit_status(hows(statuses)) in (None, 0)
+        return {digest for digest, how in statuses if how != worker.ABSENT} == {self.digest}
 
     def _set_up(self) -> None:
         self._say(f"copying {self.archive} and installing.")
@@ -171,7 +172,7 @@ class Launch:
         self._say(f"running {shlex.join(self.program.command)}")
         offset = 0
         while True:
-            status = exit_status(hows(self._statuses()))
+            status = exit_status([how for _, how in self._statuses()])
             new = worker.read_log(self._ssh(worker.new_log(offset), WATCH_TRIES, "0"))
             offset += len(new)
             if not self.machine.dry_run:
@@ -230,11 +231,14 @@ class Launch:
             try:
                 return step()
             except GcloudError:
-                if (word := self._word_if_known()) not in (ACTIVE, None):
-                    raise MachineLost(f"the machine is gone: {word}") from None
+                self._check_machine()
                 raise
 
         return self._patiently(attempt, tries)
+
+    def _check_machine(self) -> None:
+        if (word := self._word_if_known()) not in (ACTIVE, None):
+            raise MachineLost(f"the machine is gone: {word}")
 
     def _word_if_known(self) -> str | None:
         try:
@@ -264,12 +268,8 @@ class Launch:
         )
 
     def _say(self, text: str) -> None:
-        print(f"[{self.machine.name}] {text}", file=sys.stderr, flush=True)
-
-
-def hows(statuses: list[tuple[str, str]]) -> list[str]:
-    """What each worker says, without which command it is about."""
-    return [how for _, how in statuses]
+        if not self.machine.dry_run:
+            print(f"[{self.machine.name}] {text}", file=sys.stderr, flush=True)
 
 
 def exit_status(words: list[str]) -> int | None:

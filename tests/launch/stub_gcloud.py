@@ -3,6 +3,7 @@
 $STUB_GCLOUD is a folder with `scene.json`, which says what is to happen:
 
     refusal    create fails with this text
+    unheard    create fails, once it has been done
     waiting    states that the queued resource goes through before it is active, or that end it
     drops      which calls of ssh to worker 0 drop their connection, counted from 1
     preempted  after which calls of ssh to worker 0 the machine is preempted
@@ -87,6 +88,8 @@ def create(arguments, scene, state):
     if arguments.node_id != arguments.name:
         fail(1, "this stub knows nodes by the names of their resources")
     state["resource"] = [*scene.get("waiting", []), "ACTIVE"]
+    if "unheard" in scene:
+        fail(1, "ERROR: gcloud crashed (ConnectionError): timed out")
 
 
 def describe(arguments, scene, state):

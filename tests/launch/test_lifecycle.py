@@ -1,4 +1,5 @@
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import lifecycle
+from launch import lifecycle, payload
 from personalize_jax.errors import UserError
 from tests.launch.cloud import Cloud
 
@@ -113,8 +114,8 @@ def test_a_program_that_saved_and_stopped_is_begun_again_where_it_is(cloud):
 
 def test_restarts_are_bounded(cloud, capfd):
     cloud.script("exit 75")
-    assert cloud.launch(max_restarts=2) == 75
-    assert "begun 3 times and is not done" in capfd.readouterr().err
+    assert cloud.launch(max_restarts=1) == 75
+    assert "begun 2 times and is not done" in capfd.readouterr().err
     assert not cloud.exists
 
 
@@ -145,13 +146,43 @@ def test_a_machine_that_is_refused_is_the_users_error_and_leaves_nothing(cloud, 
     assert not cloud.calls("ssh")
 
 
-def test_an_install_that_fails_deletes_the_machine(cloud, capfd):
+def test_a_machine_that_was_granted_unheard_is_used_and_deleted(cloud):
+    cloud.script("true")
+    cloud.scene(unheard=True)
+    assert cloud.launch() == 0
+    assert len(cloud.calls("create")) == 1
+    assert not cloud.exists
+
+
+def test_an_error_of_the_first_look_is_the_users(cloud):
+    cloud.script("true")
+    (cloud.folder / "scene.json").write_text("broken")
+    with pytest.raises(UserError, match="gcloud cannot be asked about rex"):
+        cloud.launch()
+    assert len(cloud.calls("describe")) == 1
+
+
+def test_a_failure_that_a_preemption_brought_is_none(cloud, monkeypatch):
+    cloud.script(IN_TURN.format(first="exit 134", later="true"))
+    watch = lifecycle.Launch._watch
+
+    def preempted(launch, log):
+        status = watch(launch, log)
+        if status == 134:
+            file = cloud.folder / "state.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"resource": ["SUSPENDED"], "node": "PREEMPTED"}))
+        return status
+
+    monkeypatch.setattr(lifecycle.Launch, "_watch", preempted)
+    assert cloud.launch("bash", "program.sh", "gs://bucket/rex") == 0
+    assert len(cloud.calls("queued-resources", "create")) == 2
+
+
+def test_an_install_that_fails_deletes_the_machine(cloud, capfd, monkeypatch):
     cloud.script("true")
     (cloud.project / "requirements.txt").rename(cloud.project / "elsewhere.txt")
-    pinned = pytest.MonkeyPatch()
-    pinned.setattr(lifecycle.payload, "jax_version", lambda: "4.5.6")
+    monkeypatch.setattr(payload, "jax_version", lambda: "4.5.6")
     assert cloud.launch() == 1
-    pinned.undo()
     assert "giving up" in capfd.readouterr().err
     assert not cloud.exists
 
