@@ -7,9 +7,9 @@ The machine is a queued resource. Once it is there, it gets the code and its env
 command, apart from the connection, so that it goes on where that drops. If the machine is preempted, or the command
 stops itself (exit status 75) or leaves its run unfinished, all is done again, and the run resumes from its checkpoints.
 
-The machine is deleted at the end, whether the program was done, failed, or could not be run. It is kept with --keep; and
-where this command is interrupted (Ctrl-C) or breaks itself, which says how to watch the run again, by the same command,
-and how to delete the machine.
+The machine is deleted at the end, whether the program is done, failed, or could not be run. It is kept with --keep;
+and where this command is interrupted (Ctrl-C) or breaks itself, when it says how to watch the run again, by the same
+command, and how to delete the machine.
 """
 
 import re
