@@ -164,6 +164,6 @@ def test_readme_names_what_exists() -> None:
     assert set(re.findall(r"\bmake ([a-z][\w-]*)", "\n".join(re.findall(r"`[^`]+`|^make .*", readme, re.M)))) <= targets
     links = re.findall(r"\]\(([^)#\s]+)", readme)
     assert not [link for link in links if "://" not in link and not (ROOT / link).exists()]
-    commands = [*PACKAGE.rglob("*.py"), *(ROOT / "experiments").glob("*.py")]
+    commands = [*PACKAGE.rglob("*.py"), *(ROOT / "experiments").glob("*.py"), *(ROOT / "launch").glob("*.py")]
     defined = set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", "".join(f.read_text() for f in commands)))
     assert set(re.findall(r" --(\w+)[= ]", readme)) <= defined

@@ -1,0 +1,124 @@
+"""Run a command on a Cloud TPU VM, from asking for the machine to deleting it.
+
+    python -m launch.tpu_vm --name=rex --type=v5litepod-16 --zone=us-west4-a --spot --copy=photos -- \
+        python -m personalize_jax.personalize --config=configs/world.py --images=photos --workdir=gs://BUCKET/rex
+
+The machine is a queued resource. Once it is there, it gets the code and its environment, and every worker runs the
+command, apart from the connection, so that it goes on where that drops. If the machine is preempted, or the command
+stops itself (exit status 75) or leaves its run unfinished, all is done again, and the run resumes from its checkpoints.
+
+The machine is deleted at the end, whether the program is done, failed, or could not be run. It is kept with --keep;
+and where this command is interrupted (Ctrl-C) or breaks itself, when it says how to watch the run again, by the same
+command, and how to delete the machine.
+"""
+
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from launch import payload, worker
+from launch.gcloud import RUNTIME_VERSIONS, Machine
+from launch.lifecycle import Launch
+from personalize_jax import command
+from personalize_jax.errors import UserError
+
+_NAME = r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?"
+_ZONE = r"[a-z]+-[a-z]+[0-9]+-[a-z]"
+_TYPE = r"v[0-9a-z]+-[0-9]+"
+_PROJECT = r"([a-z0-9.-]+:)?[a-z][-a-z0-9]{4,28}[a-z0-9]"
+_VERSION = r"[a-z0-9][-.a-z0-9]*"
+
+
+def define_flags() -> None:
+    """The command line."""
+    flags.DEFINE_string("name", None, "Of the machine: lower-case letters, digits and dashes.")
+    flags.DEFINE_string("type", None, "Accelerator type, such as v5litepod-16, v6e-8, v4-32.")
+    flags.DEFINE_string("zone", None, "Such as us-west4-a.")
+    flags.DEFINE_string("project", None, "Google Cloud project; by default gcloud's.")
+    flags.DEFINE_string("version", None, "The machine's image; by default what Google documents for the type and JAX.")
+    flags.DEFINE_bool("spot", False, "Whether the machine may be preempted, and costs less.")
+    flags.DEFINE_multi_string("copy", [], "A file or folder that git ignores, to be copied, too; may be repeated.")
+    flags.DEFINE_bool("keep", False, "Do not delete the machine at the end.")
+    flags.DEFINE_integer("max_restarts", 20, "How often to begin again after preemptions.", lower_bound=0)
+    flags.DEFINE_float("poll", 10.0, "Seconds between two looks at the machine.", lower_bound=0.0)
+    flags.DEFINE_string("logs", "runs/tpu_vm", "Folder for the workers' logs, in a folder of the machine's name.")
+    flags.DEFINE_bool("dry_run", False, "Print every command that a smooth run takes, and run none.")
+
+
+def main(argv: list[str]) -> None:
+    """The command; exits with the status of the program that it ran."""
+    arguments = flags.FLAGS
+    launch = prepare(arguments, argv[1:])
+    for end in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: whoever ends this is told that the machine still runs
+        if signal.getsignal(end) != signal.SIG_IGN:  # as under nohup
+            signal.signal(end, signal.default_int_handler)
+    sys.exit(launch.run(arguments.max_restarts, arguments.keep))
+
+
+def prepare(arguments: flags.FlagValues, command_line: list[str]) -> Launch:
+    """Check all that can be checked before anything costs, and pack the code.
+
+    Args:
+        arguments: values of this command's flags.
+        command_line: what to run.
+
+    Raises:
+        UserError: it could not be run, or what it makes would be lost.
+    """
+    machine = requested_machine(arguments)
+    program = payload.read_command(command_line)
+    if program.local_outputs and not arguments.keep:
+        raise UserError(
+            f"{program.local_outputs[0]} would be on the machine's own disk and be deleted with it; write to a bucket, "
+            "such as --workdir=gs://BUCKET/rex, or --keep the machine."
+        )
+    if program.local_outputs and machine.spot:
+        print(f"{program.local_outputs[0]} is on the machine's own disk: a preemption loses it.", file=sys.stderr)
+    files = payload.project_files(arguments.copy)
+    payload.check_inputs(program, files)
+    if not machine.dry_run and shutil.which("gcloud") is None:
+        raise UserError("gcloud was not found; install it from https://cloud.google.com/sdk/docs/install.")
+    folder = Path(arguments.logs) / machine.name
+    payload.pack(files, archive := folder / worker.ARCHIVE)
+    return Launch(machine, program, archive, folder, arguments.poll)
+
+
+def requested_machine(arguments: flags.FlagValues) -> Machine:
+    """The machine that the flags describe.
+
+    Raises:
+        UserError: it cannot exist.
+    """
+    for flag, pattern, example in (
+        ("name", _NAME, "rex-1, at most 63 lower-case letters, digits and dashes"),
+        ("type", _TYPE, "v5litepod-16"),
+        ("zone", _ZONE, "us-west4-a"),
+        ("project", _PROJECT, "my-project-1"),
+        ("version", _VERSION, "v2-alpha-tpuv5-lite"),
+    ):
+        value = getattr(arguments, flag)
+        if value is not None and not re.fullmatch(pattern, value):
+            raise UserError(f"--{flag}={value!r} cannot be; give such as {example}.")
+    generation = arguments.type.partition("-")[0]
+    if not arguments.version and generation not in RUNTIME_VERSIONS:
+        raise UserError(
+            f"--type={arguments.type} is of no generation known here ({', '.join(RUNTIME_VERSIONS)}); "
+            "give its runtime version by --version."
+        )
+    return Machine(
+        arguments.name,
+        arguments.type,
+        arguments.zone,
+        arguments.project,
+        arguments.version or RUNTIME_VERSIONS[generation],
+        arguments.spot,
+        arguments.dry_run,
+    )
+
+
+if __name__ == "__main__":
+    command.run(main, define_flags, required=("name", "type", "zone"))

@@ -1,0 +1,118 @@
+"""What runs on the workers: shell scripts that install, start, watch and stop a program.
+
+A program runs apart from the connection that started it. In the home directory of each worker there is
+
+    personalize_jax/    the code, with its environment
+    launch/             of the program: `command` (its digest), `pid`, `log`, and, once it has ended, `status`
+
+gcloud runs a script a second time where the connection dropped, so each may be run twice.
+"""
+
+import base64
+import hashlib
+import shlex
+from collections.abc import Sequence
+
+CODE = "personalize_jax"
+ARCHIVE = "code.tar.gz"
+LOG = "launch/log"
+BUCKETS = "/gcs"  # where Vertex AI mounts them, too
+
+ABSENT = "absent"  # no program was started
+RUNNING = "running"
+LOST = "lost"  # it has ended without a status: killed, or the worker was started anew
+
+_UV = "0.13.9"
+_PYTHON = "3.12"  # the images' own is too old
+_ALIVE = 'kill -0 -- "-$(cat pid)" 2>/dev/null'
+
+
+def digest(command: Sequence[str]) -> str:
+    """What tells one command from another."""
+    return hashlib.sha256(shlex.join(command).encode()).hexdigest()[:16]
+
+
+def install(jax_version: str) -> str:
+    """Unpack the code and make its environment."""
+    return (
+        f"mkdir -p {CODE} && tar -xzf {ARCHIVE} -C {CODE} && cd {CODE} && "
+        '{ [ -x "$HOME/.local/bin/uv" ] || '
+        f"curl -LsSf https://astral.sh/uv/{_UV}/install.sh | UV_NO_MODIFY_PATH=1 sh; }} && "
+        f'"$HOME/.local/bin/uv" venv --quiet --allow-existing --python {_PYTHON} .venv && '
+        '"$HOME/.local/bin/uv" pip install --quiet --python .venv -r requirements.txt '
+        f"{shlex.quote(f'jax[tpu]=={jax_version}')}"
+    )
+
+
+def mount(bucket: str) -> str:
+    """Mount a bucket at /gcs/<bucket>, with gcsfuse.
+
+    Directories are renamed, as checkpoints are when they are complete; and what one worker has written is seen by the
+    others at once.
+    """
+    folder = f"{BUCKETS}/{bucket}"
+    source = "https://packages.cloud.google.com/apt"
+    key = "/usr/share/keyrings/cloud.google.asc"
+    return (
+        f"{{ command -v gcsfuse >/dev/null || {{ curl -fsSL {source}/doc/apt-key.gpg | sudo tee {key} >/dev/null && "
+        f'echo "deb [signed-by={key}] {source} gcsfuse-$(lsb_release -cs) main" | '
+        "sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null && "
+        "sudo apt-get -qq -o DPkg::Lock::Timeout=600 update && "
+        "sudo apt-get -qq -y -o DPkg::Lock::Timeout=600 install gcsfuse; }; } && "
+        f'sudo mkdir -p {folder} && {{ mountpoint -q {folder} || {{ sudo chown "$(id -u)" {folder} && '
+        "gcsfuse --implicit-dirs --rename-dir-limit=1000000 "
+        f"--metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 {bucket} {folder}; }}; }}"
+    )
+
+
+def start(command: Sequence[str]) -> str:
+    """Start a program, unless there is one."""
+    program = (
+        f"cd ../{CODE} && . .venv/bin/activate && export PYTHONUNBUFFERED=1 && {shlex.join(command)}; "
+        "echo $? > ../launch/ended && mv ../launch/ended ../launch/status"
+    )
+    return (
+        "mkdir launch 2>/dev/null || exit 0; cd launch && "
+        f"{{ setsid nohup bash -c {shlex.quote(program)} >log 2>&1 </dev/null & }} && "
+        f"echo $! > pid && echo {digest(command)} > command"
+    )
+
+
+def stop() -> str:
+    """End the program, if there is one: it has a minute to save; and forget it."""
+    return (
+        "cd launch 2>/dev/null || exit 0; if [ -e pid ]; then "
+        f'kill -TERM -- "-$(cat pid)" 2>/dev/null; for i in $(seq 600); do {_ALIVE} || break; sleep 0.1; done; '
+        'kill -KILL -- "-$(cat pid)" 2>/dev/null; fi; cd .. && rm -rf launch'
+    )
+
+
+def status() -> str:
+    """Say how the program is: see `read_statuses`."""
+    return (
+        f"cd launch 2>/dev/null && [ -e command ] || {{ echo - {ABSENT}; exit 0; }}; "
+        f"if [ -e status ]; then how=$(cat status); elif {_ALIVE}; then how={RUNNING}; "
+        # It may have ended between the two looks.
+        f'elif [ -e status ]; then how=$(cat status); else how={LOST}; fi; echo "$(cat command) $how"'
+    )
+
+
+def read_statuses(output: str) -> list[tuple[str, str]]:
+    """What `status` said on each worker: the command's digest, and a word above or an exit status."""
+    return [(words[0], words[1]) for line in output.splitlines() if len(words := line.split()) == 2]
+
+
+def new_log(offset: int) -> str:
+    """Give what the log has from a byte on: see `read_log`."""
+    return f"echo; tail -c +{offset + 1} {LOG} | base64 -w0; echo"
+
+
+def read_log(output: str) -> bytes:
+    """What `new_log` gave; where it was run twice, the last time."""
+    lines = output.split()
+    return base64.b64decode(lines[-1]) if lines else b""
+
+
+def manifest(workdir: str) -> str:
+    """Give a run's manifest, or nothing where there is none."""
+    return f"cd {CODE} && cat -- {shlex.quote(f'{workdir}/manifest.json')} 2>/dev/null || true"
