@@ -1,0 +1,1 @@
+"""Programs that start runs elsewhere: on TPU VMs, and many at once."""
