@@ -15,15 +15,12 @@ from launch.sweep_engines import Job, Local
 from launch.sweep_points import name_of, prolonged, read_points
 from personalize_jax.benchmark.loading import load_benchmark
 from personalize_jax.errors import UserError
+from personalize_jax.metrics.table import Row
 from personalize_jax.pipeline import save_pipeline
+from personalize_jax.scoring import write_rows
 from tests import processes, tiny, tiny_world
 
 SMALLEST = {"channels": (64,), "down_blocks": (0,), "up_blocks": (0,), "attention": (True,)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled(lightly_compiled):
-    """Every point compiles a train step of its own."""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +37,7 @@ def config(folder):
     return study.quick(tiny_world.get_config(folder / "tiny", **changes))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def subjects():
     """One subject with two prompts."""
     subject = load_benchmark("world")[0]
@@ -61,95 +58,134 @@ def points_of(config, tmp_path):
     return points_of
 
 
+@pytest.fixture
+def runs(monkeypatch):
+    """In place of runs: names of those that were begun, whose DINO is the learning rate. Those of `fails` end early."""
+
+    class Runs:
+        begun, fails = [], {}
+
+    def scored_run(study, arm, subject, nouns, pretrained, judges, workdir):
+        Runs.begun.append(arm.name)
+        if arm.name in Runs.fails:
+            raise Runs.fails[arm.name]
+        rows = workdir / arm.name / subject.name / "evaluation" / "rows.jsonl"
+        rows.parent.mkdir(parents=True)
+        scores = {"DINO": arm.config.training.optimizer.learning_rate}
+        write_rows([Row(subject.name, "subject", "a [V] dog", 0, "0.png", scores)], rows)
+
+    Runs.begun, Runs.fails = [], {}
+    monkeypatch.setattr(sweep_engines, "scored_run", scored_run)
+    return Runs
+
+
 def conduct(points, subjects, workdir, **named):
     return sweep.conduct(points, subjects, Local(), workdir, "DINO", **named)
 
 
-def calls(workdir, point, subject):
-    return json.loads((workdir / point.name / subject.name / "manifest.json").read_text())["calls"]
+def statuses(workdir, point, subject):
+    calls = json.loads((workdir / point.name / subject.name / "manifest.json").read_text())["calls"]
+    return [call["status"] for call in calls]
 
 
-def test_a_changed_sweep_runs_only_what_is_missing(folder, subjects, points_of):
-    first = conduct(points_of(1e-3, 1e-2), subjects, folder / "changed")
-    second = conduct(points_of(1e-4, 1e-2), subjects, folder / "changed")
-    assert [result.status for result in (*first, *second)] == ["done"] * 4
-    assert first[1].metrics == second[1].metrics and first[0].metrics != second[0].metrics
-    for result in (*first, *second):
-        assert [call["status"] for call in calls(folder / "changed", result.point, subjects[0])] == ["done"]
+def test_a_changed_sweep_runs_only_what_is_missing(tmp_path, subjects, points_of, runs):
+    first = conduct(points_of(1e-3, 1e-2), subjects, tmp_path)
+    second = conduct(points_of(1e-4, 1e-2, 1e-3), subjects, tmp_path)
+    assert [result.metrics["DINO"].mean for result in second] == [1e-4, 1e-2, 1e-3]
+    assert [result.status for result in second] == ["done"] * 3
+    assert second[1:] == first[::-1]
+    assert runs.begun == [point.name for point in points_of(1e-3, 1e-2, 1e-4)]
 
 
-def test_what_was_scored_is_only_read(folder, subjects, points_of, monkeypatch):
-    points = points_of(1e-3, 1e-2)
-    first = conduct(points, subjects, folder / "changed")
-    monkeypatch.setattr(sweep_engines, "scored_run", None)
-    assert conduct(points, subjects, folder / "changed") == first
+def test_a_point_that_fails_stops_no_other_and_is_tried_again(tmp_path, subjects, points_of, runs):
+    points = points_of(1e-3, 1e-2, 1e-1, 1.0)
+    runs.fails = {
+        points[1].name: UserError("The loss is not finite."),
+        points[2].name: MemoryError("out of memory\nof which there was little"),
+    }
+    results = conduct(points, subjects, tmp_path)
+    failures = ["failed: The loss is not finite.", "failed: MemoryError: out of memory"]
+    assert [result.status for result in results] == ["done", *failures, "done"]
+    assert [bool(result.metrics) for result in results] == [True, False, False, True]
+    runs.fails = {}
+    assert [result.status for result in conduct(points, subjects, tmp_path)] == ["done"] * 4
+    assert statuses(tmp_path, points[1], subjects[0]) == ["failed", "done"]
+    assert statuses(tmp_path, points[3], subjects[0]) == ["done"]
 
 
-def test_a_point_that_fails_stops_no_other_and_is_tried_again(folder, subjects, points_of, monkeypatch):
-    points, scored_run = points_of(1e-3, 1e-2, 1e-1), sweep_engines.scored_run
-
-    def failing(study, arm, *arguments):
-        if arm.name == points[1].name:
-            raise UserError("The loss is not finite.")
-        return scored_run(study, arm, *arguments)
-
-    monkeypatch.setattr(sweep_engines, "scored_run", failing)
-    results = conduct(points, subjects, folder / "failing")
-    assert [result.status for result in results] == ["done", "failed: The loss is not finite.", "done"]
-    assert not results[1].metrics and results[0].metrics
-    monkeypatch.undo()
-    assert [result.status for result in conduct(points, subjects, folder / "failing")] == ["done"] * 3
-    statuses = [[call["status"] for call in calls(folder / "failing", point, subjects[0])] for point in points]
-    assert statuses == [["done"], ["failed", "done"], ["done"]]
-
-
-def test_an_interrupted_sweep_goes_on(folder, subjects, points_of, monkeypatch):
-    """It is interrupted between tuning and scoring, and ends as one that was not."""
-    points = points_of(1e-3, 1e-2)
-    whole = conduct(points, subjects, folder / "changed")
-
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(study, "evaluate", interrupted)
+def test_an_interrupted_sweep_goes_on(tmp_path, subjects, points_of, runs):
+    points = points_of(1e-3, 1e-2, 1e-1)
+    runs.fails = {points[1].name: KeyboardInterrupt()}
     with pytest.raises(KeyboardInterrupt):
-        conduct(points, subjects, folder / "interrupted")
-    monkeypatch.undo()
-    assert conduct(points, subjects, folder / "interrupted") == whole
+        conduct(points, subjects, tmp_path)
+    runs.fails = {}
+    assert [result.metrics["DINO"].mean for result in conduct(points, subjects, tmp_path)] == [1e-3, 1e-2, 1e-1]
+    assert runs.begun == [points[i].name for i in (0, 1, 1, 2)]
 
 
-def test_the_best_go_on_as_if_they_had_never_stopped(folder, subjects, points_of):
+def test_subjects_that_were_scored_are_not_run_again(tmp_path, subjects, points_of, runs):
+    points = points_of(1e-3)
+    conduct(points, subjects, tmp_path)
+    both = [*subjects, subjects[0]._replace(name="another")]
+    conduct(points, both, tmp_path)
+    assert len(runs.begun) == 2 and statuses(tmp_path, points[0], subjects[0]) == ["done"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "keep", "steps"),
+    [
+        ("DINO", 0.5, [2, 2, 4, 8]),
+        ("DINO", 0.01, [2, 2, 2, 8]),
+        ("DINO", 0.6, [2, 4, 8, 8]),
+        ("DINO", 1.0, [8, 8, 8, 8]),
+        ("PRES", 0.5, [8, 4, 2, 2]),
+    ],
+)
+def test_the_best_go_on(tmp_path, subjects, points_of, runs, monkeypatch, metric, keep, steps):
+    """Their scores rise with their learning rates; a lower PRES is better."""
+    monkeypatch.setattr(sweep, "summary", lambda rows: {"dog": {metric: rows[0].scores["DINO"]}})
     points = points_of(1e-4, 1e-3, 1e-2, 1e-1)
-    results = conduct(points, subjects, folder / "rungs", rungs=[2, 4, 6], keep=0.5)
+    results = sweep.conduct(points, subjects, Local(), tmp_path, metric, [2, 4, 8], keep)
+    assert [result.point.config.training.num_steps for result in results] == steps
+    assert [result.status for result in results] == ["done" if s == 8 else "stopped early" for s in steps]
+    assert len(runs.begun) == sum([2, 4, 8].index(s) + 1 for s in steps)
+
+
+def test_a_point_that_failed_does_not_go_on(tmp_path, subjects, points_of, runs):
+    points = points_of(1e-4, 1e-3, 1e-2)
+    runs.fails = {prolonged(points[2], 2).name: UserError("The loss is not finite.")}
+    results = conduct(points, subjects, tmp_path, rungs=[2, 4], keep=0.5)
+    assert [result.status.partition(":")[0] for result in results] == ["stopped early", "done", "failed"]
+
+
+@pytest.mark.slow
+def test_a_point_that_goes_on_is_as_if_it_had_never_stopped(folder, subjects, points_of, lightly_compiled):
+    points = points_of(1e-4, 1e-1)
+    results = conduct(points, subjects, folder / "rungs", rungs=[2, 4], keep=0.5)
     steps = [result.point.config.training.num_steps for result in results]
-    assert sorted(steps) == [2, 2, 4, 6]
-    assert [result.status for result in results] == ["done" if s == 6 else "stopped early" for s in steps]
-
-    def scores(names, rung):
-        runs = [prolonged(point, rung) for point in points if point.name in names]
-        of_runs = [sweep_engines.read_job(Job(run, None), subjects, folder / "rungs") for run in runs]
-        return {r.name: sweep.estimates(sweep.summary(rows))["DINO"].mean for r, rows in zip(runs, of_runs, strict=True)}
-
-    everyone = scores({point.name for point in points}, 2)
-    went_on = {point.name for point, s in zip(points, steps, strict=True) if s > 2}
-    assert min(scores(went_on, 2).values()) >= sorted(everyone.values())[-2]
-
-    longest = points[steps.index(6)]
-    (whole,) = conduct([prolonged(longest, 6)], subjects, folder / "whole")
-    assert whole.metrics == results[points.index(longest)].metrics
+    assert sorted(steps) == [2, 4]
+    longest = prolonged(points[steps.index(4)], 4)
+    (whole,) = conduct([longest], subjects, folder / "whole")
+    assert whole.metrics == results[steps.index(4)].metrics
+    file = f"{longest.name}/{subjects[0].name}/base/metrics.jsonl"
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / name / file).read_text().splitlines()]
+        for name in ("rungs", "whole")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
 
 
-def test_a_point_that_another_command_is_running_comes_last(folder, subjects, points_of):
+def test_a_point_that_another_command_is_running_comes_last(tmp_path, subjects, points_of, runs):
     points = points_of(1e-3, 1e-2)
-    elsewhere = folder / "busy" / points[0].name
-    elsewhere.mkdir(parents=True)
+    elsewhere = tmp_path / points[0].name
+    elsewhere.mkdir()
     with (elsewhere / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        ended = Local().run([Job(point, None) for point in points], subjects, folder / "busy")
+        ended = Local().run([Job(point, None) for point in points], subjects, tmp_path)
         assert next(ended)[0].point.name == points[1].name
         threading.Timer(0.5, lambda: fcntl.flock(lock, fcntl.LOCK_UN)).start()
         job, rows = next(ended)
-    assert job.point.name == points[0].name and len(rows) == 5 + 2 * 2 + 2 * 4
+    assert job.point.name == points[0].name and len(rows) == 1
 
 
 def test_the_models_of_all_points_are_checked_first(config, points_of):
@@ -237,23 +273,18 @@ def test_sweeps_that_cannot_be_run(folder, tmp_path, text, flags, sentence):
 
 
 def test_the_users_photos_are_swept(folder, photos, tmp_path):
-    (tmp_path / "weights.py").write_text(
-        "def sweep(config):\n    for w in (0.0, 1.0):\n        yield {'training.prior.weight': w}\n"
-    )
+    (tmp_path / "weight.py").write_text("def sweep(config):\n    yield {'training.prior.weight': 0}\n")
     (tmp_path / "prompts.txt").write_text("a [V] {} in the snow\n")
     finished = command(
-        *(folder, tmp_path / "out", f"--sweep={tmp_path / 'weights.py'}", f"--images={photos}", "--class_noun=dog"),
+        *(folder, tmp_path / "out", f"--sweep={tmp_path / 'weight.py'}", f"--images={photos}", "--class_noun=dog"),
         *("--config.tune=('base',)", f"--config.evaluation.prompts={tmp_path / 'prompts.txt'}"),
     )
     assert finished.status == 0, finished
-    names = [name_of({"training.prior.weight": weight}) for weight in (0.0, 1.0)]
-    assert list(json.loads((tmp_path / "out" / "sweep.json").read_text())["points"]) == names
-    rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
-    assert [(row["point"], row["training.prior.weight"], row["status"]) for row in rows] == [
-        (names[0], "0.0", "done"),
-        (names[1], "1.0", "done"),
-    ]
-    assert all(np.isfinite(float(row["DINO"])) for row in rows)
+    name = name_of({"training.prior.weight": 0.0})
+    assert list(json.loads((tmp_path / "out" / "sweep.json").read_text())["points"]) == [name]
+    (row,) = csv.DictReader((tmp_path / "out" / "table.csv").open())
+    assert (row["point"], row["training.prior.weight"], row["status"]) == (name, "0.0", "done")
+    assert np.isfinite(float(row["DINO"])) and np.isfinite(float(row["CLIP-T"]))
     assert (tmp_path / "out" / "table.md").read_text() in finished.output
     assert (tmp_path / "out" / "figure.png").exists()
-    assert (tmp_path / "out" / names[0] / "dog" / "pipeline").is_dir()
+    assert (tmp_path / "out" / name / "dog" / "pipeline").is_dir()
