@@ -25,7 +25,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from experiments.study import select
+from experiments.study import forget_weights, select
 from experiments.tables import CLASS_METRICS, PAPER_METRICS, SUBJECT_METRICS
 from launch.sweep_engines import Job, Local, Outcome, Ray, read_job
 from launch.sweep_points import STEPS, Point, prolonged, read_points
@@ -58,6 +58,9 @@ def define_flags() -> None:
     flags.DEFINE_string("metric", "DINO", "What points are compared by: a metric of the evaluation.")
     flags.DEFINE_list("rungs", [], "Numbers of steps of the base model after which points are compared.")
     flags.DEFINE_float("keep", 0.5, "Share of the points that goes on from each rung.")
+    flags.DEFINE_bool(
+        "delete_weights", False, "Delete the weights of points that are out of the race; the best's stay."
+    )
     flags.DEFINE_enum("engine", "local", ["local", "ray"], "Where points run: in this process, or on a Ray cluster.")
     flags.DEFINE_string("ray_address", "auto", "Of the cluster: auto, local, or host:port.")
     flags.DEFINE_list("resources", ["CPU=1"], "What a point takes of one node of the cluster, such as TPU=4 or GPU=1.")
@@ -86,7 +89,8 @@ def main(_: list[str]) -> None:
     comparison = {"metric": arguments.metric, "rungs": rungs, "keep": arguments.keep}
     described = {"points": {point.name: dict(point.overrides) for point in points}, **comparison}
     write_text(workdir / "sweep.json", json.dumps(described, indent=2))
-    results = conduct(points, subjects, engine, workdir, arguments.metric, rungs, arguments.keep)
+    race = arguments.metric, rungs, arguments.keep, arguments.delete_weights
+    results = conduct(points, subjects, engine, workdir, *race)
     print(f"{write(results, arguments.metric, len(subjects), workdir)}\nTables and figure: {workdir}")
     if failed := sum(not result.metrics for result in results):
         raise UserError(f"{failed} of {len(results)} points failed, see {workdir / 'table.md'}; call again to retry.")
@@ -100,6 +104,7 @@ def conduct(
     metric: str,
     rungs: Sequence[int] = (),
     keep: float = 0.5,
+    delete_weights: bool = False,
 ) -> list[Result]:
     """Run the points, rung by rung if there are any.
 
@@ -114,11 +119,13 @@ def conduct(
         metric: by which points go on.
         rungs: increasing numbers of steps; without any, all points are run once as they are configured.
         keep: share of the points that goes on from each rung, at least one.
+        delete_weights: whether to delete the weights of runs that none goes on from, but for the best at the end.
 
     Returns:
         What became of each point at its last rung, in the order of the sweep.
     """
     results: dict[str, Result] = {}
+    ran: set[str] = set()
     going = list(points)
     for rung in rungs or [None]:
         runs = {point.name: point if rung is None else prolonged(point, rung) for point in going}
@@ -127,8 +134,13 @@ def conduct(
         last = rung is None or rung == rungs[-1]
         results |= {name: _result(run, outcomes[run.name], last) for name, run in runs.items()}
         best = ranked([results[name] for name in runs], metric)
-        kept = best[: max(1, math.ceil(round(keep * len(best), 6)))]
+        kept = best[: 1 if last else max(1, math.ceil(round(keep * len(best), 6)))]
         going = [point for point in going if results[point.name] in kept]
+        ran |= {run.name for run in runs.values()}
+        if delete_weights:
+            for name in ran - {result.point.name for result in kept}:
+                for subject in subjects:
+                    forget_weights(workdir / name / subject.name)
     return [results[point.name] for point in points]
 
 

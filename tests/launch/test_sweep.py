@@ -158,6 +158,16 @@ def test_a_point_that_failed_does_not_go_on(tmp_path, subjects, points_of, runs)
     assert [result.status.partition(":")[0] for result in results] == ["stopped early", "done", "failed"]
 
 
+def test_the_best_keeps_its_weights(tmp_path, subjects, points_of, runs):
+    points = points_of(1e-4, 1e-3, 1e-2)
+    names = [prolonged(point, rung).name for rung in (2, 4) for point in points]
+    for name in names:
+        (tmp_path / name / subjects[0].name / "pipeline").mkdir(parents=True)
+    conduct(points, subjects, tmp_path, rungs=[2, 4], keep=0.5, delete_weights=True)
+    with_weights = {name for name in names if (tmp_path / name / subjects[0].name / "pipeline").exists()}
+    assert with_weights & set(runs.begun) == {prolonged(points[2], 4).name}
+
+
 @pytest.mark.slow
 def test_a_point_that_goes_on_is_as_if_it_had_never_stopped(folder, subjects, points_of, lightly_compiled):
     points = points_of(1e-4, 1e-1)
