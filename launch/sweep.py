@@ -123,6 +123,9 @@ def conduct(
 
     Returns:
         What became of each point at its last rung, in the order of the sweep.
+
+    Raises:
+        UserError: the evaluation gives no point that metric.
     """
     results: dict[str, Result] = {}
     ran: set[str] = set()
@@ -134,6 +137,8 @@ def conduct(
         last = rung is None or rung == rungs[-1]
         results |= {name: _result(run, outcomes[run.name], last) for name, run in runs.items()}
         best = ranked([results[name] for name in runs], metric)
+        if not best and (scored := next((results[name] for name in runs if results[name].metrics), None)):
+            raise UserError(f"No point has {metric!r}; give --metric one of {', '.join(scored.metrics)}.")
         kept = best[: 1 if last else max(1, math.ceil(round(keep * len(best), 6)))]
         going = [point for point in going if results[point.name] in kept]
         ran |= {run.name for run in runs.values()}

@@ -158,6 +158,11 @@ def test_a_point_that_failed_does_not_go_on(tmp_path, subjects, points_of, runs)
     assert [result.status.partition(":")[0] for result in results] == ["stopped early", "done", "failed"]
 
 
+def test_a_metric_that_no_point_has_is_named(tmp_path, subjects, points_of, runs):
+    with pytest.raises(UserError, match="No point has 'PRES'; give --metric one of DINO"):
+        sweep.conduct(points_of(1e-3), subjects, Local(), tmp_path, "PRES")
+
+
 def test_the_best_keeps_its_weights(tmp_path, subjects, points_of, runs):
     points = points_of(1e-4, 1e-3, 1e-2)
     names = [prolonged(point, rung).name for rung in (2, 4) for point in points]
