@@ -45,6 +45,6 @@ clean:
 	@.venv/bin/python -m pip install -qq --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.venv/test-installed: .venv/installed tests/requirements.txt
+.venv/test-installed: .venv/installed tests/requirements.txt launch/requirements.txt
 	@.venv/bin/python -m pip install -qq --disable-pip-version-check -r tests/requirements.txt
 	@touch $@

@@ -1,1 +1,1 @@
-"""Starting runs on other machines."""
+"""Programs that start runs elsewhere: on TPU VMs, and many at once."""

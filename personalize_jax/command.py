@@ -28,10 +28,7 @@ def run(main: Callable[[list[str]], None], define_flags: Callable[[], None], req
     """
 
     def guarded(argv: list[str]) -> None:
-        for name in ("absl", "jax"):  # JAX tells which backends it did not find
-            logging.getLogger(name).setLevel(logging.WARNING)
-        _keep_compiled_programs()
-        _keep_memory()
+        set_up()
         try:
             main(argv)
         except UserError as error:
@@ -42,6 +39,14 @@ def run(main: Callable[[list[str]], None], define_flags: Callable[[], None], req
     define_flags()
     flags.mark_flags_as_required(required)
     app.run(guarded, flags_parser=_parse)
+
+
+def set_up() -> None:
+    """What a process does before it computes: silence what is no warning, keep compiled programs and memory."""
+    for name in ("absl", "jax"):  # JAX tells which backends it did not find
+        logging.getLogger(name).setLevel(logging.WARNING)
+    _keep_compiled_programs()
+    _keep_memory()
 
 
 def record_config(

@@ -40,6 +40,7 @@ ROOMS = (
 # Only networks know Flax, so that everything else works on plain dictionaries of arrays.
 
 COMPARES = ("tests/", "experiments/benchmark_peers.py")  # what may import the tests' references
+LAUNCHES = ("tests/", "launch/")  # what may import Ray
 PICKLE_READERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch"}
 MAX_LINES = 400
 MAX_ASSETS_BYTES = 40 * 2**20
@@ -70,7 +71,7 @@ def imports(file: Path) -> set[str]:
 def requirements(file: Path) -> dict[str, str]:
     """Versions by normalised distribution name."""
     lines = [line.strip() for line in file.read_text().splitlines()]
-    pins = [line for line in lines if line and not line.startswith(("#", "-c "))]
+    pins = [line for line in lines if line and not line.startswith(("#", "-c ", "-r "))]
     loose = [pin for pin in pins if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", pin)]
     assert not loose, f"{name_of(file)} must pin exact versions under normalised names: {loose}"
     return dict(pin.split("==") for pin in pins)
@@ -124,10 +125,12 @@ def test_assets_are_small_and_no_pickles() -> None:
 def test_whatever_is_imported_is_pinned_as_installed() -> None:
     pins = requirements(ROOT / "requirements.txt")
     test_pins = requirements(ROOT / "tests" / "requirements.txt")
+    launch_pins = requirements(ROOT / "launch" / "requirements.txt")
     distributions = importlib.metadata.packages_distributions()
     own = {"personalize_jax", "configs", "experiments", "launch", "tests"}
     for file in SOURCES:
-        known = pins | test_pins if name_of(file).startswith(COMPARES) else pins
+        known = pins | (test_pins if name_of(file).startswith(COMPARES) else {})
+        known |= launch_pins if name_of(file).startswith(LAUNCHES) else {}
         for module in {name.split(".")[0] for name in imports(file)} - own - sys.stdlib_module_names:
             owners = {normalised(owner) for owner in distributions.get(module, [])}
             assert owners & known.keys(), f"{name_of(file)} imports {module}, which no requirement provides"
