@@ -1,8 +1,12 @@
-"""What the commands share: flags, devices, one-sentence errors, progress bars, the configuration kept with a run."""
+"""What the commands share: flags, devices, one-sentence errors, exit statuses, progress bars.
+
+Exit statuses: 0, all is done; 2, one sentence says what is wrong; 75 (EX_TEMPFAIL), stopped by SIGTERM or Ctrl-C after
+saving, and the same command goes on.
+"""
 
 import contextlib
 import ctypes
-import json
+import errno
 import logging
 import os
 import sys
@@ -11,15 +15,14 @@ from pathlib import Path
 
 import jax
 from absl import app, flags
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from personalize_jax import interruption
 from personalize_jax.errors import UserError
-from personalize_jax.pipeline.storage import write_text
 
 
 def run(main: Callable[[list[str]], None], define_flags: Callable[[], None], required: Sequence[str]) -> None:
-    """Run a command: `UserError` and failures to write end it with one sentence and exit status 2.
+    """Run a command: `UserError` and failures to write end it with one sentence and exit status 2, signals with 75.
 
     Args:
         main: the command.
@@ -33,60 +36,38 @@ def run(main: Callable[[list[str]], None], define_flags: Callable[[], None], req
         _keep_compiled_programs()
         _keep_memory()
         try:
-            main(argv)
+            with interruption.on_signals():
+                main(argv)
+        except interruption.Stopped:
+            print("Stopped; what is done is saved, and the same command goes on.", file=sys.stderr)
+            sys.exit(interruption.STATUS)
         except UserError as error:
             sys.exit(_fail(str(error)))
         except OSError as error:
-            sys.exit(_fail(f"{error.filename or 'A file'} cannot be used: {error.strerror or _one_line(error)}."))
+            sys.exit(_fail(_reason(error)))
 
     define_flags()
     flags.mark_flags_as_required(required)
     app.run(guarded, flags_parser=_parse)
 
 
-def record_config(
-    config: ConfigDict, workdir: Path, may_change: Sequence[str] = (), outdates: Sequence[Path] = ()
-) -> None:
-    """Keep the configuration in the run directory, or compare it with what the run began with.
-
-    Args:
-        config: of this call.
-        workdir: run directory, made if missing.
-        may_change: dotted keys in which a later call may differ.
-        outdates: files to delete if it does.
-
-    Raises:
-        UserError: the directory belongs to a run with another configuration.
-    """
-    file = workdir / "config.json"
-    new = json.loads(config.to_json_best_effort())
-    if file.exists():
-        changed = sorted(_different_keys(json.loads(file.read_text()), new))
-        if not changed:
-            return
-        if different := [key for key in changed if key not in may_change]:
-            raise UserError(
-                f"{workdir} was begun with another configuration (different: {', '.join(different[:5])}); "
-                "give the same configuration to go on, or another --workdir."
-            )
-    workdir.mkdir(parents=True, exist_ok=True)
-    for outdated in outdates:
-        outdated.unlink(missing_ok=True)
-    write_text(file, json.dumps(new, indent=2))
-
-
 @contextlib.contextmanager
 def steps_bar(description: str, total: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """A progress bar over steps; yields `progress(steps done, metrics)`."""
-    with tqdm(total=total, desc=description, unit="step", dynamic_ncols=True, mininterval=1.0) as bar:
+    """A progress bar over steps; yields `progress(steps done, metrics)`, whose first call says where it begins."""
+    bar: tqdm | None = None
 
-        def progress(step: int, metrics: dict[str, float]) -> None:
-            if bar.n == 0:
-                bar.initial = max(step - 1, 0)
-            bar.set_postfix({"loss": f"{metrics['loss']:.4f}"} if metrics else {}, refresh=False)
-            bar.update(step - bar.n)
+    def progress(step: int, metrics: dict[str, float]) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(initial=step, total=total, desc=description, unit="step", dynamic_ncols=True, mininterval=1.0)
+        bar.set_postfix({"loss": f"{metrics['loss']:.4f}"} if metrics else {}, refresh=False)
+        bar.update(step - bar.n)
 
+    try:
         yield progress
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -100,6 +81,13 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(_fail(last.removeprefix("ValueError: ")))
     except (AttributeError, KeyError) as error:
         sys.exit(_fail(f"A --config flag names a key that the configuration lacks: {_one_line(error)}"))
+
+
+def _reason(error: OSError) -> str:
+    file = error.filename or "A file"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{file} cannot be written ({error.strerror}); what is done is kept: make free space, and start again."
+    return f"{file} cannot be used: {error.strerror or _one_line(error)}."
 
 
 def _one_line(error: Exception) -> str:
@@ -121,13 +109,6 @@ def _keep_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def _different_keys(old: object, new: object, prefix: str = "") -> set[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = old.keys() | new.keys()
-        return set().union(*(_different_keys(old.get(k), new.get(k), f"{prefix}{k}.") for k in keys), set())
-    return set() if old == new else {prefix.rstrip(".")}
 
 
 def _fail(sentence: str) -> int:

@@ -10,9 +10,10 @@ import pytest
 
 import personalize_jax as pj
 from personalize_jax.errors import UserError
-from personalize_jax.personalization import begin, prior_sampling, stage_examples
+from personalize_jax.personalization import begin, stage_examples
 from personalize_jax.pictures import read_png
 from personalize_jax.training.examples import downsample_uint8
+from personalize_jax.training.prior import prior_sampling
 from tests import processes, tiny_world
 from tests.deaths import DEATHS
 

@@ -20,19 +20,24 @@ class Checkpoints:
     A checkpoint appears under its final name only when it is complete.
     """
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
+    def __init__(self, directory: Path, keep: int = 2, read_only: bool = False) -> None:
         """Name a directory, which is made when it is first read or written.
 
         Args:
             directory: of the checkpoints.
             keep: how many of the latest stay; two, so that one survives if the other is damaged.
+            read_only: another process may be writing here; otherwise, what killed ones left unfinished is deleted.
         """
         self.directory = directory.absolute()
         self._keep = keep
+        self._read_only = read_only
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True)
+        if self._read_only:
+            options = ocp.CheckpointManagerOptions(save_interval_steps=0, create=False, read_only=True)
+        else:
+            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, cleanup_tmp_directories=True)
         return ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, step: int, state: Any) -> None:
@@ -68,7 +73,7 @@ class Checkpoints:
                     _reason(error),
                 )
             else:
-                for damaged in steps[:i]:
+                for damaged in steps[: 0 if self._read_only else i]:
                     self._manager.delete(damaged)
                 return state
         if steps:
