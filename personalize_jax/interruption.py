@@ -27,7 +27,6 @@ class Stopped(Exception):
 def on_signals() -> Iterator[None]:
     """Let the first SIGTERM or SIGINT ask to stop; a second one acts as usual. For the main thread."""
     global _asked
-    _asked = False
     handlers = {s: h for s in (signal.SIGTERM, signal.SIGINT) if (h := signal.getsignal(s)) is not signal.SIG_IGN}
 
     def restore() -> None:
@@ -47,6 +46,7 @@ def on_signals() -> Iterator[None]:
         yield
     finally:
         restore()
+        _asked = False
 
 
 def requested(boundary: int) -> bool:

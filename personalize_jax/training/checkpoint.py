@@ -34,10 +34,11 @@ class Checkpoints:
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
-        if self._read_only:
-            options = ocp.CheckpointManagerOptions(save_interval_steps=0, create=False, read_only=True)
-        else:
-            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, cleanup_tmp_directories=True)
+        # Not orbax's own read_only, which warns of itself.
+        writable = not self._read_only
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep, create=writable, cleanup_tmp_directories=writable
+        )
         return ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, step: int, state: Any) -> None:
