@@ -3,11 +3,16 @@
 import contextlib
 import functools
 import logging
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax import Array
 
 from personalize_jax.errors import UserError
 
@@ -39,7 +44,14 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep, create=writable, cleanup_tmp_directories=writable
         )
-        return ocp.CheckpointManager(self.directory, options=options)
+        try:
+            return ocp.CheckpointManager(self.directory, options=options)
+        except (ValueError, TypeError, KeyError) as error:
+            # Orbax reads when and how each checkpoint was made, and fails if it cannot; checkpoints are whole without.
+            logger.warning("Metadata in %s cannot be read (%s) and are left out.", self.directory, _reason(error))
+            for file in self.directory.glob("*/_CHECKPOINT_METADATA"):
+                file.unlink()
+            return ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, step: int, state: Any) -> None:
         """Write in the background; the state may be donated as soon as this returns.
@@ -48,7 +60,8 @@ class Checkpoints:
             UserError: the checkpoint before could not be written.
         """
         with self._writing():
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+            args = ocp.args.StandardSave(state)
+            self._manager.save(step, args=args, custom_metadata={"checksum": checksum(state)})
 
     def restore(self, abstract_state: Any | None) -> Any | None:
         """The latest state that can be read, or None without any.
@@ -65,7 +78,7 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for i, step in enumerate(steps):
             try:
-                state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+                state = self._read(step, abstract_state)
             except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
                 logger.warning(
                     "Checkpoint %d in %s cannot be read (%s); trying the one before.",
@@ -83,6 +96,13 @@ class Checkpoints:
                 "delete that folder to start this phase anew."
             )
         return None
+
+    def _read(self, step: int, abstract_state: Any | None) -> Any:
+        state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+        known = self._manager.metadata(step).custom_metadata or {}
+        if known.get("checksum", found := checksum(state)) != found:
+            raise ValueError("its checksum is another one")
+        return state
 
     def close(self) -> None:
         """Wait for what is being written.
@@ -105,6 +125,28 @@ class Checkpoints:
                 f"A checkpoint cannot be written to {self.directory} ({_reason(error)}); "
                 "check free space and permissions, and start again."
             ) from error
+
+
+def checksum(state: Any) -> int:
+    """A number that any damage to a state changes, as orbax's files have none of their own for the arrays.
+
+    It depends on neither the devices that the arrays lie on nor the kinds of containers that hold them.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    sums = jax.device_get([_weighted_sum(leaf) for _, leaf in leaves])
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    weights = [zlib.crc32(name.encode()) | 1 for name in names]
+    return sum(weight * int(value) for weight, value in zip(weights, sums, strict=True)) % 2**32
+
+
+@jax.jit
+def _weighted_sum(a: Array) -> Array:
+    """The sum of an array's bits, as numbers modulo 2**32, each times an odd number that tells its place."""
+    bits = jax.lax.bitcast_convert_type(a, f"uint{8 * a.dtype.itemsize}").astype(jnp.uint32)
+    place = jnp.zeros(a.shape, jnp.uint32)
+    for axis, size in enumerate(a.shape):
+        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, a.shape, axis)
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
 
 
 def _reason(error: Exception) -> str:
