@@ -6,12 +6,12 @@ saving, and the same command goes on.
 
 import contextlib
 import ctypes
-import errno
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from personalize_jax import interruption
 from personalize_jax.errors import UserError
+from personalize_jax.files import FULL
 
 
 def run(main: Callable[[list[str]], None], define_flags: Callable[[], None], required: Sequence[str]) -> None:
@@ -31,8 +32,9 @@ def run(main: Callable[[list[str]], None], define_flags: Callable[[], None], req
     """
 
     def guarded(argv: list[str]) -> None:
-        for name in ("absl", "jax"):  # JAX tells which backends it did not find
-            logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger("jax").setLevel(logging.WARNING)  # it tells which backends it did not find
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs at length what it also raises
+        sys.unraisablehook = _report_unraisable
         _keep_compiled_programs()
         _keep_memory()
         try:
@@ -85,9 +87,15 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _reason(error: OSError) -> str:
     file = error.filename or "A file"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in FULL:
         return f"{file} cannot be written ({error.strerror}); what is done is kept: make free space, and start again."
     return f"{file} cannot be used: {error.strerror or _one_line(error)}."
+
+
+def _report_unraisable(unraisable: Any) -> None:
+    """As usual, but for what comes of writes that orbax leaves to themselves once one of them has failed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,10 +1,13 @@
 """Files that are written whole or not at all."""
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says of a full disk, quota or file
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)")  # what `replacing` writes to, with the number of its process
 

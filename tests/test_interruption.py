@@ -1,7 +1,9 @@
-"""Signals, in processes of their own."""
-
 import os
 import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,22 @@ def test_a_signal_that_is_ignored_stays_ignored():
             assert not interruption.requested(0)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_processes_of_one_program_stop_at_the_same_step_though_one_was_signalled(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "tests.preempted"]
+    together = [subprocess.Popen([*command, str(i), coordinator, str(tmp_path)], cwd=ROOT) for i in range(2)]
+    try:
+        while not all((tmp_path / f"going_{i}").exists() for i in range(2)):
+            assert all(process.poll() is None for process in together)
+            time.sleep(0.05)
+        together[1].terminate()
+        assert [process.wait(timeout=120) for process in together] == [0, 0]
+    finally:
+        for process in together:
+            process.kill()
+    steps = {(tmp_path / f"stopped_{i}").read_text() for i in range(2)}
+    assert len(steps) == 1

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 
 from personalize_jax.errors import UserError
+from personalize_jax.files import FULL
 
 logger = logging.getLogger(__name__)
 
@@ -150,4 +152,6 @@ def _weighted_sum(a: Array) -> Array:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    text = f"{type(error).__name__}: {error}"
+    full = [reason for number in FULL if (reason := os.strerror(number)) in text]  # amid much else
+    return full[0] if full else text.splitlines()[0][:200]
