@@ -52,6 +52,8 @@ def main(_: list[str]) -> None:
         raise UserError("Pictures of a folder need --images, --prompts, --photos, --config and --out, all five.")
     if arguments.workdir is not None and len(arguments.workdir) > 1 and arguments.out is None:
         raise UserError("Several runs make one table: say by --out where it goes.")
+    if len({Path(workdir).name for workdir in arguments.workdir or ()}) < len(arguments.workdir or ()):
+        raise UserError("Two runs have the same name, which is their subject's in the table; rename one.")
     runs = {Path(workdir): manifest.read_config(Path(workdir)) for workdir in arguments.workdir or ()}
     out = Path(arguments.out or next(iter(runs)) / "evaluation")
     with manifest.record(out, seeds={}, data={}):  # which evaluation.json has, run by run
@@ -74,8 +76,6 @@ def of_runs(runs: Mapping[Path, ConfigDict], config: ConfigDict | None) -> list[
         runs: by run directory, the configuration of each.
         config: whose `evaluation` keys to use; None for the run's own.
     """
-    if len({workdir.name for workdir in runs}) < len(runs):
-        raise UserError("Two runs have the same name, which is their subject's in the table; rename one.")
     rows: list[Row] = []
     judges: dict[str, Judges] = {}  # by what they are loaded from, so that the runs share them
     pretrained: dict[str, Pipeline] = {}

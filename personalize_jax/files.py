@@ -39,9 +39,8 @@ def naming(file: Path, temporary: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename in (None, str(temporary)):
+        if error.errno is not None and error.filename in (None, str(temporary)):
             error.filename = str(file)
-            error.filename2 = None
         raise
 
 
