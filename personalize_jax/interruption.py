@@ -27,7 +27,9 @@ class Stopped(Exception):
 def on_signals() -> Iterator[None]:
     """Let the first SIGTERM or SIGINT ask to stop; a second one acts as usual. For the main thread."""
     global _asked
-    handlers = {s: h for s in (signal.SIGTERM, signal.SIGINT) if (h := signal.getsignal(s)) is not signal.SIG_IGN}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    # Not what is to be ignored, nor what another library has taken, which shows as None.
+    handlers = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
 
     def restore() -> None:
         for number, handler in handlers.items():

@@ -83,8 +83,9 @@ def survive(arguments, folder, kills, seed, start):
     moments, killed = random.Random(seed), []
     while len(killed) < kills:
         phase = list(phases)[len(killed) * len(phases) // kills]
-        found = kill_in(phase, list(phases), phases[phase] * moments.random(), begin, folder / "killed")
-        if found is None:  # it was quicker than before: let it make its report anew
+        found, took = kill_in(phase, list(phases), phases[phase] * moments.random(), begin, folder / "killed")
+        phases[phase] = min(phases[phase], took)  # programs that are compiled once made the first run longer
+        if found is None:  # it came to its end first: let it make its report anew
             (folder / "killed" / "report.html").unlink()
             continue
         killed.append(found)
@@ -95,10 +96,10 @@ def survive(arguments, folder, kills, seed, start):
 
 
 def kill_in(phase, phases, delay, begin, workdir):
-    """Start the run and kill it so many seconds after a phase has begun.
+    """Start the run and kill it so many seconds after a phase has begun, or as soon as that phase is over.
 
     Returns:
-        The phase it was in; None if it ended before.
+        The phase it was in, None if it ended first; and seconds of the phase, infinite if it was cut short.
     """
     calls = len(manifest.read(workdir).get("calls", []))
 
@@ -106,13 +107,18 @@ def kill_in(phase, phases, delay, begin, workdir):
         of_run = manifest.read(workdir).get("calls", [])
         return (of_run[-1]["phase"] if len(of_run) > calls else None) or STARTING
 
+    def wait_while(condition):
+        began = time.monotonic()
+        while process.is_alive() and condition(time.monotonic() - began):
+            time.sleep(0.002)
+        return time.monotonic() - began
+
     process = begin("killed")
-    while phases.index(current()) < phases.index(phase) and process.is_alive():
-        time.sleep(0.002)
-    process.join(delay)
+    wait_while(lambda _: phases.index(current()) < phases.index(phase))
+    took = wait_while(lambda seconds: seconds < delay and current() == phase)
     process.kill()
     process.join()
-    return current() if process.exitcode == -signal.SIGKILL else None
+    return current() if process.exitcode == -signal.SIGKILL else None, took if took < delay else float("inf")
 
 
 def assert_same(expected, found):
