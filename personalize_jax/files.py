@@ -9,7 +9,8 @@ from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says of a full disk, quota or file
 
-_TEMPORARY = re.compile(r"\..+\.(\d+)")  # what `replacing` writes to, with the number of its process
+# What `replacing` writes to, with the number of its process; and safetensors, which tells of none.
+_TEMPORARY = re.compile(r"\..+\.(\d+)|\.tmp\w{6}")
 
 
 @contextlib.contextmanager
@@ -51,9 +52,12 @@ def write_text(file: Path, text: str) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what killed processes have left unfinished below a folder; links are not followed."""
+    """Delete what killed processes have left unfinished below a folder; links are not followed.
+
+    For a folder in which no other process saves parameters.
+    """
     for file in folder.rglob(".*"):
-        if (match := _TEMPORARY.fullmatch(file.name)) and not _is_alive(int(match[1])):
+        if (match := _TEMPORARY.fullmatch(file.name)) and not (match[1] and _is_alive(int(match[1]))):
             file.unlink(missing_ok=True)
 
 

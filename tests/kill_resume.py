@@ -82,10 +82,12 @@ def survive(arguments, folder, kills, seed, start):
 
     moments, killed = random.Random(seed), []
     while len(killed) < kills:
+        # Rather early in a phase: the first run had to compile, which makes its phases longer than those to come.
         phase = list(phases)[len(killed) * len(phases) // kills]
-        found, took = kill_in(phase, list(phases), phases[phase] * moments.random(), begin, folder / "killed")
-        phases[phase] = min(phases[phase], took)  # programs that are compiled once made the first run longer
+        found, took = kill_in(phase, list(phases), phases[phase] * moments.random() ** 2, begin, folder / "killed")
+        phases[phase] = min(phases[phase], took)
         if found is None:  # it came to its end first: let it make its report anew
+            assert manifest.read(folder / "killed")["done"], (folder / "killed.error").read_text()
             (folder / "killed" / "report.html").unlink()
             continue
         killed.append(found)

@@ -38,9 +38,9 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
     kept = [".a.json.txt", ".hidden", "a.json", f"a.json.{dead.pid}", f".a.json.{os.getpid()}"]
     for where in (elsewhere, folder / "samples"):
         where.mkdir(parents=True)
-        for name in (*kept, f".a.json.{dead.pid}", f".b.png.{dead.pid}"):
+        for name in (*kept, f".a.json.{dead.pid}", f".b.png.{dead.pid}", ".tmpbgGcno"):
             (where / name).write_text("")
     (folder / "link").symlink_to(elsewhere)
     remove_temporaries(folder)
     assert {file.name for file in (folder / "samples").iterdir()} == set(kept)
-    assert len(list(elsewhere.iterdir())) == len(kept) + 2
+    assert len(list(elsewhere.iterdir())) == len(kept) + 3
