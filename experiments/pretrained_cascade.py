@@ -15,9 +15,9 @@ from absl import flags
 from tqdm import tqdm
 
 from personalize_jax import command
+from personalize_jax.files import write_text
 from personalize_jax.metrics.world import accuracy, prompt_fidelity
 from personalize_jax.pipeline import load_pipeline
-from personalize_jax.pipeline.storage import write_text
 from personalize_jax.report import Panel, gallery
 from personalize_jax.world.captions import prompt, words_for
 from personalize_jax.world.probe import Probe

@@ -24,9 +24,9 @@ from ml_collections import ConfigDict, config_flags
 
 from personalize_jax import command
 from personalize_jax.configuration import stage_trainings
+from personalize_jax.files import write_text
 from personalize_jax.personalization import stage_examples, with_embeddings
 from personalize_jax.pipeline import Pipeline, Stage, load_pipeline
-from personalize_jax.pipeline.storage import write_text
 from personalize_jax.training.checkpoint import Checkpoints
 from personalize_jax.training.loop import prepare, train
 

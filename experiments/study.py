@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from experiments import tables
-from personalize_jax import command
+from personalize_jax import command, manifest
 from personalize_jax.benchmark.loading import load_benchmark
 from personalize_jax.benchmark.subjects import BenchmarkSubject
 from personalize_jax.configuration import changed
@@ -200,7 +200,7 @@ def scored_run(
     """The rows of one subject in one arm: personalised and scored, or read where that was done before."""
     folder = workdir / arm.name / subject.name
     config = changed(arm.config, subject__registry=str(workdir / arm.name / "registry.json"))
-    command.record_config(config, folder, may_change=["subject.registry"])  # the folders may have been moved
+    manifest.record_config(config, folder, may_change=["subject.registry"])  # the folders may have been moved
     scored = folder / "evaluation" / "rows.jsonl"
     measured = folder / "evaluation" / f"{study.name}.jsonl"
     if not scored.exists() or (study.measure and not measured.exists()):

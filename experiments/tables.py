@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from personalize_jax.files import write_text
 from personalize_jax.metrics.table import (
     Estimate,
     SubjectScores,
@@ -19,7 +20,6 @@ from personalize_jax.metrics.table import (
     estimates,
     markdown,
 )
-from personalize_jax.pipeline.storage import write_text
 
 PAPER_METRICS = ("DINO", "CLIP-I", "CLIP-T", "PRES", "DIV")
 SUBJECT_METRICS = ("class", "body colour", "accent colour", "pattern", "finish", "proportions", "context", "property")

@@ -1,25 +1,29 @@
-"""What the commands share: flags, devices, one-sentence errors, progress bars, the configuration kept with a run."""
+"""What the commands share: flags, devices, one-sentence errors, exit statuses, progress bars.
+
+Exit statuses: 0, all is done; 2, one sentence says what is wrong; 75 (EX_TEMPFAIL), stopped by SIGTERM or Ctrl-C after
+saving, and the same command goes on.
+"""
 
 import contextlib
 import ctypes
-import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from personalize_jax import interruption
 from personalize_jax.errors import UserError
-from personalize_jax.pipeline.storage import write_text
+from personalize_jax.files import FULL
 
 
 def run(main: Callable[[list[str]], None], define_flags: Callable[[], None], required: Sequence[str]) -> None:
-    """Run a command: `UserError` and failures to write end it with one sentence and exit status 2.
+    """Run a command: `UserError` and failures to write end it with one sentence and exit status 2, signals with 75.
 
     Args:
         main: the command.
@@ -30,11 +34,15 @@ def run(main: Callable[[list[str]], None], define_flags: Callable[[], None], req
     def guarded(argv: list[str]) -> None:
         set_up()
         try:
-            main(argv)
+            with interruption.on_signals():
+                main(argv)
+        except interruption.Stopped:
+            print("Stopped; what is done is saved, and the same command goes on.", file=sys.stderr)
+            sys.exit(interruption.STATUS)
         except UserError as error:
             sys.exit(_fail(str(error)))
         except OSError as error:
-            sys.exit(_fail(f"{error.filename or 'A file'} cannot be used: {error.strerror or _one_line(error)}."))
+            sys.exit(_fail(_reason(error)))
 
     define_flags()
     flags.mark_flags_as_required(required)
@@ -43,55 +51,30 @@ def run(main: Callable[[list[str]], None], define_flags: Callable[[], None], req
 
 def set_up() -> None:
     """What a process does before it computes: silence what is no warning, keep compiled programs and memory."""
-    for name in ("absl", "jax"):  # JAX tells which backends it did not find
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("jax").setLevel(logging.WARNING)  # it tells which backends it did not find
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs at length what it also raises
+    sys.unraisablehook = _report_unraisable
     _keep_compiled_programs()
     _keep_memory()
 
 
-def record_config(
-    config: ConfigDict, workdir: Path, may_change: Sequence[str] = (), outdates: Sequence[Path] = ()
-) -> None:
-    """Keep the configuration in the run directory, or compare it with what the run began with.
-
-    Args:
-        config: of this call.
-        workdir: run directory, made if missing.
-        may_change: dotted keys in which a later call may differ.
-        outdates: files to delete if it does.
-
-    Raises:
-        UserError: the directory belongs to a run with another configuration.
-    """
-    file = workdir / "config.json"
-    new = json.loads(config.to_json_best_effort())
-    if file.exists():
-        changed = sorted(_different_keys(json.loads(file.read_text()), new))
-        if not changed:
-            return
-        if different := [key for key in changed if key not in may_change]:
-            raise UserError(
-                f"{workdir} was begun with another configuration (different: {', '.join(different[:5])}); "
-                "give the same configuration to go on, or another --workdir."
-            )
-    workdir.mkdir(parents=True, exist_ok=True)
-    for outdated in outdates:
-        outdated.unlink(missing_ok=True)
-    write_text(file, json.dumps(new, indent=2))
-
-
 @contextlib.contextmanager
 def steps_bar(description: str, total: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """A progress bar over steps; yields `progress(steps done, metrics)`."""
-    with tqdm(total=total, desc=description, unit="step", dynamic_ncols=True, mininterval=1.0) as bar:
+    """A progress bar over steps; yields `progress(steps done, metrics)`, whose first call says where it begins."""
+    bar: tqdm | None = None
 
-        def progress(step: int, metrics: dict[str, float]) -> None:
-            if bar.n == 0:
-                bar.initial = max(step - 1, 0)
-            bar.set_postfix({"loss": f"{metrics['loss']:.4f}"} if metrics else {}, refresh=False)
-            bar.update(step - bar.n)
+    def progress(step: int, metrics: dict[str, float]) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(initial=step, total=total, desc=description, unit="step", dynamic_ncols=True, mininterval=1.0)
+        bar.set_postfix({"loss": f"{metrics['loss']:.4f}"} if metrics else {}, refresh=False)
+        bar.update(step - bar.n)
 
+    try:
         yield progress
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -105,6 +88,19 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(_fail(last.removeprefix("ValueError: ")))
     except (AttributeError, KeyError) as error:
         sys.exit(_fail(f"A --config flag names a key that the configuration lacks: {_one_line(error)}"))
+
+
+def _reason(error: OSError) -> str:
+    file = error.filename or "A file"
+    if error.errno in FULL:
+        return f"{file} cannot be written ({error.strerror}); what is done is kept: make free space, and start again."
+    return f"{file} cannot be used: {error.strerror or _one_line(error)}."
+
+
+def _report_unraisable(unraisable: Any) -> None:
+    """As usual, but for what comes of writes that orbax leaves to themselves once one of them has failed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _one_line(error: Exception) -> str:
@@ -126,13 +122,6 @@ def _keep_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def _different_keys(old: object, new: object, prefix: str = "") -> set[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = old.keys() | new.keys()
-        return set().union(*(_different_keys(old.get(k), new.get(k), f"{prefix}{k}.") for k in keys), set())
-    return set() if old == new else {prefix.rstrip(".")}
 
 
 def _fail(sentence: str) -> int:

@@ -13,22 +13,22 @@ asks for the subject, one without it for its class.
 Every picture gets a line in `rows.jsonl`; `table.md` and `table.csv` have the means over subjects, with intervals.
 """
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from personalize_jax import command
+from personalize_jax import command, manifest
 from personalize_jax.benchmark.prompts import read_prompts
 from personalize_jax.errors import UserError
 from personalize_jax.evaluation import evaluate, read_pictures
+from personalize_jax.files import write_text
 from personalize_jax.metrics.table import Row, comma_separated, estimates, transposed
 from personalize_jax.personalization import load_pretrained
 from personalize_jax.personalized import load_personalized
 from personalize_jax.pipeline import Pipeline
-from personalize_jax.pipeline.storage import write_text
 from personalize_jax.scoring import Judges, load_judges, score, summary, write_rows
 
 
@@ -52,32 +52,35 @@ def main(_: list[str]) -> None:
         raise UserError("Pictures of a folder need --images, --prompts, --photos, --config and --out, all five.")
     if arguments.workdir is not None and len(arguments.workdir) > 1 and arguments.out is None:
         raise UserError("Several runs make one table: say by --out where it goes.")
-    if arguments.workdir is not None:
-        rows = of_runs([Path(workdir) for workdir in arguments.workdir], arguments.config)
-        out = Path(arguments.out or Path(arguments.workdir[0]) / "evaluation")
-        out.mkdir(parents=True, exist_ok=True)
-    else:
-        rows = of_pictures(*map(Path, of_folder[:3]), arguments.config)
-        out = Path(arguments.out)
-        out.mkdir(parents=True, exist_ok=True)
-        write_rows(rows, out / "rows.jsonl")
-    table = {"mean over subjects": estimates(summary(rows))}
-    text = transposed(table)
-    write_text(out / "table.md", text)
-    write_text(out / "table.csv", comma_separated(table))
+    if len({Path(workdir).name for workdir in arguments.workdir or ()}) < len(arguments.workdir or ()):
+        raise UserError("Two runs have the same name, which is their subject's in the table; rename one.")
+    runs = {Path(workdir): manifest.read_config(Path(workdir)) for workdir in arguments.workdir or ()}
+    out = Path(arguments.out or next(iter(runs)) / "evaluation")
+    with manifest.record(out, seeds={}, data={}):  # which evaluation.json has, run by run
+        if runs:
+            rows = of_runs(runs, arguments.config)
+        else:
+            rows = of_pictures(*map(Path, of_folder[:3]), arguments.config)
+            write_rows(rows, out / "rows.jsonl")
+        table = {"mean over subjects": estimates(summary(rows))}
+        text = transposed(table)
+        write_text(out / "table.md", text)
+        write_text(out / "table.csv", comma_separated(table))
     print(f"{text}\nRows and tables: {out}")
 
 
-def of_runs(workdirs: list[Path], config: ConfigDict | None) -> list[Row]:
-    """Rows of personalised runs."""
-    if len({workdir.name for workdir in workdirs}) < len(workdirs):
-        raise UserError("Two runs have the same name, which is their subject's in the table; rename one.")
+def of_runs(runs: Mapping[Path, ConfigDict], config: ConfigDict | None) -> list[Row]:
+    """Rows of personalised runs.
+
+    Args:
+        runs: by run directory, the configuration of each.
+        config: whose `evaluation` keys to use; None for the run's own.
+    """
     rows: list[Row] = []
     judges: dict[str, Judges] = {}  # by what they are loaded from, so that the runs share them
     pretrained: dict[str, Pipeline] = {}
-    for workdir in workdirs:
+    for workdir, ran in runs.items():
         tuned = load_personalized(workdir)
-        ran = ConfigDict(json.loads((workdir / "config.json").read_text()))
         settings = (config or ran).get("evaluation")
         if settings is None:
             raise UserError(f"{workdir} was begun without `evaluation` keys in its configuration; give --config.")

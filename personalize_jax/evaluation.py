@@ -6,19 +6,19 @@ lie beside them. Pictures that are there already are scored all the same: `read_
 
 import csv
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from personalize_jax.errors import UserError
+from personalize_jax.files import write_text
 from personalize_jax.metrics.similarity import DEFINITIONS
 from personalize_jax.metrics.table import Row
 from personalize_jax.personalized import Personalized
-from personalize_jax.pictures import file_name, read_png, save_png
+from personalize_jax.pictures import draw_missing, file_name
 from personalize_jax.pipeline import Pipeline
-from personalize_jax.pipeline.storage import write_text
 from personalize_jax.scoring import Judges, Picture, Truth, read_rows, score, write_rows
 from personalize_jax.subject.identifier import PLACEHOLDER, substitute
 from personalize_jax.subject.images import list_images, read_image
@@ -112,19 +112,14 @@ def draw(
     """
     files = [folder / role.replace(" ", "_") / file_name(prompt, seed) for prompt, seed in jobs]
     wanted = [{"prompt": substitute(p, identifier), "seed": str(seed), "weights": weights} for p, seed in jobs]
-    found = {i: pixels for i, file in enumerate(files) if (pixels := _drawn_before(file, wanted[i])) is not None}
-    progress(len(found))
-    missing = [i for i in range(len(jobs)) if i not in found]
-    for start in range(0, len(missing), batch_size):
-        batch = missing[start : start + batch_size]
-        texts, seeds = [wanted[i]["prompt"] for i in batch], [jobs[i][1] for i in batch]
-        for i, pixels in zip(batch, pipeline.sample(texts, seeds, batch_size)[-1], strict=True):
-            save_png(pixels, files[i], wanted[i])
-            found[i] = pixels
-        progress(len(batch))
+
+    def sample(rows: list[int]) -> np.ndarray:
+        return pipeline.sample([wanted[i]["prompt"] for i in rows], [jobs[i][1] for i in rows], batch_size)[-1]
+
+    found = draw_missing(sample, files, wanted, batch_size, progress)
     return [
-        Picture(role, prompt, seed, file.relative_to(folder).as_posix(), found[i])
-        for i, ((prompt, seed), file) in enumerate(zip(jobs, files, strict=True))
+        Picture(role, prompt, seed, file.relative_to(folder).as_posix(), pixels)
+        for (prompt, seed), file, pixels in zip(jobs, files, found, strict=True)
     ]
 
 
@@ -177,11 +172,3 @@ def _inside(folder: Path, name: str, origin: Path) -> Path:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{origin} names {name!r}, which lies outside {folder}; give names below it.")
     return path
-
-
-def _drawn_before(file: Path, expected: Mapping[str, str]) -> np.ndarray | None:
-    """The picture, if it is there and was drawn as expected."""
-    if not file.exists():
-        return None
-    pixels, metadata = read_png(file)
-    return pixels if metadata == expected else None

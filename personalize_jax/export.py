@@ -6,14 +6,11 @@ Takes each stage from its latest checkpoint, whether or not the run has come to 
 trained, they lie in `lora/` beside the whole model, for `load_lora_weights`.
 """
 
-import json
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict
 
-from personalize_jax import command
-from personalize_jax.errors import UserError
+from personalize_jax import command, manifest
 from personalize_jax.personalization import export, load_pretrained
 
 
@@ -26,10 +23,7 @@ def define_flags() -> None:
 def main(_: list[str]) -> None:
     """Read the checkpoints, write the folders."""
     workdir, out = Path(flags.FLAGS.workdir), Path(flags.FLAGS.out)
-    file = workdir / "config.json"
-    if not file.exists():
-        raise UserError(f"{workdir} is no run directory of a personalisation: it holds no config.json.")
-    config = ConfigDict(json.loads(file.read_text()))
+    config = manifest.read_config(workdir)
     for name, step in export(load_pretrained(config), config, workdir, out).items():
         print(f"{name}: step {step}")
     print(f"Model: {out}")

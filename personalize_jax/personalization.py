@@ -14,13 +14,13 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from personalize_jax import command, configuration
+from personalize_jax import command, configuration, manifest
 from personalize_jax.configuration import stage_trainings
 from personalize_jax.errors import UserError
 from personalize_jax.manifest import phase
 from personalize_jax.models.params import Params
 from personalize_jax.personalized import Personalized
-from personalize_jax.pipeline import Pipeline, Sampling, Stage, Text, load_pipeline, save_pipeline
+from personalize_jax.pipeline import Pipeline, Stage, Text, load_pipeline, save_pipeline
 from personalize_jax.pipeline.cascade import encode_tokens
 from personalize_jax.pipeline.lora_file import save_lora
 from personalize_jax.pipeline.public import stage_folders
@@ -33,7 +33,7 @@ from personalize_jax.subject.registry import Registry
 from personalize_jax.training import sharding
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
 from personalize_jax.training.loop import averaged, latest, train, trained_params
-from personalize_jax.training.prior import class_images
+from personalize_jax.training.prior import class_images, prior_sampling
 from personalize_jax.training.program import mesh_of
 from personalize_jax.training.step import TrainState
 from personalize_jax.training.trainable import LORA
@@ -93,6 +93,12 @@ def personalize(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, w
     """
     workdir = Path(workdir)
     begin(pipeline, photos, config, workdir)
+    with manifest.record(workdir, seeds(config), made_from(pipeline, photos)):
+        return tune_cascade(pipeline, photos, config, workdir)
+
+
+def tune_cascade(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path) -> Personalized:
+    """The phases of `personalize`, in a run directory that is claimed and whose call is recorded."""
     with phase(workdir, "subject"):
         subject = determine_subject(pipeline, photos, config, workdir)
     trainings = stage_trainings(config)
@@ -109,26 +115,43 @@ def personalize(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, w
             if lora is not None:
                 adapters[name] = lora
     tuned = with_tuned_sampling(tuned, config, config.tune)
-    save_tuned(tuned, adapters, workdir / "pipeline")
+    with phase(workdir, "pipeline"):
+        save_tuned(tuned, adapters, workdir / "pipeline")
     return Personalized(tuned, subject)
+
+
+def seeds(config: ConfigDict) -> dict[str, object]:
+    """What is drawn by chance up to the tuned cascade, for the manifest."""
+    return {"training": config.seed, "class images": [0, config.class_images.count - 1]}
+
+
+def made_from(pipeline: Pipeline, photos: SubjectPhotos) -> dict[str, object]:
+    """Hashes of the pretrained cascade and of the photos' files, for the manifest."""
+    return {"pretrained": pipeline.fingerprint, "photos": [image.sha256 for image in photos.images]}
 
 
 def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path) -> None:
     """Claim a run directory for a configuration and a subject, before anything is computed.
 
     Only the numbers of steps, how it is evaluated and where the registry lies may differ from what the run began with;
-    its report is then outdated.
+    the run is then no longer done.
 
     Raises:
-        UserError: the configuration cannot be used, or the directory belongs to another one or to another subject.
+        UserError: the configuration cannot be used, or the directory belongs to another one, to another subject or to
+            other pretrained weights.
     """
     configuration.check(pipeline, config)
+    if manifest.read(workdir).get("data", {}).get("pretrained", pipeline.fingerprint) != pipeline.fingerprint:
+        raise UserError(
+            f"{workdir} was begun with other weights of {config.pretrained}; give the same to go on, or another "
+            "--workdir."
+        )
     if (workdir / "subject" / MANIFEST).exists():
         _check_same(read_dataset(workdir / "subject"), photos, workdir)
     may_change = ["subject.registry"]
     may_change += [f"{part}.num_steps" for part in ("training", "super_resolution_training")]
     may_change += [f"evaluation.{key}" for key in configuration.EVALUATION]
-    command.record_config(config, workdir, may_change, outdates=[workdir / "report.html"])
+    manifest.record_config(config, workdir, may_change)
 
 
 def tune_again(
@@ -142,7 +165,7 @@ def tune_again(
         name: of the stage; where `config.tune` leaves it out, it is the pretrained one.
         config: that run's, changed.
         workdir: of that run, for its class images.
-        directory: for checkpoints and metrics of this tuning; its seconds go to `times.json` beside it.
+        directory: for checkpoints and metrics of this tuning; its seconds go to the manifest beside it.
     """
     stage = pipeline.stage(name)
     if name not in config.tune:
@@ -212,14 +235,6 @@ def draw_class_images(
             settings.batch_size,
             bar.update,
         )
-
-
-def prior_sampling(stage: Stage, settings: ConfigDict) -> Sampling:
-    """How class images are drawn: the stage's own sampling with the ancestral sampler."""
-    sampling = stage.sampling
-    if stage.low_resolution is not None:
-        return sampling._replace(sampler="ancestral")
-    return sampling._replace(sampler="ancestral", num_steps=settings.num_steps, guidance_scale=settings.guidance_scale)
 
 
 def tune(

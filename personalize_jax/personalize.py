@@ -3,7 +3,8 @@
     python -m personalize_jax.personalize --config=configs/world.py --images=photos/ --class_noun=dog --workdir=runs/rex
 
 The run directory ends up with the subject and its identifier, checkpoints, metrics, the personalised pipeline, samples,
-`gallery.png` and `report.html`. The same command goes on where the last one stopped, or says that all is done.
+`gallery.png` and `report.html`; `manifest.json` says what they were made from. The same command goes on where the last
+one stopped, or says that all is done. SIGTERM and Ctrl-C stop it once what it is doing is saved, with exit status 75.
 """
 
 from pathlib import Path
@@ -12,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from personalize_jax import command, configuration, manifest, showcase
-from personalize_jax.personalization import begin, load_pretrained, load_subject, personalize, tune_again
+from personalize_jax.personalization import begin, load_pretrained, load_subject, made_from, tune_again, tune_cascade
 
 
 def define_flags() -> None:
@@ -31,11 +32,11 @@ def main(_: list[str]) -> None:
     images = arguments.images[0] if len(arguments.images) == 1 else arguments.images
     photos = load_subject(images, arguments.class_noun, pipeline.stages[-1].resolution)
     begin(pipeline, photos, config, workdir)
-    if (workdir / "report.html").exists():
+    if manifest.read(workdir).get("done") and (workdir / "report.html").exists():
         print("All is done; nothing is left to do.")
     else:
-        with manifest.record(workdir, config):
-            personalized = personalize(pipeline, photos, config, workdir)
+        with manifest.record(workdir, showcase.seeds(config), made_from(pipeline, photos)):
+            personalized = tune_cascade(pipeline, photos, config, workdir)
             compared = None
             base = pipeline.stages[0].name
             if config.report.without_prior and base in config.tune and config.training.prior.weight > 0:

@@ -1,12 +1,12 @@
 """A personalised cascade: what a run directory holds once its stages are tuned."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from personalize_jax import manifest
 from personalize_jax.errors import UserError
 from personalize_jax.pipeline import Pipeline, is_pipeline, load_pipeline
 from personalize_jax.subject.dataset import SubjectDataset, read_dataset
@@ -62,6 +62,5 @@ def load_personalized(workdir: str | Path) -> Personalized:
             f"{workdir} holds no personalised pipeline; "
             f"run personalize_jax.personalize with --workdir={workdir} to its end."
         )
-    file = workdir / "config.json"
-    compute = json.loads(file.read_text()).get("compute", {}) if file.exists() else {}
+    compute = manifest.read(workdir).get("config", {}).get("compute", {})
     return Personalized(load_pipeline(workdir / "pipeline", **compute), read_dataset(workdir / "subject"))

@@ -2,12 +2,11 @@
 
 import hashlib
 import io
-import os
 import re
 import struct
 import unicodedata
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from personalize_jax.errors import UserError
+from personalize_jax.files import replacing
 
 MAX_NAME = 80
 
@@ -35,12 +35,8 @@ def save_png(pixels: np.ndarray, file: Path, metadata: Mapping[str, str]) -> Non
     """
     data = encode_png(pixels, metadata)
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
+    with replacing(file) as temporary:
         temporary.write_bytes(data)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_png(file: Path) -> tuple[np.ndarray, dict[str, str]]:
@@ -62,6 +58,45 @@ def read_png(file: Path) -> tuple[np.ndarray, dict[str, str]]:
     if mode != "RGB":
         raise UserError(f"{file} is a PNG file of mode {mode}, RGB was expected; delete it, so that it is drawn again.")
     return pixels, {key: str(value) for key, value in metadata.items()}
+
+
+def draw_missing(
+    draw: Callable[[list[int]], np.ndarray],
+    files: Sequence[Path],
+    metadata: Sequence[Mapping[str, str]],
+    batch_size: int,
+    progress: Callable[[int], object] = lambda pictures: None,
+) -> list[np.ndarray]:
+    """Draw what is not there yet, so that a call which was cut short loses a batch at most.
+
+    Args:
+        draw: from numbers of pictures to the pictures; each must be the same whatever others are drawn with it.
+        files: where each picture lies.
+        metadata: what each is drawn from; a picture with other metadata is drawn anew.
+        batch_size: pictures drawn at once, and kept before the next ones.
+        progress: called with the number of pictures found or drawn.
+
+    Returns:
+        The pictures, uint8 [H, W, 3] each.
+
+    Raises:
+        UserError: a file that is there is damaged.
+    """
+    found = {}
+    for i, file in enumerate(files):
+        if file.exists():
+            pixels, known = read_png(file)
+            if known == metadata[i]:
+                found[i] = pixels
+    progress(len(found))
+    missing = [i for i in range(len(files)) if i not in found]
+    for start in range(0, len(missing), batch_size):
+        batch = missing[start : start + batch_size]
+        for i, pixels in zip(batch, draw(batch), strict=True):
+            save_png(pixels, files[i], metadata[i])
+            found[i] = pixels
+        progress(len(batch))
+    return [found[i] for i in range(len(files))]
 
 
 def encode_png(pixels: np.ndarray, metadata: Mapping[str, str]) -> bytes:

@@ -20,7 +20,6 @@ from ml_collections import ConfigDict, config_flags
 
 from personalize_jax import command
 from personalize_jax.configuration import changed, stage_trainings, trains_text_encoder
-from personalize_jax.personalization import prior_sampling
 from personalize_jax.pipeline import Pipeline, load_pipeline
 from personalize_jax.pipeline.diffusers_folder import read_components
 from personalize_jax.pipeline.public import architecture, spec_of
@@ -29,6 +28,7 @@ from personalize_jax.planning import chips, published
 from personalize_jax.planning.chips import GIB, Topology
 from personalize_jax.planning.estimate import Run, fits, roofline, seconds
 from personalize_jax.planning.programs import Usage, sampling_step, train_step
+from personalize_jax.training.prior import prior_sampling
 
 SUBJECTS, CLASSES, PROMPTS = 30, 15, 25  # of the paper's protocol
 

@@ -8,21 +8,20 @@ Killed and started again it goes on from its last checkpoint; raising `--config.
 """
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from personalize_jax import command
+from personalize_jax import command, manifest
 from personalize_jax.errors import UserError
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Pipeline, Stage, Tokenizer, load_pipeline, save_pipeline
 from personalize_jax.pipeline.storage import ASSETS
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
 from personalize_jax.training.loop import train, trained_params
-from personalize_jax.world import dataset_builder
 
 
 def starting_pipeline(config: ConfigDict) -> Pipeline:
@@ -89,6 +88,18 @@ def pretrain(config: ConfigDict, workdir: Path, data: dict[str, np.ndarray]) -> 
         data: see `world_examples`.
     """
     pipeline = starting_pipeline(config)
+    pictures = hashlib.sha256(np.ascontiguousarray(data["image"])).hexdigest()
+    made_from = {"start": pipeline.fingerprint, "pictures": pictures}
+    with manifest.record(workdir, {"training": config.seed}, made_from):
+        with manifest.phase(workdir, f"pretraining {pipeline.stages[-1].name}"):
+            pipeline = _trained(pipeline, config, workdir, data)
+        with manifest.phase(workdir, "pipeline"):
+            save_pipeline(pipeline, workdir / "pipeline")
+    return pipeline
+
+
+def _trained(pipeline: Pipeline, config: ConfigDict, workdir: Path, data: dict[str, np.ndarray]) -> Pipeline:
+    """The pipeline with its last stage trained, and its tokens counted."""
     stage = pipeline.stages[-1]
     start = {"text_encoder": pipeline.params["text_encoder"], "denoiser": pipeline.params[stage.name]}
     with command.steps_bar(f"pretraining {stage.name}", config.training.num_steps) as progress:
@@ -109,24 +120,4 @@ def pretrain(config: ConfigDict, workdir: Path, data: dict[str, np.ndarray]) -> 
         counts[sorted(pipeline.tokenizer.special_ids)] = 0  # padding is not processed
         counts += pipeline.tokenizer.counts
         pipeline = dataclasses.replace(pipeline, tokenizer=dataclasses.replace(pipeline.tokenizer, counts=counts))
-    save_pipeline(pipeline, workdir / "pipeline")
     return pipeline
-
-
-def define_flags() -> None:
-    """The command line."""
-    config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/pretrain_world.py:base.")
-    flags.DEFINE_string("workdir", None, "Run directory.")
-    flags.DEFINE_string("data_dir", "runs/data", "Where the rendered world is kept.")
-
-
-def main(_: list[str]) -> None:
-    """Render or read the data, train, save."""
-    config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
-    command.record_config(config, workdir, may_change=("training.num_steps",))
-    data = dataset_builder.load(config.dataset.resolution, "train", config.dataset.count, flags.FLAGS.data_dir)
-    pretrain(config, workdir, data)
-
-
-if __name__ == "__main__":
-    command.run(main, define_flags, required=("config", "workdir"))

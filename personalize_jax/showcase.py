@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,24 +10,35 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from personalize_jax import personalization
+from personalize_jax.files import replacing, write_text
 from personalize_jax.manifest import phase, phase_times
 from personalize_jax.metrics import world as world_metrics
 from personalize_jax.personalized import Personalized
-from personalize_jax.pictures import file_name, save_png
+from personalize_jax.pictures import draw_missing, file_name
 from personalize_jax.pipeline import Pipeline
-from personalize_jax.pipeline.storage import write_text
 from personalize_jax.report import Panel, gallery, read_metrics, report_html
 from personalize_jax.subject.identifier import substitute
 from personalize_jax.world.probe import Probe
 from personalize_jax.world.scene import CLASSES, COLOURS, CONTEXTS, PATTERNS
 
 CLASS_PANEL = 8  # class pictures shown; all of them are measured
+CLASS_SEED = 1000  # of the first class picture: not those of the class images, which the network was tuned on
+
+
+def seeds(config: ConfigDict) -> dict[str, object]:
+    """What is drawn by chance up to the report, for the manifest."""
+    report = config.report
+    return personalization.seeds(config) | {
+        "samples": [0, report.images_per_context - 1],
+        "class samples": [CLASS_SEED, CLASS_SEED + report.class_samples - 1],
+    }
 
 
 def show(
     pretrained: Pipeline, personalized: Personalized, without_prior: Pipeline | None, config: ConfigDict, workdir: Path
 ) -> None:
-    """Draw the report's pictures, measure them, write `samples/`, `metrics.json`, `gallery.png` and `report.html`.
+    """Draw the report's pictures, measure them, write them and `metrics.json`, `gallery.png` and `report.html`.
 
     Args:
         pretrained: the cascade before.
@@ -44,7 +56,12 @@ def show(
     with phase(workdir, "samples"):
         prompts = [f"a {subject.phrase} {context}" for context in config.report.contexts]
         in_context = _draw_contexts(personalized, prompts, config, workdir / "samples")
-        of_class = {name: _draw_class(pipeline, subject.class_prompt, config) for name, pipeline in pipelines.items()}
+        of_class = {
+            name: _draw_class(
+                pipeline, subject.class_prompt, config, workdir / "class_samples" / re.sub(r"\W+", "_", name)
+            )
+            for name, pipeline in pipelines.items()
+        }
 
     scores = {}
     if config.pretrained == "world":
@@ -54,29 +71,29 @@ def show(
             )
     write_text(workdir / "metrics.json", json.dumps({name: value for name, (value, _) in scores.items()}, indent=2))
 
-    panels = [Panel("The photos", f"a {subject.phrase}", subject.images_NHWC)]
-    panels += [
-        Panel(f'"a {subject.phrase}" in {len(prompts)} contexts', prompt, images)
-        for prompt, images in zip(prompts, in_context, strict=True)
-    ]
-    panels += [
-        Panel(f'"{subject.class_prompt}" before and after', subject.class_prompt, shown, note=name)
-        for name, (_, shown) in of_class.items()
-    ]
-    temporary = workdir / ".gallery.png"
-    gallery(panels).save(temporary)
-    temporary.replace(workdir / "gallery.png")
-    curves = {file.parent.name: read_metrics(file) for file in sorted(workdir.glob("*/metrics.jsonl"))}
-    facts = {
-        "identifier": subject.identifier.text,
-        "token ids": list(subject.identifier.token_ids),
-        f"their frequency ({config.subject.frequency})": list(subject.identifier.counts),
-        "class noun": f"{noun} ({subject.class_noun.source}, score {subject.class_noun.score:.2f})",
-        "seed": config.seed,
-        "jax": importlib.metadata.version("jax"),
-    }
-    page = report_html(f"A {noun}, personalised", panels, curves, scores, phase_times(workdir), facts)
-    write_text(workdir / "report.html", page)
+    with phase(workdir, "report"):
+        panels = [Panel("The photos", f"a {subject.phrase}", subject.images_NHWC)]
+        panels += [
+            Panel(f'"a {subject.phrase}" in {len(prompts)} contexts', prompt, images)
+            for prompt, images in zip(prompts, in_context, strict=True)
+        ]
+        panels += [
+            Panel(f'"{subject.class_prompt}" before and after', subject.class_prompt, shown, note=name)
+            for name, (_, shown) in of_class.items()
+        ]
+        with replacing(workdir / "gallery.png") as temporary:
+            gallery(panels).save(temporary, "PNG")
+        curves = {file.parent.name: read_metrics(file) for file in sorted(workdir.glob("*/metrics.jsonl"))}
+        facts = {
+            "identifier": subject.identifier.text,
+            "token ids": list(subject.identifier.token_ids),
+            f"their frequency ({config.subject.frequency})": list(subject.identifier.counts),
+            "class noun": f"{noun} ({subject.class_noun.source}, score {subject.class_noun.score:.2f})",
+            "seed": config.seed,
+            "jax": importlib.metadata.version("jax"),
+        }
+        page = report_html(f"A {noun}, personalised", panels, curves, scores, phase_times(workdir), facts)
+        write_text(workdir / "report.html", page)
 
 
 def world_scores(
@@ -132,24 +149,42 @@ def _draw_contexts(
 ) -> list[np.ndarray]:
     """Pictures of each prompt, saved with prompt and seed."""
     count = config.report.images_per_context
-    identifier = personalized.subject.identifier.text
-    texts = [substitute(prompt, identifier) for prompt in prompts for _ in range(count)]
-    seeds = list(range(count)) * len(prompts)
-    stages = len(personalized.pipeline.stages)
-    with tqdm(total=len(texts) * stages, desc="samples", unit="img") as bar:
-        pictures = personalized.pipeline.sample(texts, seeds, config.report.batch_size, progress=bar.update)[-1]
-    for picture, text, prompt, seed in zip(pictures, texts, np.repeat(prompts, count), seeds, strict=True):
-        save_png(picture, folder / file_name(str(prompt), seed), {"prompt": text, "seed": str(seed)})
+    pipeline, identifier = personalized.pipeline, personalized.subject.identifier.text
+    jobs = [(prompt, seed) for prompt in prompts for seed in range(count)]
+    files = [folder / file_name(prompt, seed) for prompt, seed in jobs]
+    texts = [substitute(prompt, identifier) for prompt, _ in jobs]
+    pictures = _draw(pipeline, pipeline.fingerprint, texts, [seed for _, seed in jobs], files, config, "samples")
     return list(pictures.reshape(len(prompts), count, *pictures.shape[1:]))
 
 
-def _draw_class(pipeline: Pipeline, prompt: str, config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
-    """Class pictures of the base stage, to measure, and the first few of them enlarged, to show."""
-    count, batch_size = config.report.class_samples, config.report.batch_size
-    seeds = list(range(1000, 1000 + count))  # not those of the class images, which the network was tuned on
-    with tqdm(total=count, desc=f'samples of "{prompt}"', unit="img") as bar:
-        base = pipeline.sample_stage(pipeline.stages[0], [prompt] * count, seeds, None, batch_size, progress=bar.update)
-    shown = base[:CLASS_PANEL]
-    for stage in pipeline.stages[1:]:
-        shown = pipeline.sample_stage(stage, [prompt] * len(shown), seeds[: len(shown)], shown, batch_size)
-    return base, shown
+def _draw_class(pipeline: Pipeline, prompt: str, config: ConfigDict, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Class pictures of the base stage, to measure, and the first few of them as the whole cascade draws them."""
+    seeds = range(CLASS_SEED, CLASS_SEED + config.report.class_samples)
+    base = pipeline.up_to(pipeline.stages[0].name)
+
+    def draw(cascade: Pipeline, seeds: Sequence[int]) -> np.ndarray:
+        files = [folder / cascade.stages[-1].name / file_name(prompt, seed) for seed in seeds]
+        title = f'samples of "{prompt}"'
+        return _draw(cascade, pipeline.fingerprint, [prompt] * len(seeds), seeds, files, config, title)
+
+    return draw(base, seeds), draw(pipeline, seeds[:CLASS_PANEL])
+
+
+def _draw(
+    pipeline: Pipeline,
+    weights: str,
+    texts: Sequence[str],
+    seeds: Sequence[int],
+    files: Sequence[Path],
+    config: ConfigDict,
+    title: str,
+) -> np.ndarray:
+    """The pictures of a pipeline's last stage, drawn where they are missing or of other weights."""
+    size = config.report.batch_size
+    wanted = [{"prompt": t, "seed": str(s), "weights": weights} for t, s in zip(texts, seeds, strict=True)]
+
+    def sample(rows: list[int]) -> np.ndarray:
+        return pipeline.sample([texts[i] for i in rows], [seeds[i] for i in rows], size)[-1]
+
+    with tqdm(total=len(files), desc=title, unit="img") as bar:
+        return np.stack(draw_missing(sample, files, wanted, size, bar.update))

@@ -1,26 +1,29 @@
-"""Ways for a process to be killed in the midst of a personalisation."""
+"""Ways for a process to be killed, or asked to stop, in the midst of a personalisation."""
 
 import os
 import signal
 import time
 
-from personalize_jax import personalization, showcase
-from personalize_jax.training import loop, prior
+from personalize_jax import personalization, pictures, showcase
+from personalize_jax.pipeline import storage
+from personalize_jax.training import loop
 
 
-def die(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
+def signal_in_call(number, module, name, count):
+    """Replace a function by one that sends its process a signal when it is called for the count-th time."""
+    function, calls = getattr(module, name), []
+
+    def signalling(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == count:
+            os.kill(os.getpid(), number)
+        return function(*args, **kwargs)
+
+    setattr(module, name, signalling)
 
 
 def die_in_call(module, name, count):
-    """Replace a function by one that kills its process when it is called for the count-th time."""
-    function, calls = getattr(module, name), []
-
-    def dying(*args, **kwargs):
-        calls.append(0)
-        return die() if len(calls) == count else function(*args, **kwargs)
-
-    setattr(module, name, dying)
+    signal_in_call(signal.SIGKILL, module, name, count)
 
 
 def die_in_training(directory):
@@ -32,7 +35,7 @@ def die_in_training(directory):
         if log.file.parent.name == directory and step == 4:
             while not (log.file.parent / "checkpoints" / "3").exists():
                 time.sleep(0.01)
-            die()
+            os.kill(os.getpid(), signal.SIGKILL)
 
     loop.MetricsLog.write = dying
 
@@ -42,11 +45,11 @@ def die_writing_the_subject():
 
 
 def die_drawing_class_images():
-    die_in_call(prior, "save_png", 2)
+    die_in_call(pictures, "save_png", 2)
 
 
 def die_enlarging_class_images():
-    die_in_call(prior, "save_png", 6)
+    die_in_call(pictures, "save_png", 5)  # of base there are three left, then
 
 
 def die_tuning_base():
@@ -57,12 +60,16 @@ def die_tuning_super_resolution():
     die_in_training("super_resolution")
 
 
+def die_saving_the_pipeline():
+    die_in_call(storage, "save_params", 2)
+
+
 def die_tuning_without_prior():
     die_in_training("base_without_prior")
 
 
 def die_saving_samples():
-    die_in_call(showcase, "save_png", 2)
+    die_in_call(pictures, "save_png", 2)
 
 
 def die_reporting():
@@ -71,12 +78,28 @@ def die_reporting():
 
 # What is there after each, and was not before, in the order in which a run reaches them.
 DEATHS = {
-    die_writing_the_subject: "config.json",
+    die_writing_the_subject: "manifest.json",
     die_drawing_class_images: "class_images/base/00000.png",
     die_enlarging_class_images: "class_images/base/00003.png",
     die_tuning_base: "base/checkpoints/3",
     die_tuning_super_resolution: "super_resolution/checkpoints/3",
+    die_saving_the_pipeline: "pipeline/text_encoder.safetensors",
     die_tuning_without_prior: "base_without_prior/checkpoints/3",
     die_saving_samples: "samples/a-V-dog-in-the-snow-0000.png",
     die_reporting: "gallery.png",
+}
+
+
+def stop_drawing_class_images():
+    signal_in_call(signal.SIGTERM, pictures, "save_png", 2)
+
+
+def stop_tuning_base():
+    signal_in_call(signal.SIGINT, loop.MetricsLog, "write", 2)
+
+
+# After each, the phase that was not finished, and what is there: what was being done, and nothing of what comes next.
+STOPS = {
+    stop_drawing_class_images: ("class images", "class_images/base/00002.png", "class_images/base/00003.png"),
+    stop_tuning_base: ("tuning base", "base/checkpoints/4", "base/checkpoints/6"),
 }

@@ -23,10 +23,16 @@ class Finished(NamedTuple):
     error: str
 
 
-def call(function, *arguments):
-    """The exit status of a process that calls a function of a module; -9 if it was killed by signal 9."""
+def start(function, *arguments):
+    """A process that calls a function of a module."""
     process = _SERVER.Process(target=_quickly, args=(function, *arguments))
     process.start()
+    return process
+
+
+def call(function, *arguments):
+    """The exit status of a process that calls a function of a module; -9 if it was killed by signal 9."""
+    process = start(function, *arguments)
     process.join()
     return process.exitcode
 
@@ -41,7 +47,7 @@ def command(folder, module, *arguments, before=None):
         before: a function of a module, called in the new process first.
     """
     files = Path(folder) / "output", Path(folder) / "error"
-    status = call(_run, module, [str(a) for a in arguments], files, before)
+    status = call(run_module, module, [str(a) for a in arguments], files, before)
     return Finished(status, *(file.read_text() for file in files))
 
 
@@ -52,7 +58,8 @@ def _quickly(function, *arguments):
     function(*arguments)
 
 
-def _run(module, arguments, files, before):
+def run_module(module, arguments, files, before=None):
+    """Become `python -m module arguments`, with standard output and standard error going to two files."""
     for descriptor, file in zip((1, 2), files, strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     if before is not None:

@@ -87,7 +87,7 @@ def test_a_run_is_drawn_from_scored_and_then_only_read(folder, run, tmp_path):
         (["--images=pictures"], "need --images, --prompts, --photos, --config and --out, all five"),
         (["--workdir=a", "--workdir=b"], "say by --out where it goes"),
         (["--workdir=a/rex", "--workdir=b/rex", "--out=c"], "Two runs have the same name"),
-        (["--workdir=nowhere"], "nowhere holds no personalised pipeline"),
+        (["--workdir=nowhere"], "nowhere is no run directory"),
     ],
 )
 def test_what_cannot_be_evaluated(flags, sentence, tmp_path):

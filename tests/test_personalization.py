@@ -10,11 +10,12 @@ import pytest
 
 import personalize_jax as pj
 from personalize_jax.errors import UserError
-from personalize_jax.personalization import begin, prior_sampling, stage_examples
+from personalize_jax.personalization import begin, stage_examples
 from personalize_jax.pictures import read_png
 from personalize_jax.training.examples import downsample_uint8
+from personalize_jax.training.prior import prior_sampling
 from tests import processes, tiny_world
-from tests.deaths import DEATHS
+from tests.deaths import DEATHS, STOPS
 
 pytestmark = pytest.mark.usefixtures("lightly_compiled")
 
@@ -56,7 +57,7 @@ def equal(a, b):
     return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)))
 
 
-def test_a_run_leaves_what_the_readme_says(run):
+def test_a_run_leaves_what_the_readme_says(run, pretrained):
     subject = json.loads((run / "subject" / "subject.json").read_text())
     assert subject["class_noun"] == "dog" and len(subject["images"]) == 3
     assert {entry["label"] for entry in subject["images"]} == {f"a {subject['identifier']} dog"}
@@ -66,15 +67,25 @@ def test_a_run_leaves_what_the_readme_says(run):
         assert (run / name / "checkpoints" / "6").is_dir()
     manifest = json.loads((run / "manifest.json").read_text())
     assert [call["status"] for call in manifest["calls"]] == ["done"]
-    assert set(json.loads((run / "times.json").read_text())) == {
+    assert [name for name, state in manifest["phases"].items() if state["done"]] == [
         "subject",
         "class images",
         "tuning base",
         "tuning super_resolution",
+        "pipeline",
         "tuning base without prior",
         "samples",
+        "report",
+    ]
+    assert manifest["done"] and manifest["config"]["training"]["num_steps"] == 6
+    assert manifest["seeds"] == {
+        "training": 0,
+        "class images": [0, 3],
+        "samples": [0, 1],
+        "class samples": [1000, 1008],
     }
-    assert json.loads((run / "config.json").read_text())["training"]["num_steps"] == 6
+    sources = [entry["source_sha256"] for entry in subject["images"]]
+    assert manifest["data"] == {"pretrained": pj.load_pipeline(pretrained).fingerprint, "photos": sources}
     assert (run / "gallery.png").stat().st_size > 1000
     page = (run / "report.html").read_text()
     assert subject["identifier"] in page and "on the moon" in page and "after, without the prior term" in page
@@ -122,7 +133,8 @@ def test_more_steps_prolong_a_finished_run(copied, pretrained, photos, tmp_path)
     assert personalize(tmp_path, pretrained, photos, copied, flag).status == 0
     assert (copied / "super_resolution" / "checkpoints" / "7").is_dir()
     assert (copied / "report.html").read_text() != page
-    assert json.loads((copied / "config.json").read_text())["super_resolution_training"]["num_steps"] == 7
+    manifest = json.loads((copied / "manifest.json").read_text())
+    assert manifest["done"] and manifest["config"]["super_resolution_training"]["num_steps"] == 7
 
 
 def test_tuning_changes_both_denoisers_and_nothing_else(run, pretrained):
@@ -185,17 +197,35 @@ def test_a_run_killed_in_every_phase_ends_like_one_that_was_not(run, pretrained,
         assert personalize(tmp_path, pretrained, photos, workdir, flag, before=death).status == -signal.SIGKILL, death
         assert (workdir / reached).exists(), death
     assert personalize(tmp_path, pretrained, photos, workdir, flag).status == 0
-    assert len(json.loads((workdir / "manifest.json").read_text())["calls"]) == len(DEATHS) + 1
+    statuses = [call["status"] for call in json.loads((workdir / "manifest.json").read_text())["calls"]]
+    assert statuses == ["killed"] * len(DEATHS) + ["done"]
+    assert not [path for path in workdir.rglob(".*") if "tmp" in path.name or path.is_file()]
+    assert not list(workdir.rglob("*orbax-checkpoint-tmp*"))
     expected, found = pj.load_pipeline(run / "pipeline"), pj.load_pipeline(workdir / "pipeline")
     for name in ("base", "super_resolution"):
         assert equal(expected.params[name], found.params[name])
-    for folder in ("subject", "class_images", "samples"):
+    for folder in ("subject", "class_images", "samples", "class_samples"):
         for file in (run / folder).rglob("*.*"):
             assert (workdir / file.relative_to(run)).read_bytes() == file.read_bytes()
     for name in TRAININGS:
         lines = [(d / name / "metrics.jsonl").read_text().splitlines() for d in (run, workdir)]
         losses = [[json.loads(line)["loss"] for line in of_run] for of_run in lines]
         assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def test_a_run_asked_to_stop_saves_says_so_and_goes_on(run, pretrained, photos, tmp_path):
+    workdir = tmp_path / "run"
+    flags = [f"--config.subject.registry={tmp_path / 'registry.json'}", "--config.tune=('base',)"]
+    flags += ["--config.report.without_prior=False"]
+    for stop, (phase, done, undone) in STOPS.items():
+        stopped = personalize(tmp_path, pretrained, photos, workdir, *flags, before=stop)
+        assert stopped.status == 75 and "the same command goes on" in stopped.error, stopped.error
+        call = json.loads((workdir / "manifest.json").read_text())["calls"][-1]
+        assert (call["status"], call["phase"]) == ("stopped", phase)
+        assert (workdir / done).exists() and not (workdir / undone).exists()
+    assert personalize(tmp_path, pretrained, photos, workdir, *flags).status == 0
+    assert json.loads((workdir / "manifest.json").read_text())["done"]
+    assert equal(*(pj.load_pipeline(folder / "pipeline").params["base"] for folder in (run, workdir)))
 
 
 def unfinish(workdir, *names):
@@ -233,7 +263,8 @@ def test_a_full_disk_is_one_sentence_and_can_be_mended(run, copied, pretrained, 
     unfinish(copied, *lost)
     finished = personalize(tmp_path, pretrained, photos, copied, before=little_space)
     assert finished.status == 2, finished.error
-    sentence = finished.error.splitlines()[-1]  # after what orbax logs of its own accord
+    sentence = finished.error.splitlines()[-1]
+    assert "Traceback" not in finished.error
     assert sentence.startswith("error: ") and "cannot be written" in sentence and "free space" in sentence
     assert personalize(tmp_path, pretrained, photos, copied).status == 0
     assert equal(*(pj.load_pipeline(folder / "pipeline").params["base"] for folder in (run, copied)))

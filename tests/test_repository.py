@@ -24,6 +24,8 @@ TEXTS = [*SOURCES, ROOT / "README.md", ROOT / "Makefile", ROOT / "pyproject.toml
 # rooms may hold commands. Other modules of the package's top level may import everything, and no room imports them.
 ROOMS = (
     "errors",
+    "files",
+    "interruption",
     "pictures",
     "diffusion",
     "models",

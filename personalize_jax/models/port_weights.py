@@ -8,9 +8,8 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from personalize_jax.errors import UserError
+from personalize_jax.files import replacing
 from personalize_jax.models.params import Params, flatten, unflatten
 
 Network = Literal["unet", "autoencoder", "clip", "t5", "vit", "lpips"]
@@ -164,17 +164,6 @@ def save_weights(
                     file.unlink()
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be written ({error}); check free space and permissions.") from error
-
-
-@contextlib.contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """Yield where to write, beside `file`, which what is there replaces at the end, unless there was an error."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)

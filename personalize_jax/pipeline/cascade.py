@@ -15,6 +15,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from personalize_jax import interruption
 from personalize_jax.models.autoencoder_kl import AutoencoderKL
 from personalize_jax.models.params import Params
 from personalize_jax.models.text_encoder import TextEncoder
@@ -156,6 +157,9 @@ class Pipeline:
             batch_size: pictures drawn at once.
             sampling: in place of the stage's own.
             progress: called with the number of pictures just finished.
+
+        Raises:
+            Stopped: on request, before a batch.
         """
         if len(prompts) != len(seeds):
             raise ValueError(
@@ -165,6 +169,7 @@ class Pipeline:
         null, params = self.encode([""] * batch_size), _on_every_device(self.params[stage.name])
         drawn = []
         for start in range(0, len(prompts), batch_size):
+            interruption.check()
             # Batches of constant size keep one compiled program each, and with it the same rounding for every picture.
             rows = [min(start + i, len(prompts) - 1) for i in range(batch_size)]
             keys = jnp.stack([_picture_key(seeds[row], self.stages.index(stage)) for row in rows])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from personalize_jax.errors import UserError
-from personalize_jax.models.port_weights import replacing
+from personalize_jax.files import replacing
 from personalize_jax.pipeline import hub
 
 INDEX = "model_index.json"

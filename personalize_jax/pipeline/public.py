@@ -22,10 +22,11 @@ from jax.typing import DTypeLike
 
 from personalize_jax.diffusion.schedule import Schedule
 from personalize_jax.errors import UserError
+from personalize_jax.files import replacing
 from personalize_jax.models.autoencoder_kl import AutoencoderKL
 from personalize_jax.models.clip_text import ClipTextEncoder
 from personalize_jax.models.params import Params
-from personalize_jax.models.port_weights import load_weights, replacing, save_weights
+from personalize_jax.models.port_weights import load_weights, save_weights
 from personalize_jax.models.t5_encoder import T5Encoder
 from personalize_jax.models.unet_2d_condition import UNet2DCondition
 from personalize_jax.pipeline.caption_cleaning import clean_caption

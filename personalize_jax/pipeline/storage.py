@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
 from personalize_jax.errors import UserError
+from personalize_jax.files import replacing, write_text
 from personalize_jax.models.params import Params, flatten, unflatten
-from personalize_jax.models.port_weights import replacing
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline.cascade import Pipeline
 from personalize_jax.pipeline.public import load_public, save_public, saved_folders
@@ -120,9 +120,3 @@ def save_params(params: Params, file: Path, dtype: Any = jnp.float32) -> None:
             save_file(flat, temporary)
         except SafetensorError as error:
             raise UserError(f"{file} cannot be written ({error}); check free space and permissions.") from error
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
-    with replacing(file) as temporary:
-        temporary.write_text(text)

@@ -3,13 +3,18 @@
 import contextlib
 import functools
 import logging
+import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from personalize_jax.errors import UserError
+from personalize_jax.files import FULL
 
 logger = logging.getLogger(__name__)
 
@@ -20,20 +25,33 @@ class Checkpoints:
     A checkpoint appears under its final name only when it is complete.
     """
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
+    def __init__(self, directory: Path, keep: int = 2, read_only: bool = False) -> None:
         """Name a directory, which is made when it is first read or written.
 
         Args:
             directory: of the checkpoints.
             keep: how many of the latest stay; two, so that one survives if the other is damaged.
+            read_only: another process may be writing here; otherwise, what killed ones left unfinished is deleted.
         """
         self.directory = directory.absolute()
         self._keep = keep
+        self._read_only = read_only
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True)
-        return ocp.CheckpointManager(self.directory, options=options)
+        # Not orbax's own read_only, which warns of itself.
+        writable = not self._read_only
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep, create=writable, cleanup_tmp_directories=writable
+        )
+        try:
+            return ocp.CheckpointManager(self.directory, options=options)
+        except (ValueError, TypeError, KeyError) as error:
+            # Orbax reads when and how each checkpoint was made, and fails if it cannot; checkpoints are whole without.
+            logger.warning("Metadata in %s cannot be read (%s) and are left out.", self.directory, _reason(error))
+            for file in self.directory.glob("*/_CHECKPOINT_METADATA"):
+                file.unlink()
+            return ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, step: int, state: Any) -> None:
         """Write in the background; the state may be donated as soon as this returns.
@@ -42,7 +60,8 @@ class Checkpoints:
             UserError: the checkpoint before could not be written.
         """
         with self._writing():
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+            args = ocp.args.StandardSave(state)
+            self._manager.save(step, args=args, custom_metadata={"checksum": checksum(state)})
 
     def restore(self, abstract_state: Any | None) -> Any | None:
         """The latest state that can be read, or None without any.
@@ -59,7 +78,7 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for i, step in enumerate(steps):
             try:
-                state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+                state = self._read(step, abstract_state)
             except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
                 logger.warning(
                     "Checkpoint %d in %s cannot be read (%s); trying the one before.",
@@ -68,7 +87,7 @@ class Checkpoints:
                     _reason(error),
                 )
             else:
-                for damaged in steps[:i]:
+                for damaged in steps[: 0 if self._read_only else i]:
                     self._manager.delete(damaged)
                 return state
         if steps:
@@ -77,6 +96,13 @@ class Checkpoints:
                 "delete that folder to start this phase anew."
             )
         return None
+
+    def _read(self, step: int, abstract_state: Any | None) -> Any:
+        state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+        known = (self._manager.metadata(step).custom_metadata or {}).get("checksum")
+        if known is not None and (found := checksum(state)) is not None and found != known:
+            raise ValueError(f"its checksum is {found} in place of {known}")
+        return state
 
     def close(self) -> None:
         """Wait for what is being written.
@@ -101,5 +127,24 @@ class Checkpoints:
             ) from error
 
 
+def checksum(state: Any) -> int | None:
+    """A number that damage to a state changes, as orbax's files have none of their own for the numbers in arrays.
+
+    It depends on neither the devices that the arrays lie on nor the kinds of containers that hold them. None where
+    other processes hold a part of them.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    arrays = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    if not all(a.is_fully_addressable for a in arrays.values() if isinstance(a, jax.Array)):
+        return None
+    crc = 0
+    for name in sorted(arrays):
+        content = np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8)
+        crc = zlib.crc32(content, zlib.crc32(name.encode(), crc))
+    return crc
+
+
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    text = f"{type(error).__name__}: {error}"
+    full = [reason for number in FULL if (reason := os.strerror(number)) in text]  # amid much else
+    return full[0] if full else text.splitlines()[0][:200]

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,9 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
+from personalize_jax import interruption
 from personalize_jax.errors import UserError
+from personalize_jax.files import naming, write_text
 from personalize_jax.models.params import Params
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Stage
@@ -83,7 +84,8 @@ def train(
         config: keys of `configs.common.training()`.
         seed: of all randomness in this training.
         directory: for `checkpoints/` and `metrics.jsonl`.
-        progress: called after each dispatch with the number of steps done and the latest logged metrics.
+        progress: called with the number of steps done and the latest logged metrics, at first before any is done, and
+            then after each dispatch.
         identifier: for rules that train its rows, its tokens and what they start from: see `trainable.init_rows`.
 
     Returns:
@@ -91,13 +93,21 @@ def train(
 
     Raises:
         UserError: the loss is not finite, or the configuration does not fit.
+        Stopped: on request, after saving.
     """
     with contextlib.closing(Checkpoints(directory / "checkpoints")) as checkpoints:
         training = prepare(stage, text_encoder, pretrained, examples, config, seed, checkpoints, identifier)
         state = training.state
         step = saved = int(state.step)
         log = MetricsLog(directory / "metrics.jsonl", step)
+        progress(step, log.latest)
+        metrics: dict[str, Array] = {}
         while step < config.num_steps:
+            if interruption.requested(step // config.steps_per_dispatch):
+                if step > saved:
+                    check_finite(step, metrics)
+                    checkpoints.save(step, state)
+                raise interruption.Stopped
             # The host does not wait for the devices but to log and to save.
             state, metrics = training.advance(state, training.frozen_params, training.examples)
             step += config.steps_per_dispatch
@@ -123,7 +133,7 @@ def latest(directory: Path) -> TrainState | None:
     """
     if not (directory / "checkpoints").is_dir():
         return None
-    with contextlib.closing(Checkpoints(directory / "checkpoints")) as checkpoints:
+    with contextlib.closing(Checkpoints(directory / "checkpoints", read_only=True)) as checkpoints:
         state = checkpoints.restore(None)
     return None if state is None else TrainState(**state)
 
@@ -168,9 +178,7 @@ class MetricsLog:
             for line in file.read_text().splitlines(keepends=True):
                 if line.endswith("\n") and json.loads(line)["step"] <= start_step:
                     kept.append(line)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, file)
+        write_text(file, "".join(kept))
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Append a line.
@@ -183,5 +191,5 @@ class MetricsLog:
         now = time.monotonic()
         line = {"step": step, **self.latest, "seconds": round(now - self._time, 3)}
         self._time = now
-        with self.file.open("a") as f:
+        with naming(self.file), self.file.open("a") as f:
             f.write(json.dumps(line) + "\n")

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from personalize_jax.pictures import read_png, save_png
+from personalize_jax.pictures import draw_missing
 from personalize_jax.pipeline import Pipeline, Sampling, Stage
 
 
@@ -41,38 +42,21 @@ def class_images(
     for i, stage in enumerate(pipeline.stages):
         # A picture depends on how those before it were sampled, too.
         how = {before.name: samplings[before.name]._asdict() for before in pipeline.stages[: i + 1]}
-        drawn: list[np.ndarray] = []
-        for start in range(0, count, batch_size):
-            seeds = list(range(start, min(start + batch_size, count)))
-            found = [_read(_file(directory, stage, seed), _metadata(prompt, seed, how)) for seed in seeds]
-            if any(picture is None for picture in found):
-                found = pipeline.sample_stage(
-                    stage,
-                    [prompt] * len(seeds),
-                    seeds,
-                    None if low_res is None else low_res[seeds],
-                    batch_size,
-                    samplings[stage.name],
-                )
-                for seed, picture in zip(seeds, found, strict=True):
-                    save_png(picture, _file(directory, stage, seed), _metadata(prompt, seed, how))
-            drawn.extend(found)
-            progress(len(seeds))
-        low_res = pictures[stage.name] = np.stack(drawn)
+        files = [directory / stage.name / f"{seed:05d}.png" for seed in range(count)]
+        sampled = json.dumps(how, sort_keys=True)
+        metadata = [{"prompt": prompt, "seed": str(seed), "sampling": sampled} for seed in range(count)]
+
+        def draw(seeds: list[int], stage: Stage = stage, low_res: np.ndarray | None = low_res) -> np.ndarray:
+            before = None if low_res is None else low_res[seeds]
+            return pipeline.sample_stage(stage, [prompt] * len(seeds), seeds, before, batch_size, samplings[stage.name])
+
+        low_res = pictures[stage.name] = np.stack(draw_missing(draw, files, metadata, batch_size, progress))
     return pictures
 
 
-def _file(directory: Path, stage: Stage, seed: int) -> Path:
-    return directory / stage.name / f"{seed:05d}.png"
-
-
-def _metadata(prompt: str, seed: int, how: dict[str, dict]) -> dict[str, str]:
-    return {"prompt": prompt, "seed": str(seed), "sampling": json.dumps(how, sort_keys=True)}
-
-
-def _read(file: Path, expected: dict[str, str]) -> np.ndarray | None:
-    """The picture, if it is there and was drawn as expected."""
-    if not file.exists():
-        return None
-    picture, metadata = read_png(file)
-    return picture if {k: metadata.get(k) for k in expected} == expected else None
+def prior_sampling(stage: Stage, settings: ConfigDict) -> Sampling:
+    """How class images are drawn: the stage's own sampling with the ancestral sampler."""
+    sampling = stage.sampling
+    if stage.low_resolution is not None:
+        return sampling._replace(sampler="ancestral")
+    return sampling._replace(sampler="ancestral", num_steps=settings.num_steps, guidance_scale=settings.guidance_scale)

@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from personalize_jax import interruption
 from personalize_jax.world.captions import caption_variants
 from personalize_jax.world.render import render
 from personalize_jax.world.scene import (
@@ -165,6 +166,7 @@ def _block_scenes(split: Split, block: int) -> Scene:
 def rendered_once(path: Path, scenes: Scene, resolution: int) -> np.ndarray:
     """Renders scenes into a file, or finds them there where an earlier run left them: uint8 [N, H, W, 4]."""
     if not path.exists():
+        interruption.check()
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")
         with unfinished.open("wb") as file:

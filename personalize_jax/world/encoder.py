@@ -28,14 +28,15 @@ from absl import flags
 from jax import Array
 from ml_collections import ConfigDict
 
-from personalize_jax import command
+from personalize_jax import command, interruption
+from personalize_jax.files import write_text
 from personalize_jax.metrics.encoders import load_clip, load_dino
 from personalize_jax.metrics.preprocessing import FILE, Preprocessing
 from personalize_jax.models.clip import Clip
 from personalize_jax.models.params import Params
 from personalize_jax.models.port_weights import Network, save_weights
 from personalize_jax.models.vit import VisionTransformer
-from personalize_jax.pipeline.storage import ASSETS, write_text
+from personalize_jax.pipeline.storage import ASSETS
 from personalize_jax.pipeline.tokenizer import Tokenizer
 from personalize_jax.training.checkpoint import Checkpoints
 from personalize_jax.training.contrastive import info_nce, nt_xent
@@ -186,6 +187,7 @@ def learn(lesson: Lesson, directory: Path, description: str = "training") -> Par
 
     Raises:
         UserError: the loss is not finite, or the directory cannot be used.
+        Stopped: on request, after saving.
     """
     config = lesson.config
     optimizer = make_optimizer(config, config.num_steps)
@@ -203,7 +205,12 @@ def learn(lesson: Lesson, directory: Path, description: str = "training") -> Par
         start = int(state.step)
         log = MetricsLog(directory / "metrics.jsonl", start)
         with command.steps_bar(description, config.num_steps) as progress:
+            progress(start, log.latest)
             for step in range(start + 1, config.num_steps + 1):
+                if interruption.requested(step):
+                    if step > start + 1:
+                        checkpoints.save(step - 1, state)
+                    raise interruption.Stopped
                 state, metrics = advance(state, {}, examples)
                 if step % LOG_EVERY == 0:
                     log.write(step, metrics)  # refuses what is not finite, so before saving

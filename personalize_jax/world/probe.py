@@ -30,10 +30,11 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from personalize_jax.errors import UserError
+from personalize_jax.files import write_text
 from personalize_jax.metrics.world import IDENTITY, Reading, accuracy, is_subject
 from personalize_jax.models.params import Params
 from personalize_jax.models.probe import ProbeNetwork
-from personalize_jax.pipeline.storage import ASSETS, load_params, save_params, write_text
+from personalize_jax.pipeline.storage import ASSETS, load_params, save_params
 from personalize_jax.training.checkpoint import Checkpoints
 from personalize_jax.training.optimizer import make_optimizer
 from personalize_jax.world import dataset_builder

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from personalize_jax.errors import UserError
+from personalize_jax.files import write_text
 from personalize_jax.pipeline import load_pipeline, save_pipeline
-from personalize_jax.pipeline.storage import load_params, save_params, write_text
+from personalize_jax.pipeline.storage import load_params, save_params
 from tests import tiny
 
 PARAMS = {"a": {"kernel": jnp.array([[1.0, 1e-3], [-2.5, 7.0]]), "bias": jnp.arange(3.0)}, "b": jnp.ones(())}

@@ -1,3 +1,5 @@
+import collections
+import contextlib
 import logging
 
 import jax
@@ -7,7 +9,7 @@ import optax
 import pytest
 
 from personalize_jax.errors import UserError
-from personalize_jax.training.checkpoint import Checkpoints
+from personalize_jax.training.checkpoint import Checkpoints, checksum
 from personalize_jax.training.step import init_state
 
 
@@ -69,6 +71,51 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert restore(tmp_path).step == 3
     assert "Checkpoint 6" in caplog.text and "trying the one before" in caplog.text
+
+
+@pytest.mark.parametrize("count", [1, 100])
+def test_altered_numbers_are_not_taken_for_the_saved_ones(tmp_path, caplog, count):
+    states = {step: {"kernel": jax.random.normal(jax.random.key(step), (100, 100))} for step in (3, 6)}
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        for step, state in states.items():
+            checkpoints.save(step, state)
+    file = max((f for f in (tmp_path / "6").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    content = np.frombuffer(file.read_bytes(), np.uint8).copy()
+    content[len(content) // 2 :][:count] ^= 4
+    file.write_bytes(content.tobytes())
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints, caplog.at_level(logging.WARNING):
+        found = checkpoints.restore(abstract(states[3]))
+    np.testing.assert_array_equal(found["kernel"], states[3]["kernel"])
+    assert "Checkpoint 6" in caplog.text
+
+
+def test_damaged_metadata_cost_nothing(tmp_path):
+    save(tmp_path, 3, 6)
+    file = tmp_path / "6" / "_CHECKPOINT_METADATA"
+    file.write_text(file.read_text().replace("init_timestamp", "init_timestomp"))
+    assert restore(tmp_path).step == 6
+
+
+def test_who_only_reads_leaves_everything_to_the_run_that_may_still_be_going(tmp_path):
+    save(tmp_path, 3, 6)
+    damage(tmp_path, 6)
+    (tmp_path / "9.orbax-checkpoint-tmp").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    reader = Checkpoints(tmp_path, read_only=True)
+    assert reader.restore(abstract(state_at(0))).step == 3
+    reader.close()
+    assert sorted(tmp_path.rglob("*")) == before
+    save(tmp_path, 12)
+    assert not (tmp_path / "9.orbax-checkpoint-tmp").exists()
+
+
+def test_a_checksum_tells_every_bit_and_every_place_whatever_holds_the_arrays():
+    tree = {"a": jnp.arange(6.0).reshape(2, 3), "b": {"0": jnp.int32(1), "1": jnp.bfloat16(2)}}
+    same = collections.namedtuple("Tree", "a b")(tree["a"], (tree["b"]["0"], tree["b"]["1"]))
+    assert checksum(tree) == checksum(same) == checksum(jax.tree.map(np.asarray, tree))
+    others = [tree | {"a": tree["a"].at[1, 2].set(np.nextafter(np.float32(5), np.float32(6)))}]
+    others += [tree | {"a": tree["a"][:, ::-1]}, tree | {"b": {"0": jnp.int32(2), "1": jnp.bfloat16(2)}}]
+    assert len({checksum(other) for other in [tree, *others]}) == 4
 
 
 def test_after_a_fall_back_the_damaged_step_can_be_saved_again(tmp_path):

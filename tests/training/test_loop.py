@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 
+from personalize_jax import interruption
 from personalize_jax.errors import UserError
 from personalize_jax.pipeline import Stage
-from personalize_jax.training import program
+from personalize_jax.training import loop, program
 from personalize_jax.training.loop import train, trained_params
 from tests import tiny
 from tests.training import worker
@@ -35,6 +36,17 @@ def metrics_of(directory):
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
+def no_steps():
+    """A progress that wants to hear where a training begins, and of nothing else."""
+    told = []
+
+    def progress(step, metrics):
+        told.append(step)
+        assert len(told) == 1, "a step was done"
+
+    return progress
+
+
 def assert_equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
@@ -52,7 +64,24 @@ def test_killed_and_resumed_it_is_the_uninterrupted_run_bit_for_bit(uninterrupte
     assert [line["step"] for line in metrics_of(tmp_path)] == [1, 2, 3, 4, 5]
     done = []
     state = worker.train(tmp_path, lambda step, metrics: done.append(step))
-    assert done == [4, 5, 6]
+    assert done == [3, 4, 5, 6]
+    expected, metrics = uninterrupted
+    assert_equal(state, expected)
+    assert metrics_of(tmp_path) == metrics
+
+
+def test_asked_to_stop_it_saves_between_two_steps_and_goes_on_from_there(uninterrupted, tmp_path):
+    def progress(step, metrics):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with interruption.on_signals():
+        with pytest.raises(interruption.Stopped):
+            worker.train(tmp_path, progress)
+        with pytest.raises(interruption.Stopped):  # asked before it has begun
+            worker.train(tmp_path, no_steps())
+    assert int(loop.latest(tmp_path).step) == 4
+    state = worker.train(tmp_path)
     expected, metrics = uninterrupted
     assert_equal(state, expected)
     assert metrics_of(tmp_path) == metrics
@@ -72,7 +101,7 @@ def test_training_moves_everything_that_is_trained_and_the_average_behind_it(uni
 
 def test_a_finished_training_is_not_continued(tmp_path):
     state = train_linear(tmp_path)
-    again = train_linear(tmp_path, lambda step, metrics: pytest.fail("a step was done"))
+    again = train_linear(tmp_path, no_steps())
     assert_equal(again, state)
 
 
@@ -161,7 +190,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(tmp_path
     done = []
     with caplog.at_level(logging.WARNING):
         again = train_linear(tmp_path, lambda step, metrics: done.append(step))
-    assert done == [4, 5, 6] and "Checkpoint 6" in caplog.text
+    assert done == [3, 4, 5, 6] and "Checkpoint 6" in caplog.text
     assert_equal(again, state)
     assert_equal(train_linear(tmp_path), state)  # and the last step was saved anew
 
@@ -171,7 +200,7 @@ def test_with_no_readable_checkpoint_nothing_is_trained(tmp_path):
     for step in (3, 6):
         cut_checkpoint(tmp_path, step)
     with pytest.raises(UserError, match="None of the checkpoints"):
-        train_linear(tmp_path, lambda step, metrics: pytest.fail("a step was done"))
+        train_linear(tmp_path, no_steps())
 
 
 @pytest.mark.parametrize("log_every", [1, 100])
@@ -179,7 +208,7 @@ def test_a_diverged_training_stops_and_keeps_its_last_finite_checkpoint(tmp_path
     train_linear(tmp_path, num_steps=2)
     with pytest.raises(UserError, match="learning_rate"):
         train_linear(tmp_path, num_steps=50, log_every=log_every, optimizer__learning_rate=1e30, checkpoint_every=1)
-    state = train_linear(tmp_path, lambda step, metrics: pytest.fail("a step was done"), num_steps=1)
+    state = train_linear(tmp_path, no_steps(), num_steps=1)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
 
 
