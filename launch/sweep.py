@@ -30,7 +30,7 @@ from experiments.tables import CLASS_METRICS, PAPER_METRICS, SUBJECT_METRICS
 from launch.sweep_engines import Job, Local, Outcome, Ray, read_job
 from launch.sweep_points import STEPS, Point, prolonged, read_points
 from launch.sweep_table import Result, ranked, write
-from personalize_jax import command
+from personalize_jax import command, manifest
 from personalize_jax.benchmark.loading import load_benchmark
 from personalize_jax.benchmark.prompts import LIVE_CLASSES, read_prompts
 from personalize_jax.benchmark.subjects import BenchmarkSubject
@@ -172,7 +172,7 @@ def record(config: ConfigDict, subjects: Sequence[BenchmarkSubject], workdir: Pa
     """
     common = changed(config).unlock()
     common.photos = {s.name: [hashlib.sha256(photo.tobytes()).hexdigest() for photo in s.photos] for s in subjects}
-    command.record_config(common.lock(), workdir, may_change=["subject.registry"])
+    manifest.record_config(common.lock(), workdir, may_change=["subject.registry"])
 
 
 def check_rungs(given: Sequence[str], keep: float, points: Sequence[Point]) -> list[int]:

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from experiments.study import Arm, Study, scored_run
 from launch.sweep_points import Point
-from personalize_jax import command, configuration, manifest
+from personalize_jax import command, configuration
 from personalize_jax.benchmark.subjects import BenchmarkSubject
 from personalize_jax.errors import UserError
 from personalize_jax.metrics.table import Row
@@ -94,8 +94,7 @@ def run_job(job: Job, subjects: Sequence[BenchmarkSubject], workdir: Path, wait:
             folder = workdir / point.name / subject.name
             if not _rows_file(folder).exists():
                 pretrained, judges = _models(_asked(point.config))
-                with manifest.record(folder, point.config):
-                    scored_run(study, study.arms[0], subject, (), pretrained, judges, workdir)
+                scored_run(study, study.arms[0], subject, (), pretrained, judges, workdir)
         return read_job(job, subjects, workdir)
 
 

@@ -83,11 +83,6 @@ def conduct(points, subjects, workdir, **named):
     return sweep.conduct(points, subjects, Local(), workdir, "DINO", **named)
 
 
-def statuses(workdir, point, subject):
-    calls = json.loads((workdir / point.name / subject.name / "manifest.json").read_text())["calls"]
-    return [call["status"] for call in calls]
-
-
 def test_a_changed_sweep_runs_only_what_is_missing(tmp_path, subjects, points_of, runs):
     first = conduct(points_of(1e-3, 1e-2), subjects, tmp_path)
     second = conduct(points_of(1e-4, 1e-2, 1e-3), subjects, tmp_path)
@@ -109,8 +104,7 @@ def test_a_point_that_fails_stops_no_other_and_is_tried_again(tmp_path, subjects
     assert [bool(result.metrics) for result in results] == [True, False, False, True]
     runs.fails = {}
     assert [result.status for result in conduct(points, subjects, tmp_path)] == ["done"] * 4
-    assert statuses(tmp_path, points[1], subjects[0]) == ["failed", "done"]
-    assert statuses(tmp_path, points[3], subjects[0]) == ["done"]
+    assert runs.begun == [points[i].name for i in (0, 1, 2, 3, 1, 2)]
 
 
 def test_an_interrupted_sweep_goes_on(tmp_path, subjects, points_of, runs):
@@ -128,7 +122,7 @@ def test_subjects_that_were_scored_are_not_run_again(tmp_path, subjects, points_
     conduct(points, subjects, tmp_path)
     both = [*subjects, subjects[0]._replace(name="another")]
     conduct(points, both, tmp_path)
-    assert len(runs.begun) == 2 and statuses(tmp_path, points[0], subjects[0]) == ["done"]
+    assert len(runs.begun) == 2
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_a_node_dies_halfway_and_all_points_finish_and_none_twice(cluster, confi
     assert [result.status for result in results] == ["done"] * 6
     of_points = calls(workdir)
     assert set(of_points) == {point.name for point in points}
-    assert sorted(of_points.values()) == [["done"]] * 5 + [["running", "done"]]
+    assert sorted(of_points.values()) == [["done"]] * 5 + [["killed", "done"]]
     (interrupted,) = (name for name, statuses in of_points.items() if len(statuses) == 2)
     log = workdir / interrupted / subjects[0].name / "base" / "metrics.jsonl"
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [5, 10, 15, 20]
