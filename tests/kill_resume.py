@@ -9,6 +9,7 @@ losses, train states and the personalised cascade must be the same bit for bit.
 
 import collections
 import json
+import logging
 import multiprocessing
 import random
 import signal
@@ -156,6 +157,7 @@ def start_afresh(arguments, files):
 
 def main(_):
     """The command."""
+    logging.getLogger("absl").setLevel(logging.WARNING)
     given = flags.FLAGS
     arguments = [f"--config={given.config}", f"--images={given.images}", "--class_noun=dog"]
     if not given.full:

@@ -1,14 +1,16 @@
 """The identifier of a subject: rare tokens, and a text that encodes to them."""
 
 import functools
+import logging
 import string
 from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from absl import logging
 
 from personalize_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 PLACEHOLDER = "[V]"
 MAX_TOKENS = 3
@@ -188,7 +190,7 @@ def warn_without_placeholder(prompts: Sequence[str]) -> None:
     """Logs one warning for each prompt that is to show the subject but lacks "[V]"."""
     for prompt in prompts:
         if PLACEHOLDER not in prompt:
-            logging.warning(
+            logger.warning(
                 'The prompt "%s" has no %s, so it asks for any member of the class; write %s before the class noun '
                 "to see the subject.",
                 prompt,

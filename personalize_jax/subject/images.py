@@ -7,6 +7,7 @@ and no small file can ask for gigabytes of memory.
 import contextlib
 import hashlib
 import io
+import logging
 import math
 import struct
 import warnings
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from absl import logging
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from personalize_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 MAX_IMAGES = 20
 MAX_PIXELS = 100_000_000
@@ -135,7 +137,7 @@ def list_images(source: Path | Sequence[Path]) -> list[Path]:
             f"put 1 to {MAX_IMAGES} JPEG, PNG or WebP files of the subject there"
         )
     if ignored:
-        logging.warning("Ignored in %s, being neither JPEG, PNG nor WebP: %s", folder, ignored)
+        logger.warning("Ignored in %s, being neither JPEG, PNG nor WebP: %s", folder, ignored)
     return images
 
 
@@ -264,5 +266,5 @@ def _to_srgb(path: Path, image: Image.Image, profile: bytes | None) -> Image.Ima
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
         except (ImageCms.PyCMSError, OSError, ValueError):
-            logging.warning("The colour profile in %s does not fit the image; its colours are taken as sRGB.", path)
+            logger.warning("The colour profile in %s does not fit the image; its colours are taken as sRGB.", path)
     return image.convert("RGB")
