@@ -189,6 +189,7 @@ def test_the_notebook_draws_what_the_command_draws(run, tmp_path):
 # What cuts a run short costs no more than time.
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_every_phase_ends_like_one_that_was_not(run, pretrained, photos, tmp_path):
     workdir = tmp_path / "run"
     flag = f"--config.subject.registry={tmp_path / 'registry.json'}"  # where the same identifier is free

@@ -111,6 +111,7 @@ def test_counts_are_of_the_words_that_were_seen(base):
     assert 0 < counts.sum() <= 16 * (tiny.TEXT["max_length"] - 1)
 
 
+@pytest.mark.slow
 def test_a_finished_pretraining_is_prolonged(base, tmp_path):
     """Nothing but the end of the learning rate's schedule depends on the number of steps."""
     constant = {"decay_steps": 0, "warmup_steps": 0}

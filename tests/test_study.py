@@ -80,6 +80,7 @@ def test_what_was_scored_is_only_read(folder, config, subjects, monkeypatch):
     assert study.conduct(made, config, subjects[:1], NOUNS, folder / "runs") == text
 
 
+@pytest.mark.slow
 def test_a_killed_experiment_goes_on(folder, config, subjects, monkeypatch):
     """The second subject's run is cut short while it is being scored."""
     made = study.Study("alone", [study.Arm("alone", config)], [], {}, 2)

@@ -281,6 +281,7 @@ def test_sweeps_that_cannot_be_run(folder, tmp_path, text, flags, sentence):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_users_photos_are_swept(folder, photos, tmp_path):
     (tmp_path / "weight.py").write_text("def sweep(config):\n    yield {'training.prior.weight': 0}\n")
     (tmp_path / "prompts.txt").write_text("a [V] {} in the snow\n")

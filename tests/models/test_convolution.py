@@ -102,6 +102,7 @@ def compare_shardings():
             np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max(), err_msg=str(spec))
 
 
+@pytest.mark.slow
 def test_eight_devices_agree_with_one():
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     program = f"from {__name__} import compare_shardings; compare_shardings()"

@@ -31,6 +31,7 @@ def test_only_the_rows_move_and_the_state_holds_no_more(tmp_path):
     assert moved.tolist() == sorted(DOG)
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_rows_are_those_of_the_uninterrupted_run(tmp_path):
     changes = ROWS_ONLY | {"trainable": ((TABLE, "identifier"), ("denoiser/.*attention/", True), (".*", False))}
     changes |= {"prior__weight": 0.7, "prior__form": "frozen_prediction", "ema_decay": 0.9}

@@ -65,6 +65,7 @@ def test_the_shipped_qualities_meet_the_targets(kind):
     assert dino["auc"] > 0.99 and dino["identification"] > 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clean", "mild"])
 def test_the_clip_reads_fresh_pictures_as_well_as_recorded(clip, fresh, kind):
     scenes, images = fresh
@@ -178,6 +179,7 @@ def test_training_lowers_the_instance_encoders_loss_and_goes_on_where_it_was_sto
         np.testing.assert_array_equal(again[path], leaf, err_msg=path)
 
 
+@pytest.mark.slow
 def test_saved_encoders_embed_as_trained_but_for_half_precision(small, fresh, tmp_path):
     (clip, dino), (network, load) = lessons(fresh), (("clip", "vit"), (load_clip, load_dino))
     for lesson, name, read in zip((clip, dino), network, load, strict=True):

@@ -57,6 +57,7 @@ def test_shipped_accuracies_meet_the_targets(probe, split, name, target):
     assert probe.accuracies[split]["clean"][name] >= target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clean", "mild"])
 def test_fresh_pictures_meet_the_shipped_accuracies(probe, fresh, kind):
     measured, shipped = evaluate(probe, fresh)[kind], probe.accuracies["heldout"][kind]
