@@ -50,7 +50,8 @@ def subjects():
 def calls(workdir):
     """The statuses of every run's calls, by point."""
     files = workdir.glob("*/*/manifest.json")
-    return {f.parent.parent.name: [call["status"] for call in json.loads(f.read_text())["calls"]] for f in files}
+    found = {f.parent.parent.name: json.loads(f.read_text()).get("calls", []) for f in files}
+    return {name: [call["status"] for call in of_run] for name, of_run in found.items() if of_run}
 
 
 def kill_halfway(cluster, workdir):
