@@ -27,7 +27,7 @@ _OF_TRAINING = {
     "prior.": ("weight", "form", "caption_dropout"),
     "optimizer.": ("learning_rate", "warmup_steps", "decay_steps", "b1", "b2", "weight_decay", "clip_norm"),
 }
-_TRAININGS = {"base": "training", "super_resolution": "super_resolution_training"}
+TRAININGS = {"base": "training", "super_resolution": "super_resolution_training"}
 PRIOR_FORMS = ("sampled", "frozen_prediction")
 LABELS = ("identifier_and_class", "identifier")
 IDENTIFIER_INITS = ("pretrained", "class_noun")
@@ -35,12 +35,12 @@ IDENTIFIER_INITS = ("pretrained", "class_noun")
 
 def stage_trainings(config: ConfigDict) -> dict[str, ConfigDict]:
     """The training keys of each stage."""
-    return {stage: config[part] for stage, part in _TRAININGS.items() if part in config}
+    return {stage: config[part] for stage, part in TRAININGS.items() if part in config}
 
 
 def keys(config: ConfigDict) -> list[str]:
     """The dotted keys that a configuration must hold: those of the run, and of each training that it describes."""
-    parts = ["training", *(part for part in _TRAININGS.values() if part in config and part != "training")]
+    parts = ["training", *(part for part in TRAININGS.values() if part in config and part != "training")]
     of_trainings = [
         f"{part}.{section}{key}" for part in parts for section in _OF_TRAINING for key in _OF_TRAINING[section]
     ]

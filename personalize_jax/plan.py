@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from personalize_jax import command
-from personalize_jax.configuration import changed, stage_trainings, trains_text_encoder
+from personalize_jax.configuration import TRAININGS, changed, stage_trainings, trains_text_encoder
 from personalize_jax.pipeline import Pipeline, load_pipeline
 from personalize_jax.pipeline.diffusers_folder import read_components
 from personalize_jax.pipeline.public import architecture, spec_of
@@ -122,8 +122,7 @@ def changes_that_fit(pipeline: Pipeline, config: ConfigDict, name: str, topology
     In the order of what they cost: how parameters lie and an attention kernel cost next to nothing, computing
     activations again a third more time, and small batches the use of the chip.
     """
-    part = {"base": "training", "super_resolution": "super_resolution_training"}[name]
-    training, made = stage_trainings(config)[name], []
+    part, training, made = TRAININGS[name], stage_trainings(config)[name], []
     candidates: list[tuple[str, Any]] = [(f"{part}.mesh", (1, -1, -1))]
     if "compute" in config:
         candidates += [("compute.attention", "flash"), ("compute.remat", True)]

@@ -23,8 +23,7 @@ class Chip(NamedTuple):
         hbm_bandwidth: bytes a second.
         link_bandwidth: bytes a second over one link between chips, in one direction.
         dimensions: of a slice's torus.
-        ring: a side of at least, or a multiple of, so many chips closes to a ring; shorter ones are lines.
-        host: chips of one host.
+        ring: sides of a multiple of so many chips close to a ring; others are lines.
     """
 
     hbm_bytes: float
@@ -33,17 +32,17 @@ class Chip(NamedTuple):
     link_bandwidth: float
     dimensions: int
     ring: int
-    host: tuple[int, ...]
 
 
 # Google Cloud's system architecture pages (TPU v4, v5e, v5p, v6e); bandwidths of links as "How to scale your model"
 # (Austin et al. 2025, "TPU networking") derives them from the totals given there.
 CHIPS = {
-    "v4": Chip(32 * GIB, 275e12, 1.2e12, 4.5e10, 3, 4, (2, 2, 1)),
-    "v5e": Chip(16 * GIB, 197e12, 8.1e11, 4.5e10, 2, 16, (2, 2)),
-    "v5p": Chip(95 * GIB, 459e12, 2.765e12, 9e10, 3, 4, (2, 2, 1)),
-    "v6e": Chip(32 * GIB, 918e12, 1.6e12, 9e10, 2, 16, (2, 2)),
+    "v4": Chip(32 * GIB, 275e12, 1.2e12, 4.5e10, 3, 4),
+    "v5e": Chip(16 * GIB, 197e12, 8.1e11, 4.5e10, 2, 16),
+    "v5p": Chip(95 * GIB, 459e12, 2.765e12, 9e10, 3, 4),
+    "v6e": Chip(32 * GIB, 918e12, 1.6e12, 9e10, 2, 16),
 }
+HOST = (2, 2, 1)  # chips of one host, but where a slice is of one chip
 # What a slice's size is called where it is rented, which counts the two cores of v4's and v5p's chips.
 _CORES = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1}
 _SHAPES = {
@@ -111,8 +110,7 @@ def devices(topology: Topology) -> Sequence[Any]:
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks for a metadata server, which only a cloud has
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used, so that nothing has to be locked
-    host = topology.chip.host if topology.size > 1 else (1,) * len(topology.shape)
-    options = {"chips_per_host_bounds": (*host, 1)[:3] if topology.size > 1 else (1, 1, 1)}
+    options: dict[str, Any] = {"chips_per_host_bounds": HOST if topology.size > 1 else (1, 1, 1)}
     if topology.name == "v4":
         options["chip_config_name"] = "megacore"  # both cores of a chip as one device
     try:

@@ -15,7 +15,8 @@ class Roofline(NamedTuple):
     Attributes:
         compute: at the chip's rate of bfloat16 operations.
         memory: at its memory's bandwidth.
-        network: at the bandwidth of its links along one dimension of the slice, where most exchanges go.
+        network: at the bandwidth of the links along one dimension of the slice: two where it is a ring, one where a
+            line.
     """
 
     compute: float
@@ -39,8 +40,7 @@ def roofline(usage: Usage, topology: Topology) -> Roofline:
     A step is slower in practice: operations wait for each other, and matrices do not fill the units.
     """
     chip = topology.chip
-    closes = any(side >= chip.ring and side % chip.ring == 0 for side in topology.shape)
-    links = 2 if closes or max(topology.shape) > 2 else 1  # a ring, or a line that is sent along from both ends
+    links = 2 if any(side % chip.ring == 0 for side in topology.shape) else 1  # the ends of a line have but one
     return Roofline(
         usage.rounds * usage.flops / chip.flops,
         usage.rounds * usage.bytes / chip.hbm_bandwidth,

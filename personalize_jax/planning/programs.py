@@ -22,7 +22,9 @@ from personalize_jax.training.examples import Examples
 from personalize_jax.training.program import build, mesh_of
 
 PHOTOS, CAPTIONS = 5, 3  # of a subject, and its captions with the empty one: too little to matter
-_OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]?) of")
+# The compiler tells what the whole program takes, or early on what it needs beside its arguments.
+_ALL_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]?) of")
+_TEMPORARIES = re.compile(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds")
 Shape = jax.ShapeDtypeStruct
 
 
@@ -141,11 +143,7 @@ def measured(
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = _OUT_OF_MEMORY.search(str(error))
-        if needed is None:
-            raise UserError(f"The program cannot be compiled for {len(devices)} devices: {error}") from error
-        used = int(float(needed[1]) * 1024 ** " KMGT".index(needed[2] or " "))
-        own = {"activations": max(0, used - arguments)}
+        own = {"activations": _refused(str(error), arguments)}
         return Usage(memory | own, math.nan, math.nan, [], rounds, False, time.monotonic() - start)
     sizes, costs = compiled.memory_analysis(), compiled.cost_analysis()
     outputs = max(0, sizes.output_size_in_bytes - sizes.alias_size_in_bytes)
@@ -157,6 +155,18 @@ def measured(
     exchanges = collectives(compiled.as_text()) if len(devices) > 1 else []
     seconds = time.monotonic() - start
     return Usage(memory | own, costs["flops"], costs["bytes accessed"], exchanges, rounds, True, seconds)
+
+
+def _refused(message: str, arguments: int) -> int:
+    """Bytes beside its arguments for which a program is refused.
+
+    Raises:
+        UserError: memory is not why it cannot be compiled.
+    """
+    for pattern, given in ((_ALL_OF_MEMORY, arguments), (_TEMPORARIES, 0)):
+        if found := pattern.search(message):
+            return max(0, int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) - given)
+    raise UserError(f"The program cannot be compiled: {message.splitlines()[0]}")
 
 
 def examples_of(pipeline: Pipeline, stage: Stage, count: int, with_text: bool) -> Examples:

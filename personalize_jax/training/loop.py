@@ -24,8 +24,6 @@ from personalize_jax.training.program import build, mesh_of
 from personalize_jax.training.step import TrainState
 from personalize_jax.training.trainable import merge
 
-_ADAPTER_PURPOSE = np.uint32(2**32 - 2)  # folded into the run's key for adapters; the steps fold in their numbers
-
 
 class Training(NamedTuple):
     """A training made ready: what it starts from, where it lies, and the program that advances it.
