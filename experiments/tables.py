@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from personalize_jax.files import write_text
+from personalize_jax.files import replacing, write_text
 from personalize_jax.metrics.table import (
     Estimate,
     SubjectScores,
@@ -142,6 +142,5 @@ def draw(table: Table, file: Path) -> None:
         axes.grid(axis="x", alpha=0.3)
         axes.set_yticks(range(len(table)), list(table), fontsize=8)
         axes.set_ylim(len(table) - 0.5, -0.5)
-    temporary = file.with_name(f".{file.name}")
-    figure.savefig(temporary, format="png")
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        figure.savefig(temporary, format="png")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from launch.worker import BUCKETS
 from personalize_jax.errors import UserError
+from personalize_jax.files import replacing
 
 ROOT = Path(__file__).parent.parent
 OUTPUT_FLAGS = ("workdir", "out", "output")  # by which the project's commands are told where to write
@@ -103,11 +104,9 @@ def check_inputs(program: Program, files: Sequence[str]) -> None:
 def pack(files: Sequence[str], archive: Path) -> None:
     """Write files of the project's folder into a .tar.gz."""
     archive.parent.mkdir(parents=True, exist_ok=True)
-    temporary = archive.with_name(f".{archive.name}")
-    with tarfile.open(temporary, "w:gz", compresslevel=1) as tar:
+    with replacing(archive) as temporary, tarfile.open(temporary, "w:gz", compresslevel=1) as tar:
         for file in files:
             tar.add(ROOT / file, arcname=file)
-    temporary.rename(archive)
 
 
 def jax_version() -> str:

@@ -111,16 +111,40 @@ def draw(
         progress: called with the number of pictures found or drawn.
     """
     files = [folder / role.replace(" ", "_") / file_name(prompt, seed) for prompt, seed in jobs]
-    wanted = [{"prompt": substitute(p, identifier), "seed": str(seed), "weights": weights} for p, seed in jobs]
-
-    def sample(rows: list[int]) -> np.ndarray:
-        return pipeline.sample([wanted[i]["prompt"] for i in rows], [jobs[i][1] for i in rows], batch_size)[-1]
-
-    found = draw_missing(sample, files, wanted, batch_size, progress)
+    texts, seeds = [substitute(prompt, identifier) for prompt, _ in jobs], [seed for _, seed in jobs]
+    found = draw_kept(pipeline, weights, texts, seeds, files, batch_size, progress)
     return [
         Picture(role, prompt, seed, file.relative_to(folder).as_posix(), pixels)
         for (prompt, seed), file, pixels in zip(jobs, files, found, strict=True)
     ]
+
+
+def draw_kept(
+    pipeline: Pipeline,
+    weights: str,
+    texts: Sequence[str],
+    seeds: Sequence[int],
+    files: Sequence[Path],
+    batch_size: int,
+    progress: Callable[[int], object] = lambda pictures: None,
+) -> list[np.ndarray]:
+    """A pipeline's pictures, of its last stage, drawn where they are missing or of other weights.
+
+    Args:
+        pipeline: the cascade, or its first stages.
+        weights: the whole cascade's fingerprint, kept with every picture.
+        texts: what each picture is of.
+        seeds: one a picture.
+        files: where each of them lies.
+        batch_size: pictures drawn at once, and kept before the next ones.
+        progress: called with the number of pictures found or drawn.
+    """
+    wanted = [{"prompt": t, "seed": str(s), "weights": weights} for t, s in zip(texts, seeds, strict=True)]
+
+    def sample(rows: list[int]) -> np.ndarray:
+        return pipeline.sample([texts[i] for i in rows], [seeds[i] for i in rows], batch_size)[-1]
+
+    return draw_missing(sample, files, wanted, batch_size, progress)
 
 
 def read_pictures(images: Path, prompts: Path, photos: Path) -> dict[str, list[Picture]]:

@@ -11,11 +11,12 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from personalize_jax import personalization
+from personalize_jax.evaluation import draw_kept
 from personalize_jax.files import replacing, write_text
 from personalize_jax.manifest import phase, phase_times
 from personalize_jax.metrics import world as world_metrics
 from personalize_jax.personalized import Personalized
-from personalize_jax.pictures import draw_missing, file_name
+from personalize_jax.pictures import file_name
 from personalize_jax.pipeline import Pipeline
 from personalize_jax.report import Panel, gallery, read_metrics, report_html
 from personalize_jax.subject.identifier import substitute
@@ -179,12 +180,6 @@ def _draw(
     config: ConfigDict,
     title: str,
 ) -> np.ndarray:
-    """The pictures of a pipeline's last stage, drawn where they are missing or of other weights."""
-    size = config.report.batch_size
-    wanted = [{"prompt": t, "seed": str(s), "weights": weights} for t, s in zip(texts, seeds, strict=True)]
-
-    def sample(rows: list[int]) -> np.ndarray:
-        return pipeline.sample([texts[i] for i in rows], [seeds[i] for i in rows], size)[-1]
-
+    """`evaluation.draw_kept` with a progress bar."""
     with tqdm(total=len(files), desc=title, unit="img") as bar:
-        return np.stack(draw_missing(sample, files, wanted, size, bar.update))
+        return np.stack(draw_kept(pipeline, weights, texts, seeds, files, config.report.batch_size, bar.update))
