@@ -1,3 +1,5 @@
+import signal
+
 import jax
 import numpy as np
 import pytest
@@ -5,6 +7,9 @@ from PIL import Image
 
 from personalize_jax.pipeline import save_pipeline
 from tests import tiny
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells have it for what they start in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
