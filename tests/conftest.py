@@ -26,9 +26,11 @@ def compiled_programs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def lightly_compiled():
     """Where programs run a few times only, compiling them takes nearly all the time."""
+    jax.clear_caches()  # programs that round otherwise are not for these tests, nor theirs for others
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import importlib
 import pytest
 
 from experiments import num_images, study, training_length
+from personalize_jax import manifest
 from personalize_jax.benchmark.loading import load_benchmark
 from personalize_jax.errors import UserError
 from personalize_jax.pipeline import save_pipeline
@@ -111,5 +112,6 @@ def test_weights_can_be_deleted_once_scored(folder, config, subjects):
 def test_another_configuration_needs_another_directory(folder, config, subjects):
     other = study.changed(config, seed=7)
     made = study.Study("alone", [study.Arm("alone", other)], [], {}, 1)
+    manifest.record_config(config, folder / "another" / "alone" / subjects[0].name)
     with pytest.raises(UserError, match="begun with another configuration"):
-        study.conduct(made, other, subjects[:1], NOUNS, folder / "whole")
+        study.conduct(made, other, subjects[:1], NOUNS, folder / "another")

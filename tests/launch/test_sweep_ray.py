@@ -100,7 +100,8 @@ def test_failures_come_back_in_words(cluster, config, subjects, tmp_path):
     assert result.status.startswith("failed: The prior's form for base is 'none'; give one of")
 
 
-def test_a_cluster_that_is_not_there(tmp_path):
+def test_a_cluster_that_is_not_there(tmp_path, monkeypatch):
     pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # elsewhere one that was killed may have left its address
     with pytest.raises(UserError, match="No Ray cluster at 'auto'.*ray start --head"):
         Ray("auto", {"CPU": 1}, 0)
