@@ -1,4 +1,8 @@
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +95,14 @@ def test_planned_operations_are_those_of_the_products():
     counted = product_flops(jax.make_jaxpr(step)(params["denoiser"], batch).jaxpr)
     compiled = jax.jit(step).lower(params["denoiser"], batch).compile()
     assert compiled.cost_analysis()["flops"] == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is read from /proc")
+def test_a_step_takes_the_memory_that_is_planned():
+    command = [sys.executable, "-m", "tests.planning.step_memory"]
+    found = json.loads(subprocess.check_output(command, cwd=Path(__file__).parents[2], timeout=600))
+    assert found["planned"] > 2**30  # large beside what the allocator and the threads keep
+    assert found["measured"] == pytest.approx(found["planned"], rel=0.2)
 
 
 def tiny_batch(pipeline, stage, size):

@@ -1,0 +1,56 @@
+"""The whole command on the tiny cascade: what it prints and writes, and what it advises where memory is short."""
+
+import json
+
+import pytest
+
+from personalize_jax import plan
+from personalize_jax.configuration import changed
+from personalize_jax.planning import chips
+from personalize_jax.planning.chips import CHIPS, GIB
+from personalize_jax.planning.programs import Usage
+from tests import processes, tiny_world
+
+pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with tests/requirements.txt")
+
+SLICE = "v5e:2x2"
+
+
+def test_the_command_prints_a_table_and_writes_all_numbers(pretrained, tmp_path):
+    flags = [f"--config=tests/tiny_world.py:{pretrained}", f"--topology={SLICE}", f"--out={tmp_path / 'plan.json'}"]
+    flags += [f"--config.{part}.batch_size=4" for part in ("training", "super_resolution_training")]
+    finished = processes.command(tmp_path, "personalize_jax.plan", *flags)
+    assert finished.status == 0, finished.error
+    (found,) = json.loads((tmp_path / "plan.json").read_text())
+    assert found["topology"] == SLICE and found["chips"] == 4
+    stages = ("base", "super_resolution")
+    programs = [f"{what} {stage}" for what in ("tuning", "drawing") for stage in stages]
+    assert [program["program"] for program in found["programs"]] == programs
+    for program in found["programs"]:
+        assert program["fits"] and program["flops"] > 0 and program["seconds"] > 0
+        assert all(size >= 0 for size in program["memory"].values())
+        assert f"| {SLICE} | {program['program']} | yes |" in finished.output
+    assert found["programs"][0]["received"]["all-reduce"] > 0  # gradients, over the data axis
+    assert f"{SLICE}: a personalisation takes at least" in finished.output
+
+
+def test_changes_are_tried_until_tuning_fits(pretrained, monkeypatch):
+    def tuning(pipeline, config, name, devices):
+        """Parameters are split by the mesh, and activations are the less, the more microbatches there are."""
+        training = config.training
+        whole = {
+            "parameters": 8 * GIB / (4 if training.mesh[1] == -1 else 1),
+            "activations": 24 * GIB / training.microbatches,
+        }
+        return Usage(whole, 1e12, 1e9, [], training.microbatches, True, 0.0)
+
+    monkeypatch.setattr(plan, "tuning", tuning)
+    config = changed(tiny_world.get_config(pretrained), training__batch_size=8)
+    pipeline, topology = plan.abstract_pipeline(config), chips.parse(SLICE)
+    found = plan.plan(pipeline, config, topology, sampling=False)
+    assert not found["programs"][0]["fits"]
+    # Of 16 GiB: 2 for parameters, and 12 for activations.
+    assert found["programs"][0]["changes"] == ["training.mesh=(1, -1, -1)", "training.microbatches=2"]
+    assert "fits with training.mesh=(1, -1, -1), training.microbatches=2" in plan.table([found])
+    monkeypatch.setitem(CHIPS, "v5e", CHIPS["v5e"]._replace(hbm_bytes=2 * GIB))
+    assert plan.changes_that_fit(pipeline, config, "base", topology) is None
