@@ -17,7 +17,7 @@ import jax
 from absl import app, flags
 from tqdm import tqdm
 
-from personalize_jax import interruption
+from personalize_jax import hosts, interruption
 from personalize_jax.errors import UserError
 from personalize_jax.files import FULL
 
@@ -35,6 +35,7 @@ def run(main: Callable[[list[str]], None], define_flags: Callable[[], None], req
         set_up()
         try:
             with interruption.on_signals():
+                _join()
                 main(argv)
         except interruption.Stopped:
             print("Stopped; what is done is saved, and the same command goes on.", file=sys.stderr)
@@ -47,6 +48,28 @@ def run(main: Callable[[list[str]], None], define_flags: Callable[[], None], req
     define_flags()
     flags.mark_flags_as_required(required)
     app.run(guarded, flags_parser=_parse)
+
+
+def define_multihost() -> None:
+    """Flags of commands that may be several processes of one program."""
+    flags.DEFINE_bool("multihost", False, "Run with the same command on the other hosts, which TPU VMs and Slurm name.")
+    flags.DEFINE_string("coordinator", None, "With --multihost, where nothing names them: process 0's host and port.")
+    flags.DEFINE_integer("num_processes", None, "Likewise: of all hosts.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Likewise: which this one is, from 0.", lower_bound=0)
+
+
+def _join() -> None:
+    """Become one of several processes, if the flags say so."""
+    arguments = flags.FLAGS
+    if "multihost" not in arguments:
+        return
+    given = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    if arguments.multihost:
+        hosts.join(*given)
+    elif any(value is not None for value in given):
+        raise UserError("--coordinator, --num_processes and --process_id are for --multihost; give that, too.")
+    elif jax.process_count() > 1:
+        raise UserError(f"This is one of {jax.process_count()} hosts of a slice; give --multihost, and start on all.")
 
 
 def set_up() -> None:

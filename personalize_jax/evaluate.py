@@ -20,7 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from personalize_jax import command, manifest
+from personalize_jax import command, hosts, manifest
 from personalize_jax.benchmark.prompts import read_prompts
 from personalize_jax.errors import UserError
 from personalize_jax.evaluation import evaluate, read_pictures
@@ -40,6 +40,7 @@ def define_flags() -> None:
     flags.DEFINE_string("prompts", None, "CSV file with the columns file and prompt, and perhaps subject.")
     flags.DEFINE_string("photos", None, "Real photos of the subject, or a folder of them for each subject.")
     flags.DEFINE_string("out", None, "Folder for the results; by default that of the only run.")
+    command.define_multihost()
 
 
 def main(_: list[str]) -> None:
@@ -56,16 +57,18 @@ def main(_: list[str]) -> None:
         raise UserError("Two runs have the same name, which is their subject's in the table; rename one.")
     runs = {Path(workdir): manifest.read_config(Path(workdir)) for workdir in arguments.workdir or ()}
     out = Path(arguments.out or next(iter(runs)) / "evaluation")
+    hosts.check_shared(out)
     with manifest.record(out, seeds={}, data={}):  # which evaluation.json has, run by run
         if runs:
             rows = of_runs(runs, arguments.config)
         else:
             rows = of_pictures(*map(Path, of_folder[:3]), arguments.config)
-            write_rows(rows, out / "rows.jsonl")
+            hosts.first_does(lambda: write_rows(rows, out / "rows.jsonl"))
         table = {"mean over subjects": estimates(summary(rows))}
         text = transposed(table)
-        write_text(out / "table.md", text)
-        write_text(out / "table.csv", comma_separated(table))
+        if hosts.is_first():
+            write_text(out / "table.md", text)
+            write_text(out / "table.csv", comma_separated(table))
     print(f"{text}\nRows and tables: {out}")
 
 

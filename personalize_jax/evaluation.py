@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from personalize_jax import hosts
 from personalize_jax.errors import UserError
 from personalize_jax.files import write_text
 from personalize_jax.metrics.similarity import DEFINITIONS
@@ -83,8 +84,12 @@ def evaluate(
     pictures += draw(personalized.pipeline, "class", of_class, tuned, identifier, folder, size, progress)
     pictures += draw(pretrained, "class before", of_class, untuned, "", before or folder, size, progress)
     rows = score(judges, name, pictures, truth)
-    write_rows(rows, folder / "rows.jsonl")
-    write_text(file, json.dumps(made_of, indent=2))
+
+    def write() -> None:
+        write_rows(rows, folder / "rows.jsonl")
+        write_text(file, json.dumps(made_of, indent=2))
+
+    hosts.first_does(write)
     return rows
 
 

@@ -17,6 +17,8 @@ from jax.experimental import multihost_utils
 STATUS = os.EX_TEMPFAIL  # 75, the exit status that says: stopped after saving, start again
 
 _asked = False  # signals reach the process, so this is the process's, too
+_agreed = False  # likewise, where there are several processes
+_times = 0  # that this one has asked
 
 
 class Stopped(Exception):
@@ -25,7 +27,10 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def on_signals() -> Iterator[None]:
-    """Let the first SIGTERM or SIGINT ask to stop; a second one acts as usual. For the main thread."""
+    """Let the first SIGTERM or SIGINT ask to stop; a second one acts as usual.
+
+    For the main thread; and before several processes join, so that JAX's own handler of SIGTERM has the last word.
+    """
     global _asked
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     # Not what is to be ignored, nor what another library has taken, which shows as None.
@@ -39,6 +44,8 @@ def on_signals() -> Iterator[None]:
         global _asked
         _asked = True
         restore()
+        if jax.distributed.is_initialized():
+            os.kill(os.getpid(), signal.SIGTERM)  # which tells the others, too
         # Printing is no option: the signal may have come in the midst of it.
         os.write(2, f"\n{signal.Signals(number).name}: stopping once it is saved; again to stop at once.\n".encode())
 
@@ -51,25 +58,26 @@ def on_signals() -> Iterator[None]:
         _asked = False
 
 
-def requested(boundary: int) -> bool:
+def requested() -> bool:
     """Whether to save and stop now.
 
-    Processes of one program are told alike, at the same boundary, even if the signal came to one of them only: by the
-    preemption service of `jax.distributed`, which has a SIGTERM handler of its own.
-
-    Args:
-        boundary: the number of this point among those where all processes ask; without gaps.
+    Processes of one program ask equally often. They are told alike, at the same time of asking, even if the signal came
+    to one of them only: by the preemption service of `jax.distributed`, which has a SIGTERM handler of its own.
     """
-    if jax.distributed.is_initialized():
-        return multihost_utils.reached_preemption_sync_point(boundary)
-    return _asked
+    global _agreed, _times
+    if not jax.distributed.is_initialized():
+        return _asked
+    if not _agreed:
+        _times += 1
+        _agreed = multihost_utils.reached_preemption_sync_point(_times)
+    return _agreed
 
 
 def check() -> None:
-    """Stop here, where there is nothing to save, if that is asked for and the program is one process.
+    """Stop here, where there is nothing to save, if that is asked for.
 
     Raises:
         Stopped: it is.
     """
-    if _asked and not jax.distributed.is_initialized():
+    if requested():
         raise Stopped

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from personalize_jax import hosts
 from personalize_jax.errors import UserError
 from personalize_jax.files import remove_temporaries, write_text
 from personalize_jax.interruption import Stopped
@@ -98,7 +99,7 @@ def record(workdir: Path, seeds: Mapping[str, object], data: Mapping[str, object
         data: see above.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    remove_temporaries(workdir)
+    hosts.first_does(lambda: remove_temporaries(workdir))
     start = time.monotonic()
     before = [call | {"status": "killed"} if call["status"] == "running" else call for call in _calls(workdir)]
     call = {
@@ -157,7 +158,8 @@ def _calls(workdir: Path) -> list[dict[str, Any]]:
 
 
 def _update(workdir: Path, **changes: object) -> None:
-    write_text(workdir / FILE, json.dumps(read(workdir) | changes, indent=2))
+    if hosts.is_first():
+        write_text(workdir / FILE, json.dumps(read(workdir) | changes, indent=2))
 
 
 def _update_call(workdir: Path, **changes: object) -> None:

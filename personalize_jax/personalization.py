@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from personalize_jax import command, configuration, manifest
+from personalize_jax import command, configuration, hosts, manifest
 from personalize_jax.configuration import stage_trainings
 from personalize_jax.errors import UserError
 from personalize_jax.manifest import phase
@@ -32,7 +33,7 @@ from personalize_jax.subject.images import SubjectImage, load_images
 from personalize_jax.subject.registry import Registry
 from personalize_jax.training import sharding
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
-from personalize_jax.training.loop import averaged, latest, train, trained_params
+from personalize_jax.training.loop import averaged, train, trained_params
 from personalize_jax.training.prior import class_images, prior_sampling
 from personalize_jax.training.program import mesh_of
 from personalize_jax.training.step import TrainState
@@ -141,6 +142,7 @@ def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir
             other pretrained weights.
     """
     configuration.check(pipeline, config)
+    hosts.check_shared(workdir)
     if manifest.read(workdir).get("data", {}).get("pretrained", pipeline.fingerprint) != pipeline.fingerprint:
         raise UserError(
             f"{workdir} was begun with other weights of {config.pretrained}; give the same to go on, or another "
@@ -152,6 +154,7 @@ def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir
     may_change += [f"{part}.num_steps" for part in ("training", "super_resolution_training")]
     may_change += [f"evaluation.{key}" for key in configuration.EVALUATION]
     manifest.record_config(config, workdir, may_change)
+    hosts.wait()  # so that all of them read the same
 
 
 def tune_again(
@@ -184,12 +187,19 @@ def tune_again(
 def determine_subject(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path) -> SubjectDataset:
     """Class noun, identifier and labelled dataset (specification steps 204-208), kept in `workdir/subject`."""
     directory = workdir / "subject"
+    # Once for all processes: a registry gives an identifier to one of them.
+    hosts.first_does(lambda: _write_subject(pipeline, photos, config, directory))
+    return read_dataset(directory)
+
+
+def _write_subject(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, directory: Path) -> None:
+    """Determine what is not in the directory already."""
     if (directory / MANIFEST).exists():
-        return read_dataset(directory)
+        return
     classifier, nouns = class_knowledge(config)
     class_noun = determine(photos.images, photos.class_noun, classifier, nouns, config.subject.class_threshold)
 
-    tokenizer, settings = pipeline.tokenizer, config.subject
+    tokenizer, settings, workdir = pipeline.tokenizer, config.subject, directory.parent
     frequencies = None
     if settings.rule in ("rarest", "frequent"):
         frequencies = token_frequencies(tokenizer, settings.frequency)
@@ -204,7 +214,7 @@ def determine_subject(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigD
 
     registry = Registry(Path(config.subject.registry))
     identifier = registry.reserve(workdir.name, class_noun.noun, workdir, choose)
-    return write_dataset(directory, photos.images, class_noun, identifier, settings.label == "identifier_and_class")
+    write_dataset(directory, photos.images, class_noun, identifier, settings.label == "identifier_and_class")
 
 
 def class_knowledge(config: ConfigDict) -> tuple[Classifier | None, Sequence[str] | None]:
@@ -314,36 +324,8 @@ def save_tuned(pipeline: Pipeline, adapters: Mapping[str, Params], folder: Path)
     if pipeline.is_public:
         for stage, target in zip(pipeline.stages, stage_folders(folder, pipeline.stages), strict=True):
             if stage.name in adapters:
-                save_lora(adapters[stage.name], target / "lora")
-
-
-def export(pipeline: Pipeline, config: ConfigDict, workdir: Path, out: Path) -> dict[str, int]:
-    """Write the cascade as a run's latest checkpoints have it; stages that it has not begun with stay as they were.
-
-    Args:
-        pipeline: the pretrained cascade.
-        config: of the run.
-        workdir: run directory.
-        out: folder to write to.
-
-    Returns:
-        The steps done by stage.
-
-    Raises:
-        UserError: the run has no checkpoint yet, or none that can be read.
-    """
-    tuned, adapters, steps = pipeline, {}, {}
-    for name in config.tune:
-        if (state := latest(workdir / name)) is None:
-            continue
-        networks, lora = tuned_networks(tuned, tuned.stage(name), state, stage_trainings(config)[name])
-        tuned, steps[name] = tuned.replace_params(**networks), int(state.step)
-        if lora is not None:
-            adapters[name] = lora
-    if not steps:
-        raise UserError(f"{workdir} holds no checkpoint yet; let the run reach its first one.")
-    save_tuned(with_tuned_sampling(tuned, config, list(steps)), adapters, out)
-    return steps
+                whole = jax.tree.map(hosts.whole, adapters[stage.name])
+                hosts.first_does(lambda whole=whole, target=target: save_lora(whole, target / "lora"))
 
 
 def stage_examples(pipeline: Pipeline, stage: Stage, pictures: np.ndarray, labels: Sequence[str]) -> Examples:

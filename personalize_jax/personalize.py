@@ -22,6 +22,7 @@ def define_flags() -> None:
     flags.DEFINE_multi_string("images", None, "A folder, or image files (repeat the flag).")
     flags.DEFINE_string("class_noun", None, "What the subject is, such as dog; found by a classifier if absent.")
     flags.DEFINE_string("workdir", None, "Run directory.")
+    command.define_multihost()
 
 
 def main(_: list[str]) -> None:

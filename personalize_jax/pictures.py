@@ -9,10 +9,12 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from personalize_jax import hosts
 from personalize_jax.errors import UserError
 from personalize_jax.files import replacing
 
@@ -69,6 +71,8 @@ def draw_missing(
 ) -> list[np.ndarray]:
     """Draw what is not there yet, so that a call which was cut short loses a batch at most.
 
+    Of several processes each writes its share of the files.
+
     Args:
         draw: from numbers of pictures to the pictures; each must be the same whatever others are drawn with it.
         files: where each picture lies.
@@ -88,14 +92,17 @@ def draw_missing(
             pixels, known = read_png(file)
             if known == metadata[i]:
                 found[i] = pixels
-    progress(len(found))
-    missing = [i for i in range(len(files)) if i not in found]
+    found_by_all = hosts.in_all([i in found for i in range(len(files))])
+    missing = [i for i, known in enumerate(found_by_all) if not known]
+    progress(len(files) - len(missing))
     for start in range(0, len(missing), batch_size):
         batch = missing[start : start + batch_size]
-        for i, pixels in zip(batch, draw(batch), strict=True):
-            save_png(pixels, files[i], metadata[i])
+        for n, (i, pixels) in enumerate(zip(batch, draw(batch), strict=True)):
+            if n % jax.process_count() == jax.process_index():
+                save_png(pixels, files[i], metadata[i])
             found[i] = pixels
         progress(len(batch))
+    hosts.wait()
     return [found[i] for i in range(len(files))]
 
 

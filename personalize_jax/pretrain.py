@@ -13,15 +13,17 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
-from personalize_jax import command, manifest
+from personalize_jax import command, hosts, manifest
 from personalize_jax.errors import UserError
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Pipeline, Stage, Tokenizer, load_pipeline, save_pipeline
 from personalize_jax.pipeline.storage import ASSETS
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
 from personalize_jax.training.loop import train, trained_params
+from personalize_jax.world import dataset_builder
 
 
 def starting_pipeline(config: ConfigDict) -> Pipeline:
@@ -116,8 +118,30 @@ def _trained(pipeline: Pipeline, config: ConfigDict, workdir: Path, data: dict[s
     params = trained_params(state, start)
     pipeline = pipeline.replace_params(**{"text_encoder": params["text_encoder"], stage.name: params["denoiser"]})
     if state.token_counts is not None:
-        counts = np.array(state.token_counts, np.int64)
+        counts = hosts.whole(state.token_counts).astype(np.int64)
         counts[sorted(pipeline.tokenizer.special_ids)] = 0  # padding is not processed
         counts += pipeline.tokenizer.counts
         pipeline = dataclasses.replace(pipeline, tokenizer=dataclasses.replace(pipeline.tokenizer, counts=counts))
     return pipeline
+
+
+def define_flags() -> None:
+    """The command line."""
+    config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/pretrain_world.py:base.")
+    flags.DEFINE_string("workdir", None, "Run directory.")
+    flags.DEFINE_string("data_dir", "runs/data", "Where the rendered world is kept.")
+    command.define_multihost()
+
+
+def main(_: list[str]) -> None:
+    """Render or read the data, train, save."""
+    config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
+    hosts.check_shared(workdir)
+    manifest.record_config(config, workdir, may_change=["training.num_steps"])
+    wanted = config.dataset.resolution, "train", config.dataset.count, flags.FLAGS.data_dir
+    hosts.first_does(lambda: dataset_builder.load(*wanted))  # whoever else shares the folder finds it rendered
+    pretrain(config, workdir, dataset_builder.load(*wanted))
+
+
+if __name__ == "__main__":
+    command.run(main, define_flags, required=("config", "workdir"))

@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from personalize_jax import command
+from personalize_jax import command, hosts
 from personalize_jax.errors import UserError
 from personalize_jax.personalized import load_personalized
 from personalize_jax.pictures import file_name, save_png
@@ -28,6 +28,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "Seed of each prompt's first picture.", lower_bound=0, upper_bound=2**31)
     flags.DEFINE_integer("batch_size", 16, "Pictures drawn at once.", lower_bound=1)
     flags.DEFINE_string("out", None, "Folder for the pictures.")
+    command.define_multihost()
 
 
 def main(_: list[str]) -> None:
@@ -56,8 +57,9 @@ def main(_: list[str]) -> None:
         )[-1]
     for picture, (prompt, seed) in zip(pictures, jobs, strict=True):
         file = out / file_name(prompt, seed)
-        save_png(picture, file, {"prompt": substitute(prompt, identifier), "seed": str(seed)})
-        print(file)
+        if hosts.is_first():
+            save_png(picture, file, {"prompt": substitute(prompt, identifier), "seed": str(seed)})
+            print(file)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from personalize_jax import personalization
+from personalize_jax import hosts, personalization
 from personalize_jax.evaluation import draw_kept
 from personalize_jax.files import replacing, write_text
 from personalize_jax.manifest import phase, phase_times
@@ -70,7 +70,6 @@ def show(
             scores = world_scores(
                 personalized, in_context, {name: base for name, (base, _) in of_class.items()}, config
             )
-    write_text(workdir / "metrics.json", json.dumps({name: value for name, (value, _) in scores.items()}, indent=2))
 
     with phase(workdir, "report"):
         panels = [Panel("The photos", f"a {subject.phrase}", subject.images_NHWC)]
@@ -82,8 +81,6 @@ def show(
             Panel(f'"{subject.class_prompt}" before and after', subject.class_prompt, shown, note=name)
             for name, (_, shown) in of_class.items()
         ]
-        with replacing(workdir / "gallery.png") as temporary:
-            gallery(panels).save(temporary, "PNG")
         curves = {file.parent.name: read_metrics(file) for file in sorted(workdir.glob("*/metrics.jsonl"))}
         facts = {
             "identifier": subject.identifier.text,
@@ -94,7 +91,14 @@ def show(
             "jax": importlib.metadata.version("jax"),
         }
         page = report_html(f"A {noun}, personalised", panels, curves, scores, phase_times(workdir), facts)
-        write_text(workdir / "report.html", page)
+
+        def write() -> None:
+            write_text(workdir / "metrics.json", json.dumps({k: value for k, (value, _) in scores.items()}, indent=2))
+            with replacing(workdir / "gallery.png") as temporary:
+                gallery(panels).save(temporary, "PNG")
+            write_text(workdir / "report.html", page)
+
+        hosts.first_does(write)
 
 
 def world_scores(

@@ -1,5 +1,6 @@
 """One of several processes that train together and ask at every step whether to stop."""
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -14,12 +15,14 @@ def main(process, coordinator, folder):
     with interruption.on_signals():
         jax.distributed.initialize(coordinator, num_processes=2, process_id=process)
         for step in range(2000):
-            if interruption.requested(step):
+            if interruption.requested():
                 (folder / f"stopped_{process}").write_text(str(step))
                 break
             (folder / f"going_{process}").touch()
             time.sleep(0.02)
-        interruption.check()  # drawing goes on, as processes could not agree when to stop
+        with contextlib.suppress(interruption.Stopped):  # drawing stops, too
+            interruption.check()
+            raise AssertionError("it was told to stop")
         jax.distributed.shutdown()
 
 

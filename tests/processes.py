@@ -66,3 +66,8 @@ def run_module(module, arguments, files, before=None):
         before()
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def use_devices(count):
+    """Have so many CPU devices in this process."""
+    jax.config.update("jax_num_cpu_devices", count)

@@ -25,7 +25,7 @@ def test_a_first_signal_asks_and_a_second_acts_as_usual(number):
         with interruption.on_signals():
             interruption.check()
             send(number)
-            assert interruption.requested(0) and not usual
+            assert interruption.requested() and not usual
             with pytest.raises(interruption.Stopped):
                 interruption.check()
             send(number)
@@ -41,7 +41,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
     try:
         with interruption.on_signals():
             send(signal.SIGINT)
-            assert not interruption.requested(0)
+            assert not interruption.requested()
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 
 from configs import pretrain_world
+from personalize_jax import manifest
 from personalize_jax.errors import UserError
 from personalize_jax.pipeline import load_pipeline
 from personalize_jax.pretrain import pretrain, starting_pipeline, world_examples
-from tests import tiny
-
-SMALLEST = {"channels": (16,), "patch": 2, "down_blocks": (1,), "up_blocks": (0,), "attention": (False,)}
+from tests import processes, tiny
+from tests.tiny_pretraining import SMALLEST
+from tests.tiny_pretraining import get_config as config
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,18 +26,6 @@ def data():
     image[:, :, :8, 3] = 255
     captions = np.array([[tiny.CAPTIONS[(i + j) % 3] for j in range(2)] for i in range(10)])
     return {"image": image, "captions": captions}
-
-
-def config(stage, num_steps=4, **changes):
-    """The shipped configuration of a stage, shrunk."""
-    shrunk = pretrain_world.get_config(stage).unlock()
-    shrunk.stage = {**{"base": tiny.BASE, "super_resolution": tiny.SUPER_RESOLUTION}[stage], "network": SMALLEST}
-    if stage == "base":
-        shrunk.text_encoder.update(tiny.TEXT)
-    shrunk.training.update(num_steps=num_steps, batch_size=4, log_every=1, checkpoint_every=2)
-    shrunk.training.optimizer.update(warmup_steps=1, decay_steps=1)
-    shrunk.update(changes)
-    return shrunk.lock()
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +145,11 @@ def test_shipped_configurations_are_complete_and_locked(stage):
         shipped.training.learning_rate = 1.0
     with pytest.raises(ValueError, match="base or super_resolution"):
         pretrain_world.get_config("latent")
+
+
+def test_the_command_renders_trains_and_saves(tmp_path):
+    command = "personalize_jax.pretrain", "--config=tests/tiny_pretraining.py:base", f"--data_dir={tmp_path / 'data'}"
+    finished = processes.command(tmp_path, *command, f"--workdir={tmp_path / 'run'}")
+    assert finished.status == 0, finished.error
+    assert manifest.read(tmp_path / "run")["done"]
+    assert [stage.name for stage in load_pipeline(tmp_path / "run" / "pipeline").stages] == ["base"]

@@ -25,6 +25,7 @@ TEXTS = [*SOURCES, ROOT / "README.md", ROOT / "Makefile", ROOT / "pyproject.toml
 ROOMS = (
     "errors",
     "files",
+    "hosts",
     "interruption",
     "pictures",
     "diffusion",
@@ -158,7 +159,8 @@ def test_nothing_is_left_to_the_resolver() -> None:
 def test_commands_named_exist(document: Path) -> None:
     text = document.read_text()
     for module in re.findall(r"python -m ((?:personalize_jax|experiments|launch)[\w.]*)", text):
-        assert importlib.util.find_spec(module), f"python -m {module}"
+        found = importlib.util.find_spec(module)
+        assert found and '__name__ == "__main__"' in Path(found.origin).read_text(), f"python -m {module}"
     for config in re.findall(r"--config=(configs/[\w/]+\.py)", text):
         assert (ROOT / config).is_file(), config
 

@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 
+from personalize_jax import hosts
 from personalize_jax.errors import UserError
 from personalize_jax.metrics.preprocessing import Preprocessing
 from personalize_jax.models.clip import Clip
@@ -221,18 +222,18 @@ def in_batches(function: Callable[[Sequence[Any]], Array], items: Sequence[Any],
     results = []
     for start in range(0, len(items), size):
         part = list(items[start : start + size])
-        results.append(np.asarray(function(part + part[-1:] * (size - len(part))))[: len(part)])
+        results.append(hosts.whole(function(part + part[-1:] * (size - len(part))))[: len(part)])
     return np.concatenate(results)
 
 
 def _on_every_device(apply: Callable, params: Any) -> Callable:
     """The network with its parameters, batches split over all devices."""
     mesh = make_mesh((-1, 1, 1))
-    params = jax.device_put({"params": params}, replicated(mesh))
+    params = hosts.put({"params": params}, replicated(mesh))
     apply = jax.jit(apply)
 
     def call(*batches: np.ndarray) -> Array:
-        return apply(params, *jax.device_put(batches, NamedSharding(mesh, BATCH)))
+        return apply(params, *hosts.put(batches, NamedSharding(mesh, BATCH)))
 
     return call
 

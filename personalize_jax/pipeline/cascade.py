@@ -15,7 +15,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from personalize_jax import interruption
+from personalize_jax import hosts, interruption
 from personalize_jax.models.autoencoder_kl import AutoencoderKL
 from personalize_jax.models.params import Params
 from personalize_jax.models.text_encoder import TextEncoder
@@ -63,7 +63,7 @@ class Pipeline:
         digest = hashlib.sha256(json.dumps([stage.sampling._asdict() for stage in self.stages]).encode())
         for path, value in jax.tree_util.tree_leaves_with_path(dict(self.params)):
             digest.update(jax.tree_util.keystr(path).encode())
-            digest.update(np.ascontiguousarray(value).data)
+            digest.update(np.ascontiguousarray(hosts.whole(value)).data)
         return digest.hexdigest()[:16]
 
     def save(self, folder: str | Path) -> None:
@@ -105,7 +105,7 @@ class Pipeline:
     def to_latents(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the latents of uint8 pictures [N, H, W, 3], float32 [N, h, w, C] each."""
         pairs = [encode_pictures(self.codec, self.params["codec"], to_float(picture[None])) for picture in pictures]
-        return tuple(np.concatenate(part) for part in zip(*pairs, strict=True))
+        return tuple(np.concatenate([hosts.whole(a) for a in part]) for part in zip(*pairs, strict=True))
 
     def sample(
         self,
@@ -179,7 +179,7 @@ class Pipeline:
             if self.codec is not None:
                 batch = decode_latents(self.codec, self.params["codec"], batch)
             kept = min(batch_size, len(prompts) - start)
-            drawn.append(np.asarray(to_uint8(batch))[:kept])
+            drawn.append(hosts.whole(to_uint8(batch))[:kept])
             progress(kept)
         return np.concatenate(drawn)
 
@@ -231,7 +231,7 @@ def to_uint8(x: Array) -> Array:
 
 def _split_over_devices(batch: Any) -> Any:
     """A pytree of [B, ...] arrays, each device with its part of the batch."""
-    return jax.device_put(batch, NamedSharding(_devices(), P("data"))) if jax.device_count() > 1 else batch
+    return hosts.put(batch, NamedSharding(_devices(), P("data"))) if jax.device_count() > 1 else batch
 
 
 def _on_every_device(params: Params) -> Params:
@@ -242,7 +242,7 @@ def _on_every_device(params: Params) -> Params:
 
     def place(value: Any) -> Array:
         sharded = isinstance(value, Array) and len(value.sharding.device_set) > 1
-        return value if sharded else jax.device_put(value, everywhere)
+        return value if sharded else hosts.put(value, everywhere)
 
     return jax.tree.map(place, params)
 

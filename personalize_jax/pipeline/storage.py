@@ -7,6 +7,7 @@ text_encoder.safetensors    parameters, one file a network
 base.safetensors ...
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
+from personalize_jax import hosts
 from personalize_jax.errors import UserError
 from personalize_jax.files import replacing, write_text
 from personalize_jax.models.params import Params, flatten, unflatten
@@ -82,9 +84,13 @@ def save_pipeline(pipeline: Pipeline, folder: Path, dtype: Any = jnp.float16) ->
     Raises:
         UserError: a file cannot be written.
     """
-    if pipeline.is_public:
-        save_public(pipeline, folder, dtype)
-        return
+    if jax.process_count() > 1:  # which hold parts of it
+        pipeline = dataclasses.replace(pipeline, params=jax.tree.map(hosts.whole, dict(pipeline.params)))
+    write = save_public if pipeline.is_public else _save_own
+    hosts.first_does(lambda: write(pipeline, folder, dtype))
+
+
+def _save_own(pipeline: Pipeline, folder: Path, dtype: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, params in pipeline.params.items():
         save_params(params, folder / f"{name}.safetensors", dtype)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from personalize_jax import hosts
 from personalize_jax.errors import UserError
 from personalize_jax.files import FULL
 
@@ -44,14 +45,15 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep, create=writable, cleanup_tmp_directories=writable
         )
+        handler = ocp.StandardCheckpointHandler()  # without it, nothing tells what a checkpoint holds
         try:
-            return ocp.CheckpointManager(self.directory, options=options)
+            return ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
         except (ValueError, TypeError, KeyError) as error:
             # Orbax reads when and how each checkpoint was made, and fails if it cannot; checkpoints are whole without.
             logger.warning("Metadata in %s cannot be read (%s) and are left out.", self.directory, _reason(error))
             for file in self.directory.glob("*/_CHECKPOINT_METADATA"):
                 file.unlink()
-            return ocp.CheckpointManager(self.directory, options=options)
+            return ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
 
     def save(self, step: int, state: Any) -> None:
         """Write in the background; the state may be donated as soon as this returns.
@@ -77,14 +79,14 @@ class Checkpoints:
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for i, step in enumerate(steps):
+            reason = "another process cannot"
             try:
                 state = self._read(step, abstract_state)
             except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
+                state, reason = None, _reason(error)
+            if hosts.in_all([state is not None]) == [False]:
                 logger.warning(
-                    "Checkpoint %d in %s cannot be read (%s); trying the one before.",
-                    step,
-                    self.directory,
-                    _reason(error),
+                    "Checkpoint %d in %s cannot be read (%s); trying the one before.", step, self.directory, reason
                 )
             else:
                 for damaged in steps[: 0 if self._read_only else i]:
@@ -98,6 +100,11 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, abstract_state: Any | None) -> Any:
+        if abstract_state is None:  # on this host, whatever devices it was saved from
+            here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            abstract_state = jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), self._manager.item_metadata(step).tree
+            )
         state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
         known = (self._manager.metadata(step).custom_metadata or {}).get("checksum")
         if known is not None and (found := checksum(state)) is not None and found != known:

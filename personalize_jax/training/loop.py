@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from personalize_jax import interruption
+from personalize_jax import hosts, interruption
 from personalize_jax.errors import UserError
 from personalize_jax.files import naming, write_text
 from personalize_jax.models.params import Params
@@ -58,7 +57,7 @@ def prepare(
     if state is None:
         state = program.make_state(program.place(program.start))
     frozen = program.place(program.frozen_params)
-    return Training(program.advance, state, frozen, jax.device_put(examples, program.everywhere))
+    return Training(program.advance, state, frozen, hosts.put(examples, program.everywhere))
 
 
 def train(
@@ -101,7 +100,7 @@ def train(
         progress(step, log.latest)
         metrics: dict[str, Array] = {}
         while step < config.num_steps:
-            if interruption.requested(step // config.steps_per_dispatch):
+            if interruption.requested():
                 if step > saved:
                     check_finite(step, metrics)
                     checkpoints.save(step, state)
@@ -170,6 +169,8 @@ class MetricsLog:
         self.file = file
         self.latest: dict[str, float] = {}
         self._time = time.monotonic()
+        if not hosts.is_first():
+            return
         file.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if file.exists():
@@ -189,5 +190,6 @@ class MetricsLog:
         now = time.monotonic()
         line = {"step": step, **self.latest, "seconds": round(now - self._time, 3)}
         self._time = now
-        with naming(self.file), self.file.open("a") as f:
-            f.write(json.dumps(line) + "\n")
+        if hosts.is_first():
+            with naming(self.file), self.file.open("a") as f:
+                f.write(json.dumps(line) + "\n")

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from personalize_jax import hosts
 from personalize_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -79,7 +80,7 @@ def placed(tree: Any, rules: Sequence[tuple[str, Sequence[str | None]]], mesh: M
     def place(leaf: Any, target: NamedSharding) -> Any:
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target)
-        return jax.device_put(leaf, target)
+        return hosts.put(leaf, target)
 
     return jax.tree.map(place, tree, shardings(tree, rules, mesh))
 

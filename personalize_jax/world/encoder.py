@@ -207,7 +207,7 @@ def learn(lesson: Lesson, directory: Path, description: str = "training") -> Par
         with command.steps_bar(description, config.num_steps) as progress:
             progress(start, log.latest)
             for step in range(start + 1, config.num_steps + 1):
-                if interruption.requested(step):
+                if interruption.requested():
                     if step > start + 1:
                         checkpoints.save(step - 1, state)
                     raise interruption.Stopped
