@@ -27,6 +27,7 @@ ROOMS = (
     "files",
     "interruption",
     "pictures",
+    "chips",
     "diffusion",
     "models",
     "pipeline",
