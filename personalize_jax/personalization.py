@@ -32,10 +32,11 @@ from personalize_jax.subject.images import SubjectImage, load_images
 from personalize_jax.subject.registry import Registry
 from personalize_jax.training import sharding
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
-from personalize_jax.training.loop import averaged, latest, train, trained_params
+from personalize_jax.training.loop import averaged, train, trained_params
 from personalize_jax.training.prior import class_images, prior_sampling
 from personalize_jax.training.program import mesh_of
 from personalize_jax.training.step import TrainState
+from personalize_jax.training.tracking import JSONL_ONLY, Tracking
 from personalize_jax.training.trainable import LORA
 
 
@@ -97,7 +98,9 @@ def personalize(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, w
         return tune_cascade(pipeline, photos, config, workdir)
 
 
-def tune_cascade(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path) -> Personalized:
+def tune_cascade(
+    pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path, tracking: Tracking = JSONL_ONLY
+) -> Personalized:
     """The phases of `personalize`, in a run directory that is claimed and whose call is recorded."""
     with phase(workdir, "subject"):
         subject = determine_subject(pipeline, photos, config, workdir)
@@ -110,7 +113,7 @@ def tune_cascade(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, 
     for name in config.tune:
         with phase(workdir, f"tuning {name}"):
             stage = pipeline.stage(name)
-            networks, lora = tune(tuned, stage, subject, drawn, trainings[name], config.seed, workdir / name)
+            networks, lora = tune(tuned, stage, subject, drawn, trainings[name], config.seed, workdir / name, tracking)
             tuned = tuned.replace_params(**networks)
             if lora is not None:
                 adapters[name] = lora
@@ -155,7 +158,13 @@ def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir
 
 
 def tune_again(
-    pipeline: Pipeline, tuned: Personalized, name: str, config: ConfigDict, workdir: Path, directory: Path
+    pipeline: Pipeline,
+    tuned: Personalized,
+    name: str,
+    config: ConfigDict,
+    workdir: Path,
+    directory: Path,
+    tracking: Tracking = JSONL_ONLY,
 ) -> Personalized:
     """The tuned cascade with one stage tuned in another way, to compare.
 
@@ -166,6 +175,7 @@ def tune_again(
         config: that run's, changed.
         workdir: of that run, for its class images.
         directory: for checkpoints and metrics of this tuning; its seconds go to the manifest beside it.
+        tracking: where its metrics go besides.
     """
     stage = pipeline.stage(name)
     if name not in config.tune:
@@ -176,7 +186,7 @@ def tune_again(
     if training.prior.weight > 0:
         drawn = draw_class_images(pipeline, tuned.subject, [name], config, workdir)
     with phase(directory.parent, f"tuning {directory.name}".replace("_", " ")):
-        networks, _ = tune(pipeline, stage, tuned.subject, drawn, training, config.seed, directory)
+        networks, _ = tune(pipeline, stage, tuned.subject, drawn, training, config.seed, directory, tracking)
     changed = tuned.pipeline.replace_params(**networks).replace_sampling(**{name: stage.sampling})
     return Personalized(with_tuned_sampling(changed, config, [name]), tuned.subject)
 
@@ -245,6 +255,7 @@ def tune(
     config: ConfigDict,
     seed: int,
     directory: Path,
+    tracking: Tracking = JSONL_ONLY,
 ) -> Tuned:
     """Tune one stage on its own inputs.
 
@@ -255,7 +266,8 @@ def tune(
         drawn: class images by stage name.
         config: the stage's training keys.
         seed: of the training.
-        directory: for checkpoints and metrics.
+        directory: for checkpoints and metrics, whose part of the run has its name.
+        tracking: where metrics go besides.
 
     Returns:
         What the tuning changed.
@@ -268,8 +280,9 @@ def tune(
     if not configuration.trains_text_encoder(pipeline, stage.name, config):
         examples = {half: with_embeddings(pipeline, e) for half, e in examples.items()}
     tokens = identifier_tokens(pipeline, subject, config.identifier_init)
+    part, encoder = tracking.of(directory.name), pipeline.text_encoder
     with command.steps_bar(f"tuning {directory.name.replace('_', ' ')}", config.num_steps) as progress:
-        state = train(stage, pipeline.text_encoder, start, examples, config, seed, directory, progress, tokens)
+        state = train(stage, encoder, start, examples, config, seed, directory, progress, tokens, part)
     return tuned_networks(pipeline, stage, state, config)
 
 
@@ -315,35 +328,6 @@ def save_tuned(pipeline: Pipeline, adapters: Mapping[str, Params], folder: Path)
         for stage, target in zip(pipeline.stages, stage_folders(folder, pipeline.stages), strict=True):
             if stage.name in adapters:
                 save_lora(adapters[stage.name], target / "lora")
-
-
-def export(pipeline: Pipeline, config: ConfigDict, workdir: Path, out: Path) -> dict[str, int]:
-    """Write the cascade as a run's latest checkpoints have it; stages that it has not begun with stay as they were.
-
-    Args:
-        pipeline: the pretrained cascade.
-        config: of the run.
-        workdir: run directory.
-        out: folder to write to.
-
-    Returns:
-        The steps done by stage.
-
-    Raises:
-        UserError: the run has no checkpoint yet, or none that can be read.
-    """
-    tuned, adapters, steps = pipeline, {}, {}
-    for name in config.tune:
-        if (state := latest(workdir / name)) is None:
-            continue
-        networks, lora = tuned_networks(tuned, tuned.stage(name), state, stage_trainings(config)[name])
-        tuned, steps[name] = tuned.replace_params(**networks), int(state.step)
-        if lora is not None:
-            adapters[name] = lora
-    if not steps:
-        raise UserError(f"{workdir} holds no checkpoint yet; let the run reach its first one.")
-    save_tuned(with_tuned_sampling(tuned, config, list(steps)), adapters, out)
-    return steps
 
 
 def stage_examples(pipeline: Pipeline, stage: Stage, pictures: np.ndarray, labels: Sequence[str]) -> Examples:
