@@ -32,7 +32,7 @@ FILE = "manifest.json"
 PACKAGES = (
     *("absl-py", "array-record", "beautifulsoup4", "einops", "flax", "ftfy", "jax", "jaxlib", "libtpu", "matplotlib"),
     *("ml-collections", "numpy", "optax", "orbax-checkpoint", "pillow", "safetensors", "scipy", "sentencepiece"),
-    *("tensorboardx", "tensorflow-datasets", "tokenizers", "tqdm", "transformers", "wandb", "wordfreq"),
+    *("tensorboardx", "tensorflow-datasets", "tokenizers", "tqdm", "transformers", "wordfreq"),
 )
 
 

@@ -1,5 +1,6 @@
 import pytest
 
+from personalize_jax.chips import peak_flops
 from personalize_jax.errors import UserError
 from personalize_jax.planning import slices
 from personalize_jax.training.sharding import make_mesh
@@ -21,7 +22,9 @@ pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with te
 def test_a_slice_by_shape_or_by_size(text, shape, rented):
     topology = slices.parse(text)
     assert topology.shape == shape and topology.accelerator_type == rented
-    assert len(slices.devices(topology)) == topology.size
+    devices = slices.devices(topology)
+    assert len(devices) == topology.size
+    assert peak_flops(devices[0].device_kind) == topology.chip.flops
 
 
 @pytest.mark.parametrize("text", ["v5e", "v9:2x2", "v5e:2x2x2", "v5e-7", "v5p:4x4", "v5e:0x4", "a100-8"])
