@@ -114,8 +114,8 @@ def train(
                 advance = training.compiled()
                 log.begin(Work.of(advance, config.batch_size * len(examples), config.microbatches))
             # The host does not wait for the devices but to log and to save.
-            log.dispatching(metrics)
-            state, metrics = advance(state, training.frozen_params, training.examples)
+            with log.dispatching(step, metrics):
+                state, metrics = advance(state, training.frozen_params, training.examples)
             step += config.steps_per_dispatch
             last = step >= config.num_steps
             if last or step % config.log_every < config.steps_per_dispatch:

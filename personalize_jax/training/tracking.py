@@ -189,10 +189,14 @@ class TrainingLog:
             self._events = EventFile(self._tracking.tensorboard / self._tracking.part, self._step + 1)
         self._work, self._time = work, monotonic()
 
-    def dispatching(self, metrics: dict[str, Array]) -> None:
-        """Say that steps are about to be dispatched; `metrics` of those before are waited for where a trace begins."""
-        if self._trace is not None:
-            self._trace.dispatching(metrics)
+    def dispatching(self, step: int, metrics: dict[str, Array]) -> contextlib.AbstractContextManager:
+        """To dispatch steps within, so that traces know them.
+
+        Args:
+            step: number of steps done.
+            metrics: of the last of them, which is waited for where a trace begins or ends.
+        """
+        return contextlib.nullcontext() if self._trace is None else self._trace.dispatching(step, metrics)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write a line, and the same numbers elsewhere.
@@ -299,7 +303,7 @@ class _Trace:
     def __init__(self, folder: Path) -> None:
         self._folder, self._dispatches, self._goes_on = folder, 0, False
 
-    def dispatching(self, metrics: dict[str, Array]) -> None:
+    def dispatching(self, step: int, metrics: dict[str, Array]) -> jax.profiler.StepTraceAnnotation:
         if self._dispatches == WARM_UP:
             jax.block_until_ready(metrics)
             jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
@@ -308,6 +312,7 @@ class _Trace:
             jax.block_until_ready(metrics)
             self.stop()
         self._dispatches += 1
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def stop(self) -> None:
         if self._goes_on:

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -17,6 +18,7 @@ from personalize_jax.chips import peak_flops
 from personalize_jax.errors import UserError
 from personalize_jax.pipeline import Stage
 from personalize_jax.training import loop, tracking
+from personalize_jax.training.checkpoint import Checkpoints
 from personalize_jax.training.tracking import JSONL_ONLY, MEASURED, Tracking, TrainingLog, Work
 from personalize_jax.training.wandb_run import VERSION, WandbRun
 from tests import event_files, tiny
@@ -141,6 +143,16 @@ def test_the_program_is_compiled_once_and_not_at_all_where_nothing_is_to_be_done
         assert len(compiled) == 1
     finally:
         jax.monitoring.unregister_event_duration_listener(heard)
+
+
+def test_the_compiled_program_takes_the_place_of_the_state_and_of_nothing_else(tmp_path):
+    examples = {"instance": tiny.examples()}
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        config = tiny.training()
+        training = loop.prepare(STAGE, tiny.LinearEncoder(), tiny.linear_params(), examples, config, 0, checkpoints)
+    state, _ = training.compiled()(training.state, training.frozen_params, training.examples)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(training.state.params))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((state, training.frozen_params, training.examples)))
 
 
 # TensorBoard.
@@ -285,7 +297,8 @@ def test_a_tracked_and_traced_training_is_bit_for_bit_the_plain_one(wandb, tmp_p
     (trace,) = (tmp_path / "tracked" / "profile").rglob("*.xplane.pb")  # for TensorBoard and XProf
     assert trace.stat().st_size > 1000
     with gzip.open(trace.with_name("perfetto_trace.json.gz")) as file:
-        assert any("dur" in event for event in json.load(file)["traceEvents"])
+        traced = [event for event in json.load(file)["traceEvents"] if event.get("name") == "train"]
+    assert [event["args"]["step_num"] for event in traced] == ["2", "3", "4"]
     assert not (tmp_path / "plain" / "profile").exists()
 
 
