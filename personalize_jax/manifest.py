@@ -33,7 +33,7 @@ FILE = "manifest.json"
 PACKAGES = (
     *("absl-py", "array-record", "beautifulsoup4", "einops", "flax", "ftfy", "jax", "jaxlib", "libtpu", "matplotlib"),
     *("ml-collections", "numpy", "optax", "orbax-checkpoint", "pillow", "safetensors", "scipy", "sentencepiece"),
-    *("tensorflow-datasets", "tokenizers", "tqdm", "transformers", "wordfreq"),
+    *("tensorboardx", "tensorflow-datasets", "tokenizers", "tqdm", "transformers", "wordfreq"),
 )
 
 

@@ -37,6 +37,7 @@ from personalize_jax.training.loop import averaged, train, trained_params
 from personalize_jax.training.prior import class_images, prior_sampling
 from personalize_jax.training.program import mesh_of
 from personalize_jax.training.step import TrainState
+from personalize_jax.training.tracking import JSONL_ONLY, Tracking
 from personalize_jax.training.trainable import LORA
 
 
@@ -98,7 +99,9 @@ def personalize(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, w
         return tune_cascade(pipeline, photos, config, workdir)
 
 
-def tune_cascade(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path) -> Personalized:
+def tune_cascade(
+    pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path, tracking: Tracking = JSONL_ONLY
+) -> Personalized:
     """The phases of `personalize`, in a run directory that is claimed and whose call is recorded."""
     with phase(workdir, "subject"):
         subject = determine_subject(pipeline, photos, config, workdir)
@@ -111,7 +114,7 @@ def tune_cascade(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, 
     for name in config.tune:
         with phase(workdir, f"tuning {name}"):
             stage = pipeline.stage(name)
-            networks, lora = tune(tuned, stage, subject, drawn, trainings[name], config.seed, workdir / name)
+            networks, lora = tune(tuned, stage, subject, drawn, trainings[name], config.seed, workdir / name, tracking)
             tuned = tuned.replace_params(**networks)
             if lora is not None:
                 adapters[name] = lora
@@ -158,7 +161,13 @@ def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir
 
 
 def tune_again(
-    pipeline: Pipeline, tuned: Personalized, name: str, config: ConfigDict, workdir: Path, directory: Path
+    pipeline: Pipeline,
+    tuned: Personalized,
+    name: str,
+    config: ConfigDict,
+    workdir: Path,
+    directory: Path,
+    tracking: Tracking = JSONL_ONLY,
 ) -> Personalized:
     """The tuned cascade with one stage tuned in another way, to compare.
 
@@ -169,6 +178,7 @@ def tune_again(
         config: that run's, changed.
         workdir: of that run, for its class images.
         directory: for checkpoints and metrics of this tuning; its seconds go to the manifest beside it.
+        tracking: where its metrics go besides.
     """
     stage = pipeline.stage(name)
     if name not in config.tune:
@@ -179,7 +189,7 @@ def tune_again(
     if training.prior.weight > 0:
         drawn = draw_class_images(pipeline, tuned.subject, [name], config, workdir)
     with phase(directory.parent, f"tuning {directory.name}".replace("_", " ")):
-        networks, _ = tune(pipeline, stage, tuned.subject, drawn, training, config.seed, directory)
+        networks, _ = tune(pipeline, stage, tuned.subject, drawn, training, config.seed, directory, tracking)
     changed = tuned.pipeline.replace_params(**networks).replace_sampling(**{name: stage.sampling})
     return Personalized(with_tuned_sampling(changed, config, [name]), tuned.subject)
 
@@ -255,6 +265,7 @@ def tune(
     config: ConfigDict,
     seed: int,
     directory: Path,
+    tracking: Tracking = JSONL_ONLY,
 ) -> Tuned:
     """Tune one stage on its own inputs.
 
@@ -265,7 +276,8 @@ def tune(
         drawn: class images by stage name.
         config: the stage's training keys.
         seed: of the training.
-        directory: for checkpoints and metrics.
+        directory: for checkpoints and metrics, whose part of the run has its name.
+        tracking: where metrics go besides.
 
     Returns:
         What the tuning changed.
@@ -278,8 +290,9 @@ def tune(
     if not configuration.trains_text_encoder(pipeline, stage.name, config):
         examples = {half: with_embeddings(pipeline, e) for half, e in examples.items()}
     tokens = identifier_tokens(pipeline, subject, config.identifier_init)
+    part, encoder = tracking.of(directory.name), pipeline.text_encoder
     with command.steps_bar(f"tuning {directory.name.replace('_', ' ')}", config.num_steps) as progress:
-        state = train(stage, pipeline.text_encoder, start, examples, config, seed, directory, progress, tokens)
+        state = train(stage, encoder, start, examples, config, seed, directory, progress, tokens, part)
     return tuned_networks(pipeline, stage, state, config)
 
 

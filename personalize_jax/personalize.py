@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from personalize_jax import command, configuration, manifest, showcase
 from personalize_jax.personalization import begin, load_pretrained, load_subject, made_from, tune_again, tune_cascade
+from personalize_jax.training import tracking
 
 
 def define_flags() -> None:
@@ -23,12 +24,14 @@ def define_flags() -> None:
     flags.DEFINE_string("class_noun", None, "What the subject is, such as dog; found by a classifier if absent.")
     flags.DEFINE_string("workdir", None, "Run directory.")
     command.define_multihost()
+    tracking.define_flags()
 
 
 def main(_: list[str]) -> None:
     """Personalise, then sample and report."""
     arguments = flags.FLAGS
     config, workdir = arguments.config, Path(arguments.workdir)
+    tracked = tracking.asked_for(workdir)
     pipeline = load_pretrained(config)
     images = arguments.images[0] if len(arguments.images) == 1 else arguments.images
     photos = load_subject(images, arguments.class_noun, pipeline.stages[-1].resolution)
@@ -36,15 +39,15 @@ def main(_: list[str]) -> None:
     if manifest.read(workdir).get("done") and (workdir / "report.html").exists():
         print("All is done; nothing is left to do.")
     else:
-        with manifest.record(workdir, showcase.seeds(config), made_from(pipeline, photos)):
-            personalized = tune_cascade(pipeline, photos, config, workdir)
+        with manifest.record(workdir, showcase.seeds(config), made_from(pipeline, photos)), tracked.running(config):
+            personalized = tune_cascade(pipeline, photos, config, workdir, tracked)
             compared = None
             base = pipeline.stages[0].name
             if config.report.without_prior and base in config.tune and config.training.prior.weight > 0:
                 without = configuration.changed(config, training__prior__weight=0.0)
                 directory = workdir / f"{base}_without_prior"
-                compared = tune_again(pipeline, personalized, base, without, workdir, directory).pipeline
-            showcase.show(pipeline, personalized, compared, config, workdir)
+                compared = tune_again(pipeline, personalized, base, without, workdir, directory, tracked).pipeline
+            showcase.show(pipeline, personalized, compared, config, workdir, tracked)
     print(f"Pictures: {workdir / 'gallery.png'}\nReport:   {workdir / 'report.html'}")
 
 

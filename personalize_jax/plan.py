@@ -19,15 +19,16 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from personalize_jax import command
+from personalize_jax.chips import GIB
 from personalize_jax.configuration import TRAININGS, changed, stage_trainings, trains_text_encoder
 from personalize_jax.pipeline import Pipeline, load_pipeline
 from personalize_jax.pipeline.diffusers_folder import read_components
 from personalize_jax.pipeline.public import architecture, spec_of
 from personalize_jax.pipeline.storage import saved_folders, write_text
-from personalize_jax.planning import chips, published
-from personalize_jax.planning.chips import GIB, Topology
+from personalize_jax.planning import published, slices
 from personalize_jax.planning.estimate import Run, fits, roofline, seconds
 from personalize_jax.planning.programs import Usage, sampling_step, train_step
+from personalize_jax.planning.slices import Topology
 from personalize_jax.training.prior import prior_sampling
 
 SUBJECTS, CLASSES, PROMPTS = 30, 15, 25  # of the paper's protocol
@@ -46,7 +47,7 @@ def main(_: list[str]) -> None:
     """Compile, print tables, write JSON."""
     jax.config.update("jax_platforms", "cpu")  # chips that this machine may have are left alone
     arguments = flags.FLAGS
-    topologies = [chips.parse(text) for text in arguments.topology]
+    topologies = [slices.parse(text) for text in arguments.topology]
     pipeline = abstract_pipeline(arguments.config)
     plans = []
     for topology in topologies:
@@ -86,7 +87,7 @@ def plan(
     Raises:
         UserError: the configuration does not fit the number of chips.
     """
-    devices = chips.devices(topology)
+    devices = slices.devices(topology)
     trainings = stage_trainings(config)
     steps, draws, programs = {}, {}, []
     for name in config.tune:
@@ -133,7 +134,7 @@ def changes_that_fit(pipeline: Pipeline, config: ConfigDict, name: str, topology
         if key.startswith("compute"):
             pipeline = abstract_pipeline(config)
         made = [change for change in made if not change.startswith(key)] + [f"{key}={value}"]
-        if fits(tuning(pipeline, config, name, chips.devices(topology)), topology):
+        if fits(tuning(pipeline, config, name, slices.devices(topology)), topology):
             return made
     return None
 

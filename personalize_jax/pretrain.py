@@ -21,8 +21,10 @@ from personalize_jax.errors import UserError
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Pipeline, Stage, Tokenizer, load_pipeline, save_pipeline
 from personalize_jax.pipeline.storage import ASSETS
+from personalize_jax.training import tracking
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
 from personalize_jax.training.loop import train, trained_params
+from personalize_jax.training.tracking import JSONL_ONLY, Tracking
 from personalize_jax.world import dataset_builder
 
 
@@ -81,26 +83,31 @@ def world_examples(pipeline: Pipeline, data: dict[str, np.ndarray]) -> Examples:
     return make_examples(rgba[..., :3], tokens, pipeline.tokenizer([""])[0], low_res, rgba[..., 3])
 
 
-def pretrain(config: ConfigDict, workdir: Path, data: dict[str, np.ndarray]) -> Pipeline:
+def pretrain(
+    config: ConfigDict, workdir: Path, data: dict[str, np.ndarray], tracking: Tracking = JSONL_ONLY
+) -> Pipeline:
     """Train the stage and write the pipeline to `workdir/pipeline`.
 
     Args:
         config: of `configs/pretrain_world.py`.
         workdir: run directory.
         data: see `world_examples`.
+        tracking: where metrics go besides `metrics.jsonl`.
     """
     pipeline = starting_pipeline(config)
     pictures = hashlib.sha256(np.ascontiguousarray(data["image"])).hexdigest()
     made_from = {"start": pipeline.fingerprint, "pictures": pictures}
-    with manifest.record(workdir, {"training": config.seed}, made_from):
+    with manifest.record(workdir, {"training": config.seed}, made_from), tracking.running(config):
         with manifest.phase(workdir, f"pretraining {pipeline.stages[-1].name}"):
-            pipeline = _trained(pipeline, config, workdir, data)
+            pipeline = _trained(pipeline, config, workdir, data, tracking)
         with manifest.phase(workdir, "pipeline"):
             save_pipeline(pipeline, workdir / "pipeline")
     return pipeline
 
 
-def _trained(pipeline: Pipeline, config: ConfigDict, workdir: Path, data: dict[str, np.ndarray]) -> Pipeline:
+def _trained(
+    pipeline: Pipeline, config: ConfigDict, workdir: Path, data: dict[str, np.ndarray], tracking: Tracking
+) -> Pipeline:
     """The pipeline with its last stage trained, and its tokens counted."""
     stage = pipeline.stages[-1]
     start = {"text_encoder": pipeline.params["text_encoder"], "denoiser": pipeline.params[stage.name]}
@@ -114,6 +121,7 @@ def _trained(pipeline: Pipeline, config: ConfigDict, workdir: Path, data: dict[s
             config.seed,
             workdir,
             progress,
+            tracking=tracking.of(stage.name),
         )
     params = trained_params(state, start)
     pipeline = pipeline.replace_params(**{"text_encoder": params["text_encoder"], stage.name: params["denoiser"]})
@@ -131,16 +139,18 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Run directory.")
     flags.DEFINE_string("data_dir", "runs/data", "Where the rendered world is kept.")
     command.define_multihost()
+    tracking.define_flags()
 
 
 def main(_: list[str]) -> None:
     """Render or read the data, train, save."""
     config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
+    tracked = tracking.asked_for(workdir)
     hosts.check_shared(workdir)
     manifest.record_config(config, workdir, may_change=["training.num_steps"])
     wanted = config.dataset.resolution, "train", config.dataset.count, flags.FLAGS.data_dir
     hosts.first_does(lambda: dataset_builder.load(*wanted))  # whoever else shares the folder finds it rendered
-    pretrain(config, workdir, dataset_builder.load(*wanted))
+    pretrain(config, workdir, dataset_builder.load(*wanted), tracked)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from personalize_jax import hosts, personalization
+from personalize_jax.configuration import stage_trainings
 from personalize_jax.evaluation import draw_kept
 from personalize_jax.files import replacing, write_text
 from personalize_jax.manifest import phase, phase_times
@@ -20,6 +21,7 @@ from personalize_jax.pictures import file_name
 from personalize_jax.pipeline import Pipeline
 from personalize_jax.report import Panel, gallery, read_metrics, report_html
 from personalize_jax.subject.identifier import substitute
+from personalize_jax.training.tracking import JSONL_ONLY, Tracking
 from personalize_jax.world.probe import Probe
 from personalize_jax.world.scene import CLASSES, COLOURS, CONTEXTS, PATTERNS
 
@@ -37,7 +39,12 @@ def seeds(config: ConfigDict) -> dict[str, object]:
 
 
 def show(
-    pretrained: Pipeline, personalized: Personalized, without_prior: Pipeline | None, config: ConfigDict, workdir: Path
+    pretrained: Pipeline,
+    personalized: Personalized,
+    without_prior: Pipeline | None,
+    config: ConfigDict,
+    workdir: Path,
+    tracking: Tracking = JSONL_ONLY,
 ) -> None:
     """Draw the report's pictures, measure them, write them and `metrics.json`, `gallery.png` and `report.html`.
 
@@ -47,6 +54,7 @@ def show(
         without_prior: the cascade tuned without the prior term, to compare; or None.
         config: of the run; its `report` keys.
         workdir: run directory.
+        tracking: where the pictures go besides.
     """
     subject = personalized.subject
     noun = subject.class_noun.noun
@@ -81,6 +89,8 @@ def show(
             Panel(f'"{subject.class_prompt}" before and after', subject.class_prompt, shown, note=name)
             for name, (_, shown) in of_class.items()
         ]
+        steps = sum(stage_trainings(config)[name].num_steps for name in config.tune)
+        tracking.of("pictures").pictures(steps, sheets(panels))
         curves = {file.parent.name: read_metrics(file) for file in sorted(workdir.glob("*/metrics.jsonl"))}
         facts = {
             "identifier": subject.identifier.text,
@@ -99,6 +109,11 @@ def show(
             write_text(workdir / "report.html", page)
 
         hosts.first_does(write)
+
+
+def sheets(panels: Sequence[Panel]) -> dict[str, np.ndarray]:
+    """A contact sheet of each panel, uint8 [H, W, 3], by what it shows."""
+    return {", ".join(filter(None, (panel.prompt, panel.note))): np.asarray(gallery([panel])) for panel in panels}
 
 
 def world_scores(

@@ -6,7 +6,7 @@ import time
 
 from personalize_jax import personalization, pictures, showcase
 from personalize_jax.pipeline import storage
-from personalize_jax.training import loop
+from personalize_jax.training import tracking
 
 
 def signal_in_call(number, module, name, count):
@@ -28,16 +28,17 @@ def die_in_call(module, name, count):
 
 def die_in_training(directory):
     """Die after step 4 of that training, once the checkpoint of step 3 is there."""
-    write = loop.MetricsLog.write
+    write = tracking.MetricsLog.write
 
-    def dying(log, step, metrics):
-        write(log, step, metrics)
+    def dying(log, step, *metrics):
+        line = write(log, step, *metrics)
         if log.file.parent.name == directory and step == 4:
             while not (log.file.parent / "checkpoints" / "3").exists():
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
+        return line
 
-    loop.MetricsLog.write = dying
+    tracking.MetricsLog.write = dying
 
 
 def die_writing_the_subject():
@@ -95,7 +96,7 @@ def stop_drawing_class_images():
 
 
 def stop_tuning_base():
-    signal_in_call(signal.SIGINT, loop.MetricsLog, "write", 2)
+    signal_in_call(signal.SIGINT, tracking.MetricsLog, "write", 2)
 
 
 # After each, the phase that was not finished, and what is there: what was being done, and nothing of what comes next.

@@ -22,6 +22,7 @@ from absl import app, flags
 
 from personalize_jax import manifest
 from personalize_jax.training import loop
+from personalize_jax.training.tracking import MEASURED
 from tests import processes
 
 COMMAND = "personalize_jax.personalize"
@@ -137,7 +138,7 @@ def assert_same(expected, found):
         assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
         jax.tree.map(np.testing.assert_array_equal, *states)
         lines = [(run / name / "metrics.jsonl").read_text().splitlines() for run in (expected, found)]
-        logged = [[json.loads(line) | {"seconds": None} for line in of_run] for of_run in lines]
+        logged = [[json.loads(line) | dict.fromkeys(MEASURED) for line in of_run] for of_run in lines]
         assert logged[0] == logged[1]
     assert (expected / "metrics.json").read_bytes() == (found / "metrics.json").read_bytes()
     manifests = [manifest.read(run) for run in (expected, found)]

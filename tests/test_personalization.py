@@ -2,6 +2,7 @@ import json
 import resource
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from personalize_jax.personalization import begin, stage_examples
 from personalize_jax.pictures import read_png
 from personalize_jax.training.examples import downsample_uint8
 from personalize_jax.training.prior import prior_sampling
-from tests import processes, tiny_world
+from tests import event_files, processes, tiny_world
 from tests.deaths import DEATHS, STOPS
 
 pytestmark = pytest.mark.usefixtures("lightly_compiled")
@@ -37,9 +38,9 @@ def personalize(folder, pretrained, photos, workdir, *flags, before=None):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, pretrained, photos):
-    """The run directory of the command, brought to its end."""
+    """The run directory of the command, brought to its end; tracked, as those compared with it are not."""
     folder = tmp_path_factory.mktemp("personalized")
-    finished = personalize(folder, pretrained, photos, folder / "run")
+    finished = personalize(folder, pretrained, photos, folder / "run", "--tensorboard", "--profile")
     assert finished.status == 0, finished.error
     return folder / "run"
 
@@ -94,6 +95,28 @@ def test_a_run_leaves_what_the_readme_says(run, pretrained):
 def test_the_comparison_is_tuned_without_the_prior_term(run):
     logged = {name: (run / name / "metrics.jsonl").read_text() for name in TRAININGS}
     assert [name for name, lines in logged.items() if "prior_loss" in lines] == ["base", "super_resolution"]
+
+
+def test_a_tracked_run_has_its_numbers_and_pictures_in_event_files_and_its_trainings_traced(run):
+    for name in TRAININGS:
+        lines = [json.loads(line) for line in (run / name / "metrics.jsonl").read_text().splitlines()]
+        found = event_files.read(run / "tensorboard" / name)
+        assert found["loss"] == {line["step"]: np.float32(line["loss"]) for line in lines}
+        assert set(found) == set(lines[0]) - {"step"}
+        assert list((run / name / "profile").rglob("*.xplane.pb"))
+    pictures = event_files.read(run / "tensorboard" / "pictures")
+    assert {"a [V] dog", "a [V] dog on the moon", "a dog, before", "a dog, after"} < set(pictures)
+    assert all(set(of_step) == {12} for of_step in pictures.values())  # six of each stage
+
+
+def without_wandb():
+    sys.modules["wandb"] = None
+
+
+def test_wandb_that_is_not_installed_is_missed_before_anything_is_done(pretrained, photos, tmp_path):
+    refused = personalize(tmp_path, pretrained, photos, tmp_path / "run", "--wandb=dogs", before=without_wandb)
+    assert refused.status == 2 and not (tmp_path / "run").exists()
+    assert refused.error.strip().splitlines()[-1].startswith("error: --wandb=dogs needs Weights & Biases")
 
 
 def test_samples_tell_their_prompt_and_seed(run):

@@ -18,6 +18,7 @@ from personalize_jax.report import (
     report_html,
     smooth,
 )
+from personalize_jax.training.tracking import MEASURED
 
 NASTY = "<script>alert(\"x\")</script> & 'y' $\\alpha$"
 
@@ -115,7 +116,8 @@ class Page(HTMLParser):
 
 
 def metric_rows(count: int, **halves: float) -> list[dict[str, float]]:
-    return [{"step": 5 * i, **halves, "loss": 1.0, "gradient_norm": 2.0, "seconds": 0.1} for i in range(count)]
+    rest = {"loss": 1.0, "gradient_norm": 2.0, **dict.fromkeys(MEASURED, 0.1)}
+    return [{"step": 5 * i, **halves, **rest} for i in range(count)]
 
 
 def report(**given) -> str:

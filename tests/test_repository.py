@@ -28,6 +28,7 @@ ROOMS = (
     "hosts",
     "interruption",
     "pictures",
+    "chips",
     "diffusion",
     "models",
     "pipeline",

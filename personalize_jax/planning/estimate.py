@@ -3,8 +3,8 @@
 import math
 from typing import NamedTuple
 
-from personalize_jax.planning.chips import Topology
 from personalize_jax.planning.programs import Usage
+from personalize_jax.planning.slices import Topology
 
 USABLE = 0.98  # share of a chip's memory that is left by what the runtime keeps for itself
 

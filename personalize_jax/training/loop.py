@@ -1,19 +1,15 @@
 """The training loop: the same for every stage, for pretraining and for personalisation."""
 
 import contextlib
-import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
+import jax
 from jax import Array
 from ml_collections import ConfigDict
 
 from personalize_jax import hosts, interruption
-from personalize_jax.errors import UserError
-from personalize_jax.files import naming, write_text
 from personalize_jax.models.params import Params
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Stage
@@ -21,6 +17,7 @@ from personalize_jax.training.checkpoint import Checkpoints
 from personalize_jax.training.examples import Examples
 from personalize_jax.training.program import build, mesh_of
 from personalize_jax.training.step import TrainState
+from personalize_jax.training.tracking import JSONL_ONLY, Tracking, TrainingLog, Work, check_finite
 from personalize_jax.training.trainable import merge
 
 
@@ -28,16 +25,20 @@ class Training(NamedTuple):
     """A training made ready: what it starts from, where it lies, and the program that advances it.
 
     Attributes:
-        advance: (state, frozen params, examples) -> (state, metrics), compiled; the state is donated.
+        advance: (state, frozen params, examples) -> (state, metrics), jitted; the state is donated.
         state: new, or from the last checkpoint.
         frozen_params: the pretrained parameters that the step looks at.
         examples: the set of each half, on the devices.
     """
 
-    advance: Callable[[TrainState, Params, dict[str, Examples]], tuple[TrainState, dict[str, Array]]]
+    advance: jax.stages.Wrapped
     state: TrainState
     frozen_params: Params
     examples: dict[str, Examples]
+
+    def compiled(self) -> jax.stages.Compiled:
+        """The program of `advance`, for what this training holds."""
+        return self.advance.lower(self.state, self.frozen_params, self.examples).compile()
 
 
 def prepare(
@@ -70,6 +71,7 @@ def train(
     directory: Path,
     progress: Callable[[int, dict[str, float]], object] = lambda step, metrics: None,
     identifier: Mapping[int, Sequence[int]] | None = None,
+    tracking: Tracking = JSONL_ONLY,
 ) -> TrainState:
     """Train one stage, from its last checkpoint in `directory` if there is one.
 
@@ -80,10 +82,11 @@ def train(
         examples: the set of each half, {"instance": ...} and with prior preservation {"prior": ...}.
         config: keys of `configs.common.training()`.
         seed: of all randomness in this training.
-        directory: for `checkpoints/` and `metrics.jsonl`.
+        directory: for `checkpoints/`, `metrics.jsonl` and traces.
         progress: called with the number of steps done and the latest logged metrics, at first before any is done, and
             then after each dispatch.
         identifier: for rules that train its rows, its tokens and what they start from: see `trainable.init_rows`.
+        tracking: where metrics go besides `metrics.jsonl`.
 
     Returns:
         The state after `config.num_steps`.
@@ -92,21 +95,27 @@ def train(
         UserError: the loss is not finite, or the configuration does not fit.
         Stopped: on request, after saving.
     """
-    with contextlib.closing(Checkpoints(directory / "checkpoints")) as checkpoints:
+    with contextlib.ExitStack() as opened:
+        checkpoints = opened.enter_context(contextlib.closing(Checkpoints(directory / "checkpoints")))
         training = prepare(stage, text_encoder, pretrained, examples, config, seed, checkpoints, identifier)
         state = training.state
         step = saved = int(state.step)
-        log = MetricsLog(directory / "metrics.jsonl", step)
+        log = opened.enter_context(contextlib.closing(TrainingLog(directory, step, tracking)))
         progress(step, log.latest)
         metrics: dict[str, Array] = {}
+        advance: jax.stages.Compiled | None = None
         while step < config.num_steps:
             if interruption.requested():
                 if step > saved:
                     check_finite(step, metrics)
                     checkpoints.save(step, state)
                 raise interruption.Stopped
+            if advance is None:  # ahead of time, so that it is no part of a step's; and only if there are steps to do
+                advance = training.compiled()
+                log.begin(Work.of(advance, config.batch_size * len(examples), config.microbatches))
             # The host does not wait for the devices but to log and to save.
-            state, metrics = training.advance(state, training.frozen_params, training.examples)
+            with log.dispatching(step, metrics):
+                state, metrics = advance(state, training.frozen_params, training.examples)
             step += config.steps_per_dispatch
             last = step >= config.num_steps
             if last or step % config.log_every < config.steps_per_dispatch:
@@ -143,53 +152,3 @@ def averaged(state: TrainState) -> Params:
 def trained_params(state: TrainState, pretrained: Params) -> Params:
     """What to sample with: the `averaged` parameters, completed by `pretrained`, with adapters applied."""
     return merge(averaged(state), pretrained)
-
-
-def check_finite(step: int, metrics: dict[str, Any]) -> None:
-    """Stop a training that has diverged, before its parameters reach a checkpoint.
-
-    The parameters after a step are finite if the loss and its gradient were.
-
-    Raises:
-        UserError: a metric is not a finite number.
-    """
-    for name, value in metrics.items():
-        if not np.isfinite(value):
-            raise UserError(
-                f"The {name} is {float(value)} at step {step}; the last checkpoint is kept: "
-                "start again in another --workdir with a lower optimizer.learning_rate."
-            )
-
-
-class MetricsLog:
-    """A JSONL file of metrics, one line a logged step, without repeats after a resume."""
-
-    def __init__(self, file: Path, start_step: int) -> None:
-        """Open a log; lines after `start_step`, from steps that will be done again, are dropped."""
-        self.file = file
-        self.latest: dict[str, float] = {}
-        self._time = time.monotonic()
-        if not hosts.is_first():
-            return
-        file.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if file.exists():
-            for line in file.read_text().splitlines(keepends=True):
-                if line.endswith("\n") and json.loads(line)["step"] <= start_step:
-                    kept.append(line)
-        write_text(file, "".join(kept))
-
-    def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Append a line.
-
-        Raises:
-            UserError: a metric is not a finite number.
-        """
-        check_finite(step, metrics)
-        self.latest = {name: float(value) for name, value in metrics.items()}
-        now = time.monotonic()
-        line = {"step": step, **self.latest, "seconds": round(now - self._time, 3)}
-        self._time = now
-        if hosts.is_first():
-            with naming(self.file), self.file.open("a") as f:
-                f.write(json.dumps(line) + "\n")

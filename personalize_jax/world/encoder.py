@@ -40,9 +40,9 @@ from personalize_jax.pipeline.storage import ASSETS
 from personalize_jax.pipeline.tokenizer import Tokenizer
 from personalize_jax.training.checkpoint import Checkpoints
 from personalize_jax.training.contrastive import info_nce, nt_xent
-from personalize_jax.training.loop import MetricsLog
 from personalize_jax.training.optimizer import make_optimizer
 from personalize_jax.training.step import init_state, make_train_step, make_train_steps
+from personalize_jax.training.tracking import MetricsLog
 from personalize_jax.world import dataset_builder, encoder_quality
 from personalize_jax.world.probe import RESOLUTION as BASE_RESOLUTION
 from personalize_jax.world.probe import degrade

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from personalize_jax.planning import chips
+from personalize_jax.planning import slices
 from personalize_jax.planning.hlo import Collective, collectives
 
 pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with tests/requirements.txt")
@@ -15,7 +15,7 @@ pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with te
 
 @pytest.fixture(scope="module")
 def mesh():
-    return Mesh(np.array(chips.devices(chips.parse("v5e:2x2"))).reshape(4), ("d",))
+    return Mesh(np.array(slices.devices(slices.parse("v5e:2x2"))).reshape(4), ("d",))
 
 
 def exchanges(mesh, function, into, out, *shapes):

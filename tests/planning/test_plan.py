@@ -5,9 +5,9 @@ import json
 import pytest
 
 from personalize_jax import plan
+from personalize_jax.chips import CHIPS, GIB
 from personalize_jax.configuration import changed
-from personalize_jax.planning import chips
-from personalize_jax.planning.chips import CHIPS, GIB
+from personalize_jax.planning import slices
 from personalize_jax.planning.programs import Usage
 from tests import processes, tiny_world
 
@@ -46,7 +46,7 @@ def test_changes_are_tried_until_tuning_fits(pretrained, monkeypatch):
 
     monkeypatch.setattr(plan, "tuning", tuning)
     config = changed(tiny_world.get_config(pretrained), training__batch_size=8)
-    pipeline, topology = plan.abstract_pipeline(config), chips.parse(SLICE)
+    pipeline, topology = plan.abstract_pipeline(config), slices.parse(SLICE)
     found = plan.plan(pipeline, config, topology, sampling=False)
     assert not found["programs"][0]["fits"]
     # Of 16 GiB: 2 for parameters, and 12 for activations.

@@ -11,7 +11,7 @@ import pytest
 from configs import deepfloyd_if, stable_diffusion, world
 from personalize_jax import plan
 from personalize_jax.pipeline import Text
-from personalize_jax.planning import chips
+from personalize_jax.planning import slices
 from personalize_jax.planning.estimate import Run, Usage, fits, roofline, seconds
 from personalize_jax.planning.hlo import Collective
 from personalize_jax.planning.programs import measured
@@ -24,7 +24,7 @@ def usage(**changes):
     return start._replace(**changes)
 
 
-V5E_8 = chips.parse("v5e-8")
+V5E_8 = slices.parse("v5e-8")
 
 
 def test_the_longest_of_three_bounds_a_step():
@@ -49,12 +49,12 @@ def test_what_the_compiler_refuses_or_a_chip_cannot_hold_does_not_fit():
 
 def test_a_program_that_is_too_large_is_measured_all_the_same():
     pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with tests/requirements.txt")
-    one = jax.sharding.SingleDeviceSharding(chips.devices(chips.parse("v5e-1"))[0])
+    one = jax.sharding.SingleDeviceSharding(slices.devices(slices.parse("v5e-1"))[0])
     side = 2**16
     x = jax.ShapeDtypeStruct((side, side), jnp.bfloat16, sharding=one)  # 8 GiB, and its square 16 GiB
     lowered = jax.jit(lambda x: jnp.sum(jnp.sort(x @ x, axis=0), axis=1)).lower(x)
     found = measured(lowered, {"parameters": 2 * side**2}, 2 * side**2, 1, [None])
-    assert not found.compiled and not fits(found, chips.parse("v5e-1"))
+    assert not found.compiled and not fits(found, slices.parse("v5e-1"))
     assert found.memory["activations"] > 6 * 2**30
 
 

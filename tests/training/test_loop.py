@@ -16,6 +16,7 @@ from personalize_jax.errors import UserError
 from personalize_jax.pipeline import Stage
 from personalize_jax.training import loop, program
 from personalize_jax.training.loop import train, trained_params
+from personalize_jax.training.tracking import MEASURED
 from tests import tiny
 from tests.training import worker
 
@@ -33,7 +34,7 @@ def train_linear(directory, progress=lambda step, metrics: None, start=None, hal
 
 def metrics_of(directory):
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 def no_steps():

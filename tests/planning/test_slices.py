@@ -1,7 +1,8 @@
 import pytest
 
+from personalize_jax.chips import peak_flops
 from personalize_jax.errors import UserError
-from personalize_jax.planning import chips
+from personalize_jax.planning import slices
 from personalize_jax.training.sharding import make_mesh
 
 pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with tests/requirements.txt")
@@ -19,20 +20,22 @@ pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with te
     ],
 )
 def test_a_slice_by_shape_or_by_size(text, shape, rented):
-    topology = chips.parse(text)
+    topology = slices.parse(text)
     assert topology.shape == shape and topology.accelerator_type == rented
-    assert len(chips.devices(topology)) == topology.size
+    devices = slices.devices(topology)
+    assert len(devices) == topology.size
+    assert peak_flops(devices[0].device_kind) == topology.chip.flops
 
 
 @pytest.mark.parametrize("text", ["v5e", "v9:2x2", "v5e:2x2x2", "v5e-7", "v5p:4x4", "v5e:0x4", "a100-8"])
 def test_what_is_no_slice_is_refused_in_a_sentence(text):
     with pytest.raises(UserError, match=r"--topology is .*v5e:4x4"):
-        chips.parse(text)
+        slices.parse(text)
 
 
 def test_a_slice_that_is_not_rented_is_refused_in_a_sentence():
     with pytest.raises(UserError, match="cannot be compiled here"):
-        chips.devices(chips.parse("v5e:3x5"))
+        slices.devices(slices.parse("v5e:3x5"))
 
 
 @pytest.mark.parametrize(
@@ -40,5 +43,5 @@ def test_a_slice_that_is_not_rented_is_refused_in_a_sentence():
     [("v5e-1", 8, (1, 1, 1)), ("v5e-8", 8, (1, 8, 1)), ("v5e-16", 8, (1, 8, 2)), ("v5e-16", 12, (1, 4, 4))],
 )
 def test_fsdp_takes_what_splits_the_batch_and_tensor_the_rest(topology, batch_size, sizes):
-    mesh = make_mesh((1, -1, -1), batch_size, chips.devices(chips.parse(topology)))
+    mesh = make_mesh((1, -1, -1), batch_size, slices.devices(slices.parse(topology)))
     assert tuple(mesh.shape.values()) == sizes

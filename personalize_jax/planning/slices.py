@@ -1,4 +1,4 @@
-"""TPU chips and slices: what they can hold and do, and compile-only devices in their place."""
+"""Slices of TPUs: their shapes and names, and compile-only devices in their place."""
 
 import math
 import os
@@ -9,39 +9,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
+from personalize_jax.chips import CHIPS, Chip
 from personalize_jax.errors import UserError
 
-GIB = 2**30
-
-
-class Chip(NamedTuple):
-    """One chip of a TPU generation.
-
-    Attributes:
-        hbm_bytes: memory of the chip.
-        flops: bfloat16 operations a second.
-        hbm_bandwidth: bytes a second.
-        link_bandwidth: bytes a second over one link between chips, in one direction.
-        dimensions: of a slice's torus.
-        ring: sides of a multiple of so many chips close to a ring; others are lines.
-    """
-
-    hbm_bytes: float
-    flops: float
-    hbm_bandwidth: float
-    link_bandwidth: float
-    dimensions: int
-    ring: int
-
-
-# Google Cloud's system architecture pages (TPU v4, v5e, v5p, v6e); bandwidths of links as "How to scale your model"
-# (Austin et al. 2025, "TPU networking") derives them from the totals given there.
-CHIPS = {
-    "v4": Chip(32 * GIB, 275e12, 1.2e12, 4.5e10, 3, 4),
-    "v5e": Chip(16 * GIB, 197e12, 8.1e11, 4.5e10, 2, 16),
-    "v5p": Chip(95 * GIB, 459e12, 2.765e12, 9e10, 3, 4),
-    "v6e": Chip(32 * GIB, 918e12, 1.6e12, 9e10, 2, 16),
-}
 HOST = (2, 2, 1)  # chips of one host, but where a slice is of one chip
 # What a slice's size is called where it is rented, which counts the two cores of v4's and v5p's chips.
 _CORES = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1}
