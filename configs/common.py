@@ -54,6 +54,7 @@ def training() -> ConfigDict:
                 "b2": 0.99,
                 "weight_decay": 0.0,
                 "clip_norm": 1.0,
+                "moment_dtype": "float32",  # or bfloat16, to save memory: of the first moment, see make_optimizer
             },
             "mesh": (-1, 1, 1),  # sizes of data, fsdp and tensor; see training/sharding.py:make_mesh
             # Axes of the last dimensions, last first: features over tensor, inputs over fsdp.
