@@ -89,7 +89,7 @@ def public(pretrained: str | tuple[str, ...]) -> ConfigDict:
             "seed": 0,
             "pretrained": pretrained,
             "compute": {
-                "dtype": "bfloat16",  # of activations; parameters are float32
+                "dtype": "bfloat16",  # of activations, and of pretrained weights in memory; what is trained is float32
                 "remat": True,  # compute activations again in the backward pass
                 "attention": "xla",  # or flash (TPU), cudnn (GPU), heads (CPU): these never hold all of the scores
             },

@@ -131,7 +131,6 @@ def embeddings(count: int) -> np.ndarray:
 def measure_ours(case: Case, weights: Path) -> dict[str, float]:
     """Seconds of a train step and of a sampling step."""
     import jax
-    import jax.numpy as jnp
 
     from configs import common
     from personalize_jax.models.port_weights import load_weights
@@ -145,7 +144,7 @@ def measure_ours(case: Case, weights: Path) -> dict[str, float]:
     unet = json.loads((weights / "config.json").read_text())
     stage = stage_of({"class": case.pipeline, "unet": unet, "scheduler": case.scheduler}, attention="heads")
     abstract = jax.eval_shape(lambda key: stage.init_params(key, TEXT["width"]), jax.random.key(0))
-    params = load_weights(weights, abstract, "unet", jnp.float32)
+    params = load_weights(weights, abstract, "unet")
 
     x = pictures(case, 8)
     text = Text(embeddings(2), np.ones((2, TEXT["length"]), bool))

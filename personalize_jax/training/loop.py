@@ -50,13 +50,14 @@ def prepare(
     seed: int,
     checkpoints: Checkpoints,
     identifier: Mapping[int, Sequence[int]] | None = None,
+    in_full: Callable[[str], Params] | None = None,
 ) -> Training:
     """Build the program and place everything on the mesh; the arguments are those of `train`."""
     mesh = mesh_of(config)
     program = build(stage, text_encoder, pretrained, config, seed, mesh, identifier)
     state = checkpoints.restore(program.state)
     if state is None:
-        state = program.make_state(program.place(program.start))
+        state = program.make_state(program.place(program.start(in_full or pretrained.__getitem__)))
     frozen = program.place(program.frozen_params)
     return Training(program.advance, state, frozen, jax.device_put(examples, program.everywhere))
 
@@ -71,6 +72,7 @@ def train(
     directory: Path,
     progress: Callable[[int, dict[str, float]], object] = lambda step, metrics: None,
     identifier: Mapping[int, Sequence[int]] | None = None,
+    in_full: Callable[[str], Params] | None = None,
 ) -> TrainState:
     """Train one stage, from its last checkpoint in `directory` if there is one.
 
@@ -85,6 +87,8 @@ def train(
         progress: called with the number of steps done and the latest logged metrics, at first before any is done, and
             then after each dispatch.
         identifier: for rules that train its rows, its tokens and what they start from: see `trainable.init_rows`.
+        in_full: reads the parameters of a network in float32, by the name it has in `pretrained`, where those are
+            rounded; called once at the start for what is trained, which nothing here then holds twice.
 
     Returns:
         The state after `config.num_steps`.
@@ -94,7 +98,7 @@ def train(
         Stopped: on request, after saving.
     """
     with contextlib.closing(Checkpoints(directory / "checkpoints")) as checkpoints:
-        training = prepare(stage, text_encoder, pretrained, examples, config, seed, checkpoints, identifier)
+        training = prepare(stage, text_encoder, pretrained, examples, config, seed, checkpoints, identifier, in_full)
         state = training.state
         step = saved = int(state.step)
         log = MetricsLog(directory / "metrics.jsonl", step)
