@@ -173,8 +173,9 @@ def measure_ours(case: Case, weights: Path) -> dict[str, float]:
     sampling = stage.sampling._replace(num_steps=SAMPLING_STEPS, guidance_scale=case.guidance_scale)
     keys = jax.random.split(jax.random.key(0), case.batch)
     cond, null = (Text(embeddings(case.batch), np.ones((case.batch, TEXT["length"]), bool)) for _ in range(2))
+    one = jax.sharding.Mesh(jax.devices(), ("data",))
     draw = fastest(
-        lambda: jax.block_until_ready(draw_pictures(stage, sampling, params, keys, cond, null, None)), count=2
+        lambda: jax.block_until_ready(draw_pictures(stage, sampling, one, params, keys, cond, null, None)), count=2
     )
     return {"train": train, "sample": draw / SAMPLING_STEPS}
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from personalize_jax import interruption
+from personalize_jax.models import attention
 from personalize_jax.models.autoencoder_kl import AutoencoderKL
 from personalize_jax.models.params import Params
 from personalize_jax.models.text_encoder import TextEncoder
@@ -191,7 +192,7 @@ class Pipeline:
             keys = jnp.stack([_picture_key(seeds[row], self.stages.index(stage)) for row in rows])
             text = self.encode([prompts[row] for row in rows])
             inputs = _split_over_devices((keys, text, null, None if low_res is None else low_res[rows]))
-            batch = draw_pictures(stage, sampling or stage.sampling, params, *inputs)
+            batch = draw_pictures(stage, sampling or stage.sampling, _devices(), params, *inputs)
             if self.codec is not None:
                 batch = decode_latents(self.codec, self.params["codec"], batch)
             kept = min(batch_size, len(prompts) - start)
@@ -206,19 +207,21 @@ def encode_tokens(text_encoder: TextEncoder, params: Params, tokens_BL: Array) -
     return text_encoder.apply({"params": params}, tokens_BL)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def draw_pictures(
     stage: Stage,
     sampling: Sampling,
+    mesh: Mesh,
     params: Params,
     keys_B: Array,
     text: Text,
     null_text: Text,
     low_res: Array | None,
 ) -> Array:
-    """`Stage.draw`, from uint8 low-resolution pictures, compiled."""
+    """`Stage.draw`, from uint8 low-resolution pictures, compiled, over a mesh whose devices split the batch."""
     low = None if low_res is None else to_float(low_res)
-    return stage.draw(params, keys_B, text, null_text, sampling, low)
+    with attention.over(mesh):
+        return stage.draw(params, keys_B, text, null_text, sampling, low)
 
 
 @functools.partial(jax.jit, static_argnums=0)

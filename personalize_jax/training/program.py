@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from personalize_jax.errors import UserError
+from personalize_jax.models import attention
 from personalize_jax.models.params import Params, flatten, unflatten
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Stage
@@ -147,7 +148,8 @@ def build(
 
     def loss(params: Params, frozen_params: Params, batch: dict[str, Batch], rng: Array) -> tuple[Array, dict]:
         params, frozen_params = (sharding.gathered(p, config.sharding, mesh) for p in (params, frozen_params))
-        return personalization_loss(stage, text_encoder, objective, params, frozen_params, batch, rng)
+        with attention.over(mesh):
+            return personalization_loss(stage, text_encoder, objective, params, frozen_params, batch, rng)
 
     steps = make_train_steps(
         make_train_step(loss, optimizer, config.ema_decay, config.microbatches),
