@@ -54,6 +54,7 @@ def training() -> ConfigDict:
                 "b2": 0.99,
                 "weight_decay": 0.0,
                 "clip_norm": 1.0,
+                "moment_dtype": "float32",  # or bfloat16, to save memory: of the first moment, see make_optimizer
             },
             "mesh": (-1, 1, 1),  # sizes of data, fsdp and tensor; see training/sharding.py:make_mesh
             # Axes of the last dimensions, last first: features over tensor, inputs over fsdp.
@@ -88,7 +89,7 @@ def public(pretrained: str | tuple[str, ...]) -> ConfigDict:
             "seed": 0,
             "pretrained": pretrained,
             "compute": {
-                "dtype": "bfloat16",  # of activations; parameters are float32
+                "dtype": "bfloat16",  # of activations, and of pretrained weights in memory; what is trained is float32
                 "remat": True,  # compute activations again in the backward pass
                 "attention": "xla",  # or flash (TPU), cudnn (GPU), heads (CPU): these never hold all of the scores
             },

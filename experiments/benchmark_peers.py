@@ -131,7 +131,6 @@ def embeddings(count: int) -> np.ndarray:
 def measure_ours(case: Case, weights: Path) -> dict[str, float]:
     """Seconds of a train step and of a sampling step."""
     import jax
-    import jax.numpy as jnp
 
     from configs import common
     from personalize_jax.models.port_weights import load_weights
@@ -145,7 +144,7 @@ def measure_ours(case: Case, weights: Path) -> dict[str, float]:
     unet = json.loads((weights / "config.json").read_text())
     stage = stage_of({"class": case.pipeline, "unet": unet, "scheduler": case.scheduler}, attention="heads")
     abstract = jax.eval_shape(lambda key: stage.init_params(key, TEXT["width"]), jax.random.key(0))
-    params = load_weights(weights, abstract, "unet", jnp.float32)
+    params = load_weights(weights, abstract, "unet")
 
     x = pictures(case, 8)
     text = Text(embeddings(2), np.ones((2, TEXT["length"]), bool))
@@ -174,8 +173,9 @@ def measure_ours(case: Case, weights: Path) -> dict[str, float]:
     sampling = stage.sampling._replace(num_steps=SAMPLING_STEPS, guidance_scale=case.guidance_scale)
     keys = jax.random.split(jax.random.key(0), case.batch)
     cond, null = (Text(embeddings(case.batch), np.ones((case.batch, TEXT["length"]), bool)) for _ in range(2))
+    one = jax.sharding.Mesh(jax.devices(), ("data",))
     draw = fastest(
-        lambda: jax.block_until_ready(draw_pictures(stage, sampling, params, keys, cond, null, None)), count=2
+        lambda: jax.block_until_ready(draw_pictures(stage, sampling, one, params, keys, cond, null, None)), count=2
     )
     return {"train": train, "sample": draw / SAMPLING_STEPS}
 

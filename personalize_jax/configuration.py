@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from personalize_jax.errors import UserError
 from personalize_jax.pipeline import Pipeline
+from personalize_jax.training.optimizer import MOMENT_DTYPES
 from personalize_jax.training.trainable import select
 
 EVALUATION = ("prompts", "images_per_prompt", "class_samples", "batch_size", "dino", "clips", "lpips", "probe")
@@ -25,7 +26,10 @@ _OF_TRAINING = {
     ),
     "lora.": ("rank", "targets"),
     "prior.": ("weight", "form", "caption_dropout"),
-    "optimizer.": ("learning_rate", "warmup_steps", "decay_steps", "b1", "b2", "weight_decay", "clip_norm"),
+    "optimizer.": (
+        *("learning_rate", "warmup_steps", "decay_steps", "b1", "b2", "weight_decay", "clip_norm"),
+        "moment_dtype",
+    ),
 }
 TRAININGS = {"base": "training", "super_resolution": "super_resolution_training"}
 PRIOR_FORMS = ("sampled", "frozen_prediction")
@@ -70,6 +74,7 @@ def check(pipeline: Pipeline, config: ConfigDict) -> None:
     for i, name in enumerate(config.tune):
         _check_choice(f"The prior's form for {name}", trainings[name].prior.form, PRIOR_FORMS)
         _check_choice(f"identifier_init for {name}", trainings[name].identifier_init, IDENTIFIER_INITS)
+        _check_choice(f"moment_dtype for {name}", trainings[name].optimizer.moment_dtype, MOMENT_DTYPES)
         trains_text = trains_text_encoder(pipeline, name, trainings[name])  # refuses rules that do not fit, too
         if trains_text and i > 0:
             raise UserError(

@@ -7,6 +7,7 @@ where the last one stopped.
 
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ from personalize_jax.training.prior import class_images, prior_sampling
 from personalize_jax.training.program import mesh_of
 from personalize_jax.training.step import TrainState
 from personalize_jax.training.tracking import JSONL_ONLY, Tracking
-from personalize_jax.training.trainable import LORA
+from personalize_jax.training.trainable import LORA, select
 
 
 class SubjectPhotos(NamedTuple):
@@ -182,7 +183,7 @@ def tune_again(
     """
     stage = pipeline.stage(name)
     if name not in config.tune:
-        untuned = tuned.pipeline.replace_params(**{name: pipeline.params[name]})
+        untuned = tuned.pipeline.replace_params(**{name: pipeline.params_in_full(name)})
         return Personalized(untuned.replace_sampling(**{name: stage.sampling}), tuned.subject)
     training = stage_trainings(config)[name]
     drawn = {}
@@ -291,8 +292,9 @@ def tune(
         examples = {half: with_embeddings(pipeline, e) for half, e in examples.items()}
     tokens = identifier_tokens(pipeline, subject, config.identifier_init)
     part, encoder = tracking.of(directory.name), pipeline.text_encoder
+    in_full = partial(pipeline.network_in_full, stage.name)
     with command.steps_bar(f"tuning {directory.name.replace('_', ' ')}", config.num_steps) as progress:
-        state = train(stage, encoder, start, examples, config, seed, directory, progress, tokens, part)
+        state = train(stage, encoder, start, examples, config, seed, directory, progress, tokens, in_full, part)
     return tuned_networks(pipeline, stage, state, config)
 
 
@@ -318,9 +320,12 @@ def tuned_networks(pipeline: Pipeline, stage: Stage, state: TrainState, config: 
         config: the stage's training keys.
     """
     start = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
-    params = trained_params(state, start)
+    selection = select(start, config)
+    changed_in_part = selection.networks & selection.frozen.keys()
+    in_full = {name: pipeline.network_in_full(stage.name, name) for name in changed_in_part}
+    params = trained_params(state, start | in_full)
     networks = {stage.name: params["denoiser"]}
-    if configuration.trains_text_encoder(pipeline, stage.name, config):
+    if "text_encoder" in selection.networks:
         networks["text_encoder"] = params["text_encoder"]
     return Tuned(networks, averaged(state).get(LORA))
 

@@ -120,13 +120,16 @@ def tuning(pipeline: Pipeline, config: ConfigDict, name: str, devices: Any) -> U
 def changes_that_fit(pipeline: Pipeline, config: ConfigDict, name: str, topology: Topology) -> list[str] | None:
     """The first changes, each on top of those before, with which a stage's tuning fits; None if it never does.
 
-    In the order of what they cost: how parameters lie and an attention kernel cost next to nothing, computing
-    activations again a third more time, and small batches the use of the chip.
+    In the order of what they cost: how parameters lie, an attention kernel and a rounded moment cost next to nothing,
+    computing activations again a third more time, and small batches the use of the chip.
     """
     part, training, made = TRAININGS[name], stage_trainings(config)[name], []
     candidates: list[tuple[str, Any]] = [(f"{part}.mesh", (1, -1, -1))]
     if "compute" in config:
-        candidates += [("compute.attention", "flash"), ("compute.remat", True)]
+        candidates.append(("compute.attention", "flash"))
+    candidates.append((f"{part}.optimizer.moment_dtype", "bfloat16"))
+    if "compute" in config:
+        candidates.append(("compute.remat", True))
     batches = [2**k for k in range(1, 4) if training.batch_size % 2**k == 0]
     candidates += [(f"{part}.microbatches", count) for count in batches if count > training.microbatches]
     for key, value in candidates:

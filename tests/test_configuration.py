@@ -33,6 +33,10 @@ def test_what_ships_is_accepted(pretrained):
         ({"tune": ("base", "base")}, "each once"),
         ({"tune": ()}, "give one or more of base, super_resolution"),
         ({"training__prior__form": "kept"}, "prior's form for base is 'kept'; give one of sampled, frozen_prediction"),
+        (
+            {"training__optimizer__moment_dtype": "float16"},
+            "moment_dtype for base is 'float16'; give one of float32, b",
+        ),
         ({"training__trainable": (("denoiser/", True),)}, "matches no rule"),
         ({"training__trainable": ((".*", False),)}, "leave nothing to train"),
         ({"super_resolution_training__trainable": ((".*", True),)}, "leave that to the first stage"),

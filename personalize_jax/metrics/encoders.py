@@ -139,7 +139,7 @@ def load_dino(source: str | Path, prepare: Preprocessing | None = None) -> Image
     network = VisionTransformer.from_config(_config(folder))
     picture = jax.ShapeDtypeStruct((1, network.resolution, network.resolution, 3), jnp.float32)
     abstract = jax.eval_shape(network.init, jax.random.key(0), picture)["params"]
-    params = load_weights(folder, abstract, "vit", jnp.float32)
+    params = load_weights(folder, abstract, "vit")
     return ImageEncoder(prepare or Preprocessing.read(folder), _on_every_device(network.apply, params))
 
 
@@ -158,7 +158,7 @@ def load_clip(source: str | Path) -> ClipEncoder:
     picture = jax.ShapeDtypeStruct((1, network.resolution, network.resolution, 3), jnp.float32)
     tokens = jax.ShapeDtypeStruct((1, network.max_length), jnp.int32)
     abstract = jax.eval_shape(network.init, jax.random.key(0), picture, tokens)["params"]
-    params = load_weights(folder, abstract, "clip", jnp.float32)
+    params = load_weights(folder, abstract, "clip")
 
     def tower(method: Callable) -> Callable:
         return _on_every_device(lambda params, x: network.apply(params, x, method=method), params)
@@ -182,7 +182,7 @@ def load_lpips(source: str | Path, backbone: Backbone = "alex") -> Distance:
     network = Lpips(backbone)
     picture = jax.ShapeDtypeStruct((1, _LPIPS_SIDE, _LPIPS_SIDE, 3), jnp.float32)
     abstract = jax.eval_shape(network.init, jax.random.key(0), picture, picture)["params"]
-    return Distance(_on_every_device(network.apply, load_weights(folder, abstract, "lpips", jnp.float32)))
+    return Distance(_on_every_device(network.apply, load_weights(folder, abstract, "lpips")))
 
 
 def cosine_distance(encoder: ImageEncoder) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:

@@ -1,17 +1,22 @@
 """Softmax attention behind one function: which kernel computes it is a key of the configuration."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas.ops.tpu import flash_attention as flash
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from personalize_jax.errors import UserError
 
 Implementation = Literal["xla", "cudnn", "flash", "heads"]
 BLOCK = 128  # sequences of the flash kernel come in multiples of this
 CACHED = 512 * 512  # scores of a head that stay in a CPU core's cache
+TENSOR = "tensor"  # the axis of a mesh that splits features, and with them heads; all others split the batch
 
 
 def attend(
@@ -30,7 +35,8 @@ def attend(
         k_BSND: keys.
         v_BSND: values.
         implementation: "xla" runs everywhere and writes the L x S scores to memory; "cudnn" (GPU, bfloat16 or float16)
-            and "flash" (TPU, a Pallas kernel) never do. "heads" (CPU) holds those of one head at a time.
+            and "flash" (TPU, a Pallas kernel) never do. "heads" (CPU) holds those of one head at a time. On several
+            devices "flash" needs their mesh, see `over`.
         mask_BS: True at keys that may be attended to; None for all.
         scale: of the scores; 1 / sqrt(D) if None.
         is_causal: whether a query attends only to the keys up to its own position.
@@ -45,7 +51,8 @@ def attend(
         raise UserError(f"attention is {implementation!r}; give one of {', '.join(get_args(Implementation))}.")
     if implementation == "flash":
         scale = q_BLND.shape[-1] ** -0.5 if scale is None else scale
-        return _flash(q_BLND, k_BSND, v_BSND, mask_BS, scale, is_causal)
+        kept_BS = jnp.ones(k_BSND.shape[:2], bool) if mask_BS is None else mask_BS
+        return _in_parts(partial(_flash, scale=scale, is_causal=is_causal), q_BLND, k_BSND, v_BSND, kept_BS)
     if implementation == "heads":
         if mask_BS is None and not is_causal:
             return _by_heads(q_BLND, k_BSND, v_BSND, q_BLND.shape[-1] ** -0.5 if scale is None else scale)
@@ -54,6 +61,28 @@ def attend(
     return jax.nn.dot_product_attention(
         q_BLND, k_BSND, v_BSND, mask=mask_B11S, scale=scale, is_causal=is_causal, implementation=implementation
     )
+
+
+def over(mesh: Mesh) -> jax.sharding.use_abstract_mesh:
+    """Trace networks for a mesh: XLA splits whatever it knows, but not a kernel, which `attend` then splits itself.
+
+    Args:
+        mesh: its axis `TENSOR`, if there is one, splits heads; the others together split the batch, and divide it.
+    """
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def _in_parts(kernel: Callable[..., Array], q_BLND: Array, k_BSND: Array, v_BSND: Array, kept_BS: Array) -> Array:
+    """The kernel on each device with its pictures and heads: attention never looks from one to another."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1:  # 0 without a mesh
+        return kernel(q_BLND, k_BSND, v_BSND, kept_BS)
+    batch = tuple(axis for axis in mesh.axis_names if axis != TENSOR)
+    heads = TENSOR if TENSOR in mesh.shape and q_BLND.shape[2] % mesh.shape[TENSOR] == 0 else None
+    each = P(batch, None, heads, None)
+    # A kernel does not say over which axes its results vary, which is what would be checked.
+    split = jax.shard_map(kernel, in_specs=(each, each, each, P(batch, None)), out_specs=each, check_vma=False)
+    return split(q_BLND, k_BSND, v_BSND, kept_BS)
 
 
 def _by_heads(q_BLND: Array, k_BSND: Array, v_BSND: Array, scale: float) -> Array:
@@ -102,7 +131,7 @@ def _product(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def _flash(q_BLND: Array, k_BSND: Array, v_BSND: Array, mask_BS: Array | None, scale: float, is_causal: bool) -> Array:
+def _flash(q_BLND: Array, k_BSND: Array, v_BSND: Array, kept_BS: Array, scale: float, is_causal: bool) -> Array:
     B, L, S = *q_BLND.shape[:2], k_BSND.shape[1]
 
     def prepare(x: Array) -> Array:
@@ -111,7 +140,6 @@ def _flash(q_BLND: Array, k_BSND: Array, v_BSND: Array, mask_BS: Array | None, s
 
     q, k, v = prepare(q_BLND), prepare(k_BSND), prepare(v_BSND)
     # A query attends to the keys of its own segment: 0 holds what counts, 1 padding and masked keys.
-    kept_BS = jnp.ones((B, S), bool) if mask_BS is None else mask_BS
     keys = jnp.pad(~kept_BS, ((0, 0), (0, k.shape[2] - S)), constant_values=True).astype(jnp.int32)
     segments = flash.SegmentIds(q=jnp.zeros((B, q.shape[2]), jnp.int32), kv=keys)
     blocks = _blocks(B, q.shape[2], k.shape[2])

@@ -40,7 +40,6 @@ class Spec:
     skip_layers: int = 0
     dtype: DTypeLike = jnp.float32
     remat: bool = False
-    attention: Implementation = "xla"
     is_causal: bool = True
 
     @classmethod
@@ -88,9 +87,7 @@ class SelfAttention(nn.Module):
         def heads(name: str) -> Array:
             return nn.Dense(D, dtype=self.spec.dtype, name=name)(x_BLD).reshape(B, L, self.spec.num_heads, -1)
 
-        out = attend(
-            heads("q_proj"), heads("k_proj"), heads("v_proj"), self.spec.attention, is_causal=self.spec.is_causal
-        )
+        out = attend(heads("q_proj"), heads("k_proj"), heads("v_proj"), is_causal=self.spec.is_causal)
         return nn.Dense(D, dtype=self.spec.dtype, name="out_proj")(out.reshape(B, L, D))
 
 
@@ -185,7 +182,7 @@ class ClipTextEncoder(nn.Module):
         skip_layers: how many last layers are left out before the last norm; 1 takes the penultimate layer's output.
         dtype: of the computation; parameters are float32.
         remat: whether the backward pass computes a layer again instead of storing what is in it.
-        attention: which kernel computes attention.
+        attention: taken as by every network and without effect: texts are short.
     """
 
     vocab_size: int
@@ -202,13 +199,16 @@ class ClipTextEncoder(nn.Module):
     attention: Implementation = "xla"
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], skip_layers: int = 0, **compute: Any) -> Self:
+    def from_config(
+        cls, config: Mapping[str, Any], skip_layers: int = 0, attention: Implementation = "xla", **compute: Any
+    ) -> Self:
         """Build the encoder that a checkpoint's `config.json` describes.
 
         Args:
             config: as transformers writes it for a `CLIPTextModel`.
             skip_layers: see the class. The encoder of Stable Diffusion 2.x was cut before it was published and takes 0.
-            **compute: `dtype`, `remat`, `attention`.
+            attention: see the class.
+            **compute: `dtype`, `remat`.
 
         Raises:
             UserError: an activation that is not supported, or no layer is left.
@@ -219,7 +219,8 @@ class ClipTextEncoder(nn.Module):
                 f"skip_layers is {skip_layers}; give 0 to {spec.num_layers - 1}, as the encoder has {spec.num_layers}."
             )
         shared = {name: getattr(spec, name) for name in _SHARED}
-        return cls(config["vocab_size"], config["hidden_size"], config["max_position_embeddings"], **shared)
+        sizes = config["vocab_size"], config["hidden_size"], config["max_position_embeddings"]
+        return cls(*sizes, **shared, attention=attention)
 
     @nn.compact
     def __call__(self, tokens_BL: Array) -> tuple[Array, Array]:

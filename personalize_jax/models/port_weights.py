@@ -86,9 +86,7 @@ def torch_names(path: str, network: Network) -> list[str]:
     return [name, *others]
 
 
-def load_weights(
-    folder: Path, abstract: Params, network: Network, dtype: DTypeLike, sharding: Params | None = None
-) -> Params:
+def load_weights(folder: Path, abstract: Params, network: Network, sharding: Params | None = None) -> Params:
     """Read the parameters of one network from a component's folder.
 
     Arrays go one by one to their dtype and sharding, so that the host never holds much more than the result.
@@ -96,15 +94,15 @@ def load_weights(
     Args:
         folder: of the component; it holds `diffusion_pytorch_model.safetensors` or `model.safetensors`, whole or
             sharded; of these the variant `fp16` if there is no other.
-        abstract: tree of the parameters' shapes.
+        abstract: tree of the parameters' shapes and dtypes.
         network: whose naming the file follows.
-        dtype: of the parameters.
         sharding: tree as `abstract` with a sharding for each parameter; None for the default device.
 
     Raises:
         UserError: no such file, a damaged one, pickled weights, or tensors missing, surplus or of other shapes.
     """
-    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(abstract).items()}
+    wanted = flatten(abstract)
+    shapes = {path: tuple(leaf.shape) for path, leaf in wanted.items()}
     shardings = {} if sharding is None else flatten(sharding)
     stored = {tensor.name: tensor for file in _weight_files(folder) for tensor in _read_header(file)}
     tensors = _match(shapes, stored, network, folder)
@@ -112,7 +110,7 @@ def load_weights(
     # Largest first: what is being converted stands beside the result, and must be small once the result is large.
     for path in sorted(shapes, key=lambda path: math.prod(shapes[path]), reverse=True):
         array = _from_torch(tensors[path].read(), len(shapes[path]), path)
-        array = jax.device_put(np.asarray(array, dtype, order="C"), shardings.get(path))
+        array = jax.device_put(np.asarray(array, wanted[path].dtype, order="C"), shardings.get(path))
         params[path] = jax.block_until_ready(array)  # the host's copy lives as long as the transfer
     return unflatten({path: params[path] for path in shapes})
 

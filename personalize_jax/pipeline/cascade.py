@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from personalize_jax import hosts, interruption
+from personalize_jax.models import attention
 from personalize_jax.models.autoencoder_kl import AutoencoderKL
 from personalize_jax.models.params import Params
 from personalize_jax.models.text_encoder import TextEncoder
@@ -38,11 +39,12 @@ class Pipeline:
         tokenizer: with the recorded token frequencies.
         text_encoder: shared by all stages.
         stages: in the order of sampling; each after the first enlarges what the one before it drew.
-        params: {"text_encoder": ..., stage name: ...}, and "codec" if there is one.
+        params: {"text_encoder": ..., stage name: ...}, and "codec" if there is one; as they are computed with.
         spec: the architectures as plain data, {"text_encoder": ..., "stages": [...]}; see `pipeline.storage` and
             `pipeline.public`.
         codec: between pictures and the latents that a latent diffusion model denoises; None where pictures themselves
             are denoised.
+        in_full: what reads the parameters of a network in float32, by name, where `params` has them rounded.
     """
 
     tokenizer: Tokenizer
@@ -51,6 +53,7 @@ class Pipeline:
     params: Params
     spec: Mapping[str, Any]
     codec: AutoencoderKL | None = None
+    in_full: Mapping[str, Callable[[], Params]] = dataclasses.field(default_factory=dict)
 
     @property
     def is_public(self) -> bool:
@@ -61,9 +64,10 @@ class Pipeline:
     def fingerprint(self) -> str:
         """A digest of all parameters, and of how the stages are sampled; computed once, as it reads every byte."""
         digest = hashlib.sha256(json.dumps([stage.sampling._asdict() for stage in self.stages]).encode())
-        for path, value in jax.tree_util.tree_leaves_with_path(dict(self.params)):
-            digest.update(jax.tree_util.keystr(path).encode())
-            digest.update(np.ascontiguousarray(hosts.whole(value)).data)
+        for name in sorted(self.params):  # one network at a time is in memory in full
+            for path, value in jax.tree_util.tree_leaves_with_path({name: self.params_in_full(name)}):
+                digest.update(jax.tree_util.keystr(path).encode())
+                digest.update(np.ascontiguousarray(hosts.whole(value)).data)
         return digest.hexdigest()[:16]
 
     def save(self, folder: str | Path) -> None:
@@ -76,9 +80,22 @@ class Pipeline:
         """The stage of that name."""
         return next(stage for stage in self.stages if stage.name == name)
 
+    def params_in_full(self, name: str) -> Params:
+        """The float32 parameters of a network: to train it, or to save it.
+
+        Raises:
+            UserError: `params` has them rounded, and they cannot be read again from where they came from.
+        """
+        return self.in_full[name]() if name in self.in_full else self.params[name]
+
+    def network_in_full(self, stage: str, name: str) -> Params:
+        """The same by the name that a training of a stage has for a network, "denoiser" or "text_encoder"."""
+        return self.params_in_full(stage if name == "denoiser" else name)
+
     def replace_params(self, **params: Params) -> "Pipeline":
-        """The same pipeline with some of its parameters replaced, by name."""
-        return dataclasses.replace(self, params={**self.params, **params})
+        """The same pipeline with some of its parameters replaced, by name, with others in full."""
+        in_full = {name: read for name, read in self.in_full.items() if name not in params}
+        return dataclasses.replace(self, params={**self.params, **params}, in_full=in_full)
 
     def replace_sampling(self, **samplings: Sampling) -> "Pipeline":
         """The same pipeline with some of its stages drawn in another way, by stage name."""
@@ -175,7 +192,7 @@ class Pipeline:
             keys = jnp.stack([_picture_key(seeds[row], self.stages.index(stage)) for row in rows])
             text = self.encode([prompts[row] for row in rows])
             inputs = _split_over_devices((keys, text, null, None if low_res is None else low_res[rows]))
-            batch = draw_pictures(stage, sampling or stage.sampling, params, *inputs)
+            batch = draw_pictures(stage, sampling or stage.sampling, _devices(), params, *inputs)
             if self.codec is not None:
                 batch = decode_latents(self.codec, self.params["codec"], batch)
             kept = min(batch_size, len(prompts) - start)
@@ -190,19 +207,21 @@ def encode_tokens(text_encoder: TextEncoder, params: Params, tokens_BL: Array) -
     return text_encoder.apply({"params": params}, tokens_BL)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def draw_pictures(
     stage: Stage,
     sampling: Sampling,
+    mesh: Mesh,
     params: Params,
     keys_B: Array,
     text: Text,
     null_text: Text,
     low_res: Array | None,
 ) -> Array:
-    """`Stage.draw`, from uint8 low-resolution pictures, compiled."""
+    """`Stage.draw`, from uint8 low-resolution pictures, compiled, over a mesh whose devices split the batch."""
     low = None if low_res is None else to_float(low_res)
-    return stage.draw(params, keys_B, text, null_text, sampling, low)
+    with attention.over(mesh):
+        return stage.draw(params, keys_B, text, null_text, sampling, low)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -12,7 +12,9 @@ A pipeline's `spec` is plain data: the configurations that lie in its folders.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +27,7 @@ from personalize_jax.errors import UserError
 from personalize_jax.files import replacing
 from personalize_jax.models.autoencoder_kl import AutoencoderKL
 from personalize_jax.models.clip_text import ClipTextEncoder
-from personalize_jax.models.params import Params
+from personalize_jax.models.params import Params, flatten, unflatten
 from personalize_jax.models.port_weights import load_weights, save_weights
 from personalize_jax.models.t5_encoder import T5Encoder
 from personalize_jax.models.unet_2d_condition import UNet2DCondition
@@ -46,6 +48,9 @@ from personalize_jax.pipeline.tokenizer import Tokenizer
 TEXT_ENCODERS = {"clip_text_model": ClipTextEncoder, "t5": T5Encoder}
 DIFFUSERS_FILE, TRANSFORMERS_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
 OURS = "personalize_jax.json"  # beside model_index.json: how to sample, of which diffusers' files say less
+# What networks round to the dtype they compute in wherever they use it. Other parameters are used in float32: those of
+# norms, and T5's bias of attention; biases of layers are small.
+_ROUNDED = re.compile(r".*(?<!relative_attention_bias)/(kernel|embedding)")
 
 
 class Family(NamedTuple):
@@ -79,7 +84,10 @@ class Architecture(NamedTuple):
     codec: AutoencoderKL | None
 
     def abstract_params(self) -> Params:
-        """Shapes of all parameters, by the names that `Pipeline.params` has; nothing is computed."""
+        """Shapes of all parameters as they lie in memory, by the names that `Pipeline.params` has; nothing is computed.
+
+        Pretrained parameters are rounded as the networks round them: half the memory, and the same results.
+        """
         tokens = jnp.zeros((1, self.text_encoder.max_length), jnp.int32)
         key = jax.random.key(0)
         params = {"text_encoder": jax.eval_shape(self.text_encoder.init, key, tokens)["params"]}
@@ -88,7 +96,11 @@ class Architecture(NamedTuple):
         if self.codec is not None:
             x = jnp.zeros((1, *[self.stages[0].resolution] * 2, 3))
             params["codec"] = jax.eval_shape(self.codec.init, key, x)["params"]
-        return params
+        shapes = {
+            path: jax.ShapeDtypeStruct(leaf.shape, self.text_encoder.dtype if _ROUNDED.fullmatch(path) else leaf.dtype)
+            for path, leaf in flatten(params).items()
+        }
+        return unflatten(shapes)
 
 
 def architecture(spec: Mapping[str, Any], **compute: Any) -> Architecture:
@@ -173,6 +185,9 @@ def load_public(
 ) -> Pipeline:
     """Read a public pipeline without torch, array by array.
 
+    Parameters lie as `Architecture.abstract_params` has them; what that rounds is read again wherever it is needed in
+    full, to be trained or to be saved, so that only one copy is held throughout.
+
     Args:
         sources: a folder, or the name of a repository on the Hugging Face hub, for each stage.
         place: from a tree of shapes to a tree of shardings for the parameters; None for the default device.
@@ -192,13 +207,19 @@ def load_public(
         wanted[stage.name] = (components.folder / "unet", "unet")
     if built.codec is not None:
         wanted["codec"] = (first.folder / "vae", "autoencoder")
-    params = {
-        name: load_weights(folder, abstract[name], network, jnp.float32, shardings.get(name))
-        for name, (folder, network) in wanted.items()
-    }
+
+    def read(name: str, dtype: DTypeLike | None = None) -> Params:
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), abstract[name])
+        folder, network = wanted[name]
+        return load_weights(folder, shapes, network, shardings.get(name))
+
+    params = {name: read(name) for name in wanted}
+    in_full = {}
+    if jnp.dtype(built.text_encoder.dtype) != jnp.float32:
+        in_full = {name: partial(read, name, jnp.float32) for name in wanted}
     clean = clean_caption if text_encoder == "t5" else None
     tokenizer = Tokenizer.from_folder(first.tokenizer, built.text_encoder.max_length, clean)
-    return Pipeline(tokenizer, built.text_encoder, built.stages, params, spec, built.codec)
+    return Pipeline(tokenizer, built.text_encoder, built.stages, params, spec, built.codec, in_full)
 
 
 def save_public(pipeline: Pipeline, folder: Path, dtype: DTypeLike) -> None:
@@ -216,7 +237,7 @@ def save_public(pipeline: Pipeline, folder: Path, dtype: DTypeLike) -> None:
         pipeline.stages, pipeline.spec["stages"], stage_folders(folder, pipeline.stages), strict=True
     ):
         classes = {"unet": "UNet2DConditionModel"}
-        save_weights(pipeline.params[stage.name], target / "unet", DIFFUSERS_FILE, "unet", dtype)
+        save_weights(pipeline.params_in_full(stage.name), target / "unet", DIFFUSERS_FILE, "unet", dtype)
         write_component_config(target, "unet", spec["unet"])
         scheduler = dict(spec["scheduler"])
         if stage.learned_variance and stage.sampling.variance == "small":
@@ -235,7 +256,7 @@ def save_public(pipeline: Pipeline, folder: Path, dtype: DTypeLike) -> None:
 def _save_shared(pipeline: Pipeline, folder: Path, dtype: DTypeLike) -> dict[str, str]:
     """Write what the stages share, with the first of them; the components' classes."""
     is_t5 = isinstance(pipeline.text_encoder, T5Encoder)
-    text_params = pipeline.params["text_encoder"]
+    text_params = pipeline.params_in_full("text_encoder")
     save_weights(text_params, folder / "text_encoder", TRANSFORMERS_FILE, "t5" if is_t5 else "clip", dtype)
     write_component_config(folder, "text_encoder", pipeline.spec["text_encoder"])
     pipeline.tokenizer.save(folder / "tokenizer")
@@ -245,7 +266,7 @@ def _save_shared(pipeline: Pipeline, folder: Path, dtype: DTypeLike) -> dict[str
     }
     if pipeline.codec is None:
         return classes
-    save_weights(pipeline.params["codec"], folder / "vae", DIFFUSERS_FILE, "autoencoder", dtype)
+    save_weights(pipeline.params_in_full("codec"), folder / "vae", DIFFUSERS_FILE, "autoencoder", dtype)
     write_component_config(folder, "vae", pipeline.spec["vae"])
     return {**classes, "vae": "AutoencoderKL"}
 

@@ -7,7 +7,6 @@ text_encoder.safetensors    parameters, one file a network
 base.safetensors ...
 """
 
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,7 +84,8 @@ def save_pipeline(pipeline: Pipeline, folder: Path, dtype: Any = jnp.float16) ->
         UserError: a file cannot be written.
     """
     if jax.process_count() > 1:  # which hold parts of it
-        pipeline = dataclasses.replace(pipeline, params=jax.tree.map(hosts.whole, dict(pipeline.params)))
+        params = {name: jax.tree.map(hosts.whole, pipeline.params_in_full(name)) for name in pipeline.params}
+        pipeline = pipeline.replace_params(**params)
     write = save_public if pipeline.is_public else _save_own
     hosts.first_does(lambda: write(pipeline, folder, dtype))
 

@@ -113,7 +113,8 @@ def sampling_step(
         devices: all of them.
     """
     B = batch_size + -batch_size % len(devices)
-    over_devices = NamedSharding(Mesh(np.array(devices).ravel(), ("data",)), P("data"))
+    mesh = Mesh(np.array(devices).ravel(), ("data",))
+    over_devices = NamedSharding(mesh, P("data"))
     L, D = pipeline.text_encoder.max_length, pipeline.text_encoder.width
     text = Text(Shape((B, L, D), jnp.float32), Shape((B, L), jnp.bool_))
     side = stage.low_resolution
@@ -122,7 +123,7 @@ def sampling_step(
     inputs = jax.tree.map(lambda a: Shape(a.shape, a.dtype, sharding=over_devices), (keys, text, text, low_res))
     held = resident(pipeline, config, mesh_of(config, devices))
     memory = {"pretrained": bytes_per_device(held), "batch": bytes_per_device(inputs)}
-    lowered = draw_pictures.lower(stage, sampling, held[stage.name], *inputs)
+    lowered = draw_pictures.lower(stage, sampling, mesh, held[stage.name], *inputs)
     arguments = memory["batch"] + bytes_per_device(held[stage.name])
     return measured(lowered, memory, arguments, 1, devices)
 

@@ -50,13 +50,14 @@ def prepare(
     seed: int,
     checkpoints: Checkpoints,
     identifier: Mapping[int, Sequence[int]] | None = None,
+    in_full: Callable[[str], Params] | None = None,
 ) -> Training:
     """Build the program and place everything on the mesh; the arguments are those of `train`."""
     mesh = mesh_of(config)
     program = build(stage, text_encoder, pretrained, config, seed, mesh, identifier)
     state = checkpoints.restore(program.state)
     if state is None:
-        state = program.make_state(program.place(program.start))
+        state = program.make_state(program.place(program.start(in_full or pretrained.__getitem__)))
     frozen = program.place(program.frozen_params)
     return Training(program.advance, state, frozen, hosts.put(examples, program.everywhere))
 
@@ -71,6 +72,7 @@ def train(
     directory: Path,
     progress: Callable[[int, dict[str, float]], object] = lambda step, metrics: None,
     identifier: Mapping[int, Sequence[int]] | None = None,
+    in_full: Callable[[str], Params] | None = None,
     tracking: Tracking = JSONL_ONLY,
 ) -> TrainState:
     """Train one stage, from its last checkpoint in `directory` if there is one.
@@ -86,6 +88,8 @@ def train(
         progress: called with the number of steps done and the latest logged metrics, at first before any is done, and
             then after each dispatch.
         identifier: for rules that train its rows, its tokens and what they start from: see `trainable.init_rows`.
+        in_full: reads the parameters of a network in float32, by the name it has in `pretrained`, where those are
+            rounded; called once at the start for what is trained, which nothing here then holds twice.
         tracking: where metrics go besides `metrics.jsonl`.
 
     Returns:
@@ -97,7 +101,7 @@ def train(
     """
     with contextlib.ExitStack() as opened:
         checkpoints = opened.enter_context(contextlib.closing(Checkpoints(directory / "checkpoints")))
-        training = prepare(stage, text_encoder, pretrained, examples, config, seed, checkpoints, identifier)
+        training = prepare(stage, text_encoder, pretrained, examples, config, seed, checkpoints, identifier, in_full)
         state = training.state
         step = saved = int(state.step)
         log = opened.enter_context(contextlib.closing(TrainingLog(directory, step, tracking)))

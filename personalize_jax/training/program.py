@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from personalize_jax.errors import UserError
+from personalize_jax.models import attention
 from personalize_jax.models.params import Params, flatten, unflatten
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Stage
@@ -57,8 +58,8 @@ class Program(NamedTuple):
 
     Attributes:
         advance: (state, frozen params, examples) -> (state, metrics), jitted; the state is donated.
+        start: (network's name -> its float32 parameters) -> what the state is made of.
         make_state: start -> the state that the training starts from, jitted; nothing of `start` is donated.
-        start: what of the pretrained parameters the state is made of, arrays or shapes.
         frozen_params: what the step looks at besides.
         state: shapes, dtypes and shardings of the state.
         place: gives arrays, or shapes, of parameters their shardings.
@@ -66,8 +67,8 @@ class Program(NamedTuple):
     """
 
     advance: Callable[[TrainState, Params, dict[str, Examples]], tuple[TrainState, dict[str, Array]]]
+    start: Callable[[Callable[[str], Params]], Params]
     make_state: Callable[[Params], TrainState]
-    start: Params
     frozen_params: Params
     state: TrainState
     place: Callable[[Params], Params]
@@ -88,7 +89,8 @@ def build(
     Args:
         stage: what to train.
         text_encoder: of the captions.
-        pretrained: {"denoiser": ..., "text_encoder": ...} to start from, arrays or shapes.
+        pretrained: {"denoiser": ..., "text_encoder": ...}, arrays or shapes; what is frozen is of these. They may be
+            rounded: what is trained is float32, see `Program.start`.
         config: keys of `configs.common.training()`.
         seed: of all randomness in this training.
         mesh: of `sharding.make_mesh`.
@@ -115,8 +117,15 @@ def build(
     optimizer = make_optimizer(config.optimizer, config.num_steps)
     vocabulary_size = text_encoder.vocab_size if "text_encoder" in selection.networks else None
 
-    tables = {path: flatten(pretrained)[path] for path in selection.with_rows}
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), pretrained)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), pretrained)
+    networks = {path.partition("/")[0] for path in (*flatten(selection.trained), *selection.with_rows)}
+
+    def start(read: Callable[[str], Params]) -> dict[str, Params]:
+        params = flatten({name: read(name) for name in networks})
+        return {
+            "trained": unflatten({path: params[path] for path in flatten(selection.trained)}),
+            "tables": unflatten({path: params[path] for path in selection.with_rows}),
+        }
 
     def make_state(start: dict[str, Params]) -> TrainState:
         # Copied, since the state is donated and the caller keeps the pretrained parameters.
@@ -128,8 +137,7 @@ def build(
             params[LORA] = init_adapters(shapes, selection.adapted, config.lora.rank, key)
         return init_state(params, optimizer, config.ema_decay > 0, vocabulary_size)
 
-    start = {"trained": selection.trained, "tables": unflatten(tables)}
-    state = sharding.placed(jax.eval_shape(make_state, start), config.sharding, mesh)
+    state = sharding.placed(jax.eval_shape(make_state, start(shapes.get)), config.sharding, mesh)
     state_shardings = jax.tree.map(lambda a: a.sharding, state)
 
     draw = Draw(
@@ -140,7 +148,8 @@ def build(
 
     def loss(params: Params, frozen_params: Params, batch: dict[str, Batch], rng: Array) -> tuple[Array, dict]:
         params, frozen_params = (sharding.gathered(p, config.sharding, mesh) for p in (params, frozen_params))
-        return personalization_loss(stage, text_encoder, objective, params, frozen_params, batch, rng)
+        with attention.over(mesh):
+            return personalization_loss(stage, text_encoder, objective, params, frozen_params, batch, rng)
 
     steps = make_train_steps(
         make_train_step(loss, optimizer, config.ema_decay, config.microbatches),
@@ -151,8 +160,8 @@ def build(
     everywhere = sharding.replicated(mesh)
     return Program(
         jax.jit(steps, donate_argnums=0, out_shardings=(state_shardings, everywhere)),
-        jax.jit(make_state, out_shardings=state_shardings),
         start,
+        jax.jit(make_state, out_shardings=state_shardings),
         frozen,
         state,
         lambda params: sharding.placed(params, config.sharding, mesh),

@@ -57,7 +57,15 @@ CLASSES_IN_BATCH = 2  # of the instance encoder: most of a subject's negatives a
 INSTANCE_SCALE = 10.0
 MAX_LOGIT_SCALE = 100.0  # as CLIP
 MAX_NOISE, MAX_BLUR = 0.15, 0.8  # of degraded pictures, see `probe.degrade`; a good cascade's have about .1 and .6
-_TRAINING = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.98, "weight_decay": 0.05, "clip_norm": 1.0, "warmup_steps": 60}
+_TRAINING = {
+    "learning_rate": 1e-3,
+    "b1": 0.9,
+    "b2": 0.98,
+    "weight_decay": 0.05,
+    "clip_norm": 1.0,
+    "moment_dtype": "float32",
+    "warmup_steps": 60,
+}
 CLIP_TRAINING = ConfigDict(_TRAINING | {"batch_size": 128, "num_steps": 1_400, "decay_steps": 600})
 INSTANCE_TRAINING = ConfigDict(_TRAINING | {"batch_size": 64, "num_steps": 700, "decay_steps": 400})
 LOG_EVERY, CHECKPOINT_EVERY = 10, 50  # steps

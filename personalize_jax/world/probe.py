@@ -48,7 +48,14 @@ TRAIN_COUNT = 60_000
 TEST_COUNT = 2_048
 SEED = 0
 NUM_STEPS = 7_000
-OPTIMIZER = {"learning_rate": 2e-3, "b1": 0.9, "b2": 0.99, "weight_decay": 1e-2, "clip_norm": 1.0}
+OPTIMIZER = {
+    "learning_rate": 2e-3,
+    "b1": 0.9,
+    "b2": 0.99,
+    "weight_decay": 1e-2,
+    "clip_norm": 1.0,
+    "moment_dtype": "float32",
+}
 MAX_SHIFT = 2  # pixels
 BLANK_SHARE = 1 / 16  # of a batch; see `_blanks`
 MILD_NOISE, MILD_BLUR = 0.1, 0.6  # about what samples of a good cascade have; see `degrade`

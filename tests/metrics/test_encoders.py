@@ -135,7 +135,7 @@ def test_texts_end_where_transformers_lets_them(end, tmp_path):
     model.save_pretrained(tmp_path)
     network = Clip.from_config(json.loads((tmp_path / "config.json").read_text()))
     abstract = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)), tokens)["params"]
-    params = load_weights(tmp_path, abstract, "clip", jnp.float32)
+    params = load_weights(tmp_path, abstract, "clip")
     ours = network.apply({"params": params}, tokens, method=Clip.encode_texts)
     np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-5)
 

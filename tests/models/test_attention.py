@@ -5,8 +5,11 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from personalize_jax.errors import UserError
-from personalize_jax.models.attention import CACHED, attend
+from personalize_jax.models.attention import CACHED, attend, over
 from personalize_jax.models.normalization import GroupNorm
+from personalize_jax.planning import chips
+from personalize_jax.planning.hlo import collectives
+from personalize_jax.training import sharding
 
 
 def reference(q, k, v, kept=None):
@@ -50,6 +53,31 @@ def test_masked_keys_count_for_nothing(implementation):
     with pltpu.force_tpu_interpret_mode():
         out = attend(q, k, v, implementation, kept)
     np.testing.assert_allclose(out, reference(q, k, v, kept), atol=5e-6)
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 2), (2, 2, 1)])
+def test_several_chips_attend_with_the_flash_kernel_each_to_its_own_pictures_and_heads(sizes):
+    """Nothing is exchanged but weights and, summed over pictures, their gradients; compiled for chips, not run."""
+    pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with tests/requirements.txt")
+    B, L, N, D = 4, 1024, 4, 64
+    rules = (("", ("tensor", "fsdp")),)
+    mesh = sharding.make_mesh(sizes, B, chips.devices(chips.parse("v5e:2x2")))
+    kernel = jax.ShapeDtypeStruct((N * D, N * D), jnp.float32)
+    params = sharding.placed(dict.fromkeys("qkv", kernel), rules, mesh)
+    x = jax.ShapeDtypeStruct((B, L, N * D), jnp.bfloat16, sharding=jax.NamedSharding(mesh, sharding.BATCH))
+
+    def loss(params, x):
+        whole = sharding.gathered(params, rules, mesh)
+        q, k, v = ((x @ whole[name].astype(x.dtype)).reshape(B, L, N, D) for name in "qkv")
+        with over(mesh):
+            return jnp.sum(jax.checkpoint(lambda *qkv: attend(*qkv, "flash"))(q, k, v).astype(jnp.float32) ** 2)
+
+    text = jax.jit(jax.grad(loss)).lower(params, x).compile().as_text()
+    assert "tpu_custom_call" in text
+    exchanged = collectives(text)
+    assert exchanged and {e.group for e in exchanged} <= {2, 4}
+    weights, half_of_the_queries = 3 * 4 * (N * D) ** 2, B * L * N * D
+    assert max(e.bytes for e in exchanged) <= weights < half_of_the_queries
 
 
 def test_an_unknown_implementation_is_named():

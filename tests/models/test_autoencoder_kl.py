@@ -45,7 +45,7 @@ def both(request, tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = AutoencoderKL.from_config(theirs.load_config(tmp_path))
     abstract = jax.eval_shape(ours.init, jax.random.key(0), jnp.zeros((1, 8, 8, ours.in_channels)))["params"]
-    return ours, {"params": load_weights(tmp_path, abstract, "autoencoder", jnp.float32)}, theirs
+    return ours, {"params": load_weights(tmp_path, abstract, "autoencoder")}, theirs
 
 
 def nchw(x):

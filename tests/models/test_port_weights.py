@@ -99,7 +99,7 @@ def test_reads_what_they_write(case, size, tmp_path):
     network, theirs, abstract = case
     theirs.save_pretrained(tmp_path, max_shard_size=size)
     assert size == "10GB" or len(list(tmp_path.glob("*.safetensors"))) > 1
-    params = load_weights(tmp_path, abstract, network, jnp.float32)
+    params = load_weights(tmp_path, abstract, network)
     assert_equal(params, under_our_names(own_tensors(theirs, network), network, abstract))
 
 
@@ -137,7 +137,7 @@ def test_reads_autoencoders_of_old(autoencoder, tmp_path):
         state[name] = tensor.contiguous()
     assert sum(".proj_attn." in name for name in state) == 4
     save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
-    params = load_weights(tmp_path, abstract, "autoencoder", jnp.float32)
+    params = load_weights(tmp_path, abstract, "autoencoder")
     assert_equal(params, port(theirs.state_dict(), abstract))
 
 
@@ -148,7 +148,7 @@ def test_reads_text_encoders_of_old(tmp_path):
     expected = port(state, abstract)
     state["text_model.embeddings.position_ids"] = torch.arange(77)[None]
     save_file(state, tmp_path / "model.safetensors")
-    assert_equal(load_weights(tmp_path, abstract, "clip", jnp.float32), expected)
+    assert_equal(load_weights(tmp_path, abstract, "clip"), expected)
 
     theirs, ours, inputs = _t5()
     abstract = jax.eval_shape(ours.init, jax.random.key(0), *inputs)["params"]
@@ -157,7 +157,7 @@ def test_reads_text_encoders_of_old(tmp_path):
     expected = port(own_tensors(theirs, "t5"), abstract)
     for absent in ([], ["shared.weight"], ["encoder.embed_tokens.weight"]):
         save_file({name: state[name] for name in state.keys() - absent}, tmp_path / "model.safetensors")
-        assert_equal(load_weights(tmp_path, abstract, "t5", jnp.float32), expected)
+        assert_equal(load_weights(tmp_path, abstract, "t5"), expected)
 
 
 @pytest.mark.parametrize("stored, rounded", [(torch.float16, np.float16), (torch.bfloat16, ml_dtypes.bfloat16)])
@@ -165,7 +165,8 @@ def test_reads_text_encoders_of_old(tmp_path):
 def test_converts_types(stored, rounded, dtype, autoencoder, tmp_path):
     theirs, abstract = autoencoder
     save_file({k: v.to(stored) for k, v in theirs.state_dict().items()}, tmp_path / "model.safetensors")
-    params = load_weights(tmp_path, abstract, "autoencoder", dtype)
+    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract)
+    params = load_weights(tmp_path, wanted, "autoencoder")
     expected = jax.tree.map(lambda leaf: np.asarray(leaf).astype(rounded), port(theirs.state_dict(), abstract))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
     assert_equal(params, jax.tree.map(lambda leaf: leaf.astype(dtype), expected))
@@ -184,15 +185,15 @@ def test_prefers_full_precision_to_the_variant(autoencoder, tmp_path):
     exact, half = port(theirs.state_dict(), abstract), port(theirs.half().state_dict(), abstract)
     theirs.save_pretrained(tmp_path, variant="fp16")
     theirs.float()
-    assert_equal(load_weights(tmp_path, abstract, "autoencoder", jnp.float32), half)
+    assert_equal(load_weights(tmp_path, abstract, "autoencoder"), half)
     save_weights(exact, tmp_path, "diffusion_pytorch_model.safetensors", "autoencoder", jnp.float32)
-    assert_equal(load_weights(tmp_path, abstract, "autoencoder", jnp.float32), exact)
+    assert_equal(load_weights(tmp_path, abstract, "autoencoder"), exact)
 
 
 def test_reads_shards_of_the_variant(autoencoder, tmp_path):
     theirs, abstract = autoencoder
     theirs.save_pretrained(tmp_path, variant="fp16", max_shard_size="2KB")
-    assert_equal(load_weights(tmp_path, abstract, "autoencoder", jnp.float32), port(theirs.state_dict(), abstract))
+    assert_equal(load_weights(tmp_path, abstract, "autoencoder"), port(theirs.state_dict(), abstract))
 
 
 def test_puts_arrays_where_they_belong(autoencoder, tmp_path):
@@ -200,7 +201,7 @@ def test_puts_arrays_where_they_belong(autoencoder, tmp_path):
     theirs.save_pretrained(tmp_path)
     mesh = jax.make_mesh((1,), ("data",))
     sharding = jax.tree.map(lambda leaf: jax.NamedSharding(mesh, jax.P("data", *[None] * (leaf.ndim - 1))), abstract)
-    params = load_weights(tmp_path, abstract, "autoencoder", jnp.float32, sharding)
+    params = load_weights(tmp_path, abstract, "autoencoder", sharding)
     assert jax.tree.all(jax.tree.map(lambda leaf, wanted: leaf.sharding == wanted, params, sharding))
 
 
@@ -215,7 +216,7 @@ def test_files_of_an_earlier_save_are_removed(autoencoder, tmp_path):
         named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
         assert files == named | {"config.json"} | ({index.name} if index.exists() else set())
         assert count is None or len(named) == count
-        assert_equal(load_weights(tmp_path, abstract, "autoencoder", jnp.float32), params)
+        assert_equal(load_weights(tmp_path, abstract, "autoencoder"), params)
 
 
 def test_a_failed_write_leaves_what_was_there(autoencoder, tmp_path, monkeypatch):
@@ -241,7 +242,7 @@ def test_names_tensors_that_do_not_fit(autoencoder, tmp_path):
     def refuse(state, *words):
         save_file(state, tmp_path / "model.safetensors")
         with pytest.raises(UserError) as error:
-            load_weights(tmp_path, abstract, "autoencoder", jnp.float32)
+            load_weights(tmp_path, abstract, "autoencoder")
         assert all(word in str(error.value) for word in words), str(error.value)
 
     state = theirs.state_dict()
@@ -258,7 +259,7 @@ def test_refuses_damaged_files(damage, autoencoder, tmp_path):
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(UserError, match="diffusion_pytorch_model.safetensors cannot be read"):
-        load_weights(tmp_path, abstract, "autoencoder", jnp.float32)
+        load_weights(tmp_path, abstract, "autoencoder")
 
 
 @pytest.mark.parametrize(
@@ -271,14 +272,14 @@ def test_an_index_cannot_lead_out_of_its_folder(name, autoencoder, tmp_path):
     (tmp_path / "diffusion_pytorch_model.safetensors").rename(tmp_path / "other.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"encoder.conv_in.weight": name}}))
     with pytest.raises(UserError, match="file in its folder is expected"):
-        load_weights(folder, autoencoder[1], "autoencoder", jnp.float32)
+        load_weights(folder, autoencoder[1], "autoencoder")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}'])
 def test_refuses_a_damaged_index(text, autoencoder, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(UserError, match="index of shards"):
-        load_weights(tmp_path, autoencoder[1], "autoencoder", jnp.float32)
+        load_weights(tmp_path, autoencoder[1], "autoencoder")
 
 
 def test_names_a_missing_shard(autoencoder, tmp_path):
@@ -286,19 +287,19 @@ def test_names_a_missing_shard(autoencoder, tmp_path):
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(UserError, match=shard.name):
-        load_weights(tmp_path, autoencoder[1], "autoencoder", jnp.float32)
+        load_weights(tmp_path, autoencoder[1], "autoencoder")
 
 
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "v1-5.ckpt", "weights.pt", "weights.pth"])
 def test_refuses_pickles_and_tells_how_to_convert_them(name, autoencoder, tmp_path):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'echo unsafe'\ntR.")
     with pytest.raises(UserError, match="safe_serialization=True"):
-        load_weights(tmp_path, autoencoder[1], "autoencoder", jnp.float32)
+        load_weights(tmp_path, autoencoder[1], "autoencoder")
 
 
 def test_names_an_empty_folder(autoencoder, tmp_path):
     with pytest.raises(UserError, match="has no diffusion_pytorch_model.safetensors or model.safetensors"):
-        load_weights(tmp_path, autoencoder[1], "autoencoder", jnp.float32)
+        load_weights(tmp_path, autoencoder[1], "autoencoder")
 
 
 # VmHWM starts anew with a program, unlike ru_maxrss. It counts pages of files mapped into memory too: none are.
@@ -316,7 +317,7 @@ shapes = json.loads(sys.argv[2])
 abstract = unflatten({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()})
 jax.block_until_ready(jnp.zeros(8))
 before = kib("VmRSS")
-params = jax.block_until_ready(load_weights(Path(sys.argv[1]), abstract, "clip", jnp.float32))
+params = jax.block_until_ready(load_weights(Path(sys.argv[1]), abstract, "clip"))
 print((kib("VmHWM") - before) * 1024 / sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
 """
 

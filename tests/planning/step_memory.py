@@ -39,7 +39,7 @@ def main():
     lowered = program.advance.lower(program.state, frozen, examples)
     plan = measured(lowered, {}, 0, 1, jax.devices())
 
-    state = jax.block_until_ready(program.make_state(program.place(program.start)))
+    state = jax.block_until_ready(program.make_state(program.place(program.start(pretrained.__getitem__))))
     run = lowered.compile()
     arguments = sum(leaf.nbytes for leaf in jax.tree.leaves((state, frozen, examples)))
     forget_peak()

@@ -32,6 +32,13 @@ def test_gathering_parts(mesh):
     assert found[0].received == 4 * 1024 * 256 * 3 / 4
 
 
+def test_gathering_over_one_axis_of_a_mesh():
+    for axis, sizes in (("a", (2, 2)), ("b", (2, 2)), ("b", (1, 4))):
+        square = Mesh(np.array(chips.devices(chips.parse("v5e:2x2"))).reshape(sizes), ("a", "b"))
+        found = exchanges(square, lambda x: x + 1, [P(axis)], P(), (1024, 256))
+        assert found == [Collective("all-gather", 4 * 1024 * 256, square.shape[axis], False)]
+
+
 def test_adding_up_products_over_devices(mesh):
     found = exchanges(mesh, jnp.matmul, [P(None, "d"), P("d")], P(), (512, 256), (256, 1024))
     assert [(e.kind, e.bytes, e.group) for e in found] == [("all-reduce", 4 * 512 * 1024, 4)]

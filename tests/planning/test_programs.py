@@ -10,13 +10,15 @@ import pytest
 
 from configs import deepfloyd_if, stable_diffusion, world
 from personalize_jax import plan
+from personalize_jax.configuration import changed
 from personalize_jax.pipeline import Text
 from personalize_jax.planning import slices
 from personalize_jax.planning.estimate import Run, Usage, fits, roofline, seconds
 from personalize_jax.planning.hlo import Collective
-from personalize_jax.planning.programs import measured
+from personalize_jax.planning.programs import bytes_per_device, measured, resident
 from personalize_jax.training.examples import Batch
 from personalize_jax.training.losses import Objective, personalization_loss
+from personalize_jax.training.program import build, mesh_of
 
 
 def usage(**changes):
@@ -77,6 +79,21 @@ def test_shapes_of_published_models_need_no_weights(config, published):
     for name, count in published.items():
         found = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(pipeline.params[name]))
         assert found == pytest.approx(count, rel=0.04), name  # given to two digits
+
+
+def test_pretrained_parameters_are_planned_as_they_lie():
+    """Rounded where activations are; what is trained is float32 all the same."""
+    held, trained = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        config = changed(stable_diffusion.get_config("1.5"), compute__dtype=dtype)
+        pipeline, mesh = plan.abstract_pipeline(config), mesh_of(config.training, jax.devices()[:1])
+        held[dtype] = bytes_per_device(resident(pipeline, config.training, mesh))
+        pretrained = {"denoiser": pipeline.params["base"], "text_encoder": pipeline.params["text_encoder"]}
+        program = build(pipeline.stages[0], pipeline.text_encoder, pretrained, config.training, 0, mesh)
+        trained[dtype] = bytes_per_device(program.state.params)
+    count = sum(leaf.size for leaf in jax.tree.leaves(pipeline.params))
+    assert held["float32"] == 4 * count and held["bfloat16"] == pytest.approx(2 * count, rel=1e-2)
+    assert trained["bfloat16"] == trained["float32"] == pytest.approx(4 * 859.5e6, rel=1e-3)
 
 
 def test_planned_operations_are_those_of_the_products():

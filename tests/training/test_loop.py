@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from personalize_jax import interruption
@@ -110,6 +112,17 @@ def test_more_steps_prolong_a_finished_training(tmp_path):
     train_linear(tmp_path / "a", num_steps=4)
     prolonged = train_linear(tmp_path / "a", num_steps=8)
     assert_equal(prolonged, train_linear(tmp_path / "b", num_steps=8))
+
+
+def test_a_rounded_first_moment_stays_rounded_over_a_resume(tmp_path):
+    """Half of the steps in each of two calls."""
+    rounded = {"optimizer__moment_dtype": "bfloat16", "optimizer__learning_rate": 0.1}
+    expected = train_linear(tmp_path / "once", num_steps=6, **rounded)
+    train_linear(tmp_path / "twice", num_steps=3, **rounded)
+    state = train_linear(tmp_path / "twice", num_steps=6, **rounded)
+    assert_equal(state, expected)
+    for mu, nu in zip(*(jax.tree.leaves(optax.tree_utils.tree_get(state, name)) for name in ("mu", "nu")), strict=True):
+        assert mu.dtype == jnp.bfloat16 and nu.dtype == jnp.float32
 
 
 def test_metrics_are_logged_at_the_given_steps_and_the_last(tmp_path):
