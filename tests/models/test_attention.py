@@ -7,7 +7,7 @@ from jax.experimental.pallas import tpu as pltpu
 from personalize_jax.errors import UserError
 from personalize_jax.models.attention import CACHED, attend, over
 from personalize_jax.models.normalization import GroupNorm
-from personalize_jax.planning import chips
+from personalize_jax.planning import slices
 from personalize_jax.planning.hlo import collectives
 from personalize_jax.training import sharding
 
@@ -61,7 +61,7 @@ def test_several_chips_attend_with_the_flash_kernel_each_to_its_own_pictures_and
     pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with tests/requirements.txt")
     B, L, N, D = 4, 1024, 4, 64
     rules = (("", ("tensor", "fsdp")),)
-    mesh = sharding.make_mesh(sizes, B, chips.devices(chips.parse("v5e:2x2")))
+    mesh = sharding.make_mesh(sizes, B, slices.devices(slices.parse("v5e:2x2")))
     kernel = jax.ShapeDtypeStruct((N * D, N * D), jnp.float32)
     params = sharding.placed(dict.fromkeys("qkv", kernel), rules, mesh)
     x = jax.ShapeDtypeStruct((B, L, N * D), jnp.bfloat16, sharding=jax.NamedSharding(mesh, sharding.BATCH))

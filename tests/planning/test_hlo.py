@@ -34,7 +34,7 @@ def test_gathering_parts(mesh):
 
 def test_gathering_over_one_axis_of_a_mesh():
     for axis, sizes in (("a", (2, 2)), ("b", (2, 2)), ("b", (1, 4))):
-        square = Mesh(np.array(chips.devices(chips.parse("v5e:2x2"))).reshape(sizes), ("a", "b"))
+        square = Mesh(np.array(slices.devices(slices.parse("v5e:2x2"))).reshape(sizes), ("a", "b"))
         found = exchanges(square, lambda x: x + 1, [P(axis)], P(), (1024, 256))
         assert found == [Collective("all-gather", 4 * 1024 * 256, square.shape[axis], False)]
 
