@@ -74,6 +74,9 @@ def public_training() -> ConfigDict:
     config.optimizer.weight_decay = 1e-2
     config.lora.targets = (("denoiser/.*/(to_q|to_k|to_v|to_out_0|add_k_proj|add_v_proj)/kernel", 1),)
     config.steps_per_dispatch = 10
+    # Layers that end an attention, an MLP or a transformer are given features that are split over tensor, and add up
+    # over it what their parts give (Shoeybi et al. 2019, "Megatron-LM") in place of gathering what they are given.
+    config.sharding = (("(to_out_0|net_2|proj_out)/kernel", ("fsdp", "tensor")), *config.sharding)
     config.mesh = (1, -1, -1)  # every parameter in parts: over as many devices as split the batch, and the rest
     return config
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,8 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
+from configs import deepfloyd_if, stable_diffusion
 from personalize_jax.models.params import flatten
+from personalize_jax.plan import abstract_pipeline
 from personalize_jax.training import sharding
 from tests import tiny_public
 from tests.training import public_worker
@@ -63,6 +67,19 @@ def one_device(folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("personalize_jax.training.program.make_optimizer", None)  # put back after the worker's change
         yield trained
+
+
+@pytest.mark.parametrize(
+    "config", [stable_diffusion.get_config("2.1"), deepfloyd_if.get_config("XL")], ids=["SD 2.1", "IF XL"]
+)
+def test_every_kernel_of_published_models_lies_in_parts_over_both_axes(config):
+    mesh = AbstractMesh((1, 4, 2), sharding.AXES)
+    params = abstract_pipeline(config).params
+    found = flatten(sharding.shardings(params, config.training.sharding, mesh))
+    kernels = {path: leaf for path, leaf in flatten(params).items() if path.endswith("kernel") and leaf.size > 1e5}
+    assert kernels
+    for path, leaf in kernels.items():
+        assert math.prod(found[path].shard_shape(leaf.shape)) == leaf.size // 8, path
 
 
 @pytest.mark.parametrize(("model", "mesh"), cases())
