@@ -77,6 +77,7 @@ def runs(pretrained, photos, tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_every_picture_is_drawn_once_and_is_what_one_process_draws(runs):
     together, alone = runs
     for kind in PICTURES:
@@ -86,6 +87,7 @@ def test_every_picture_is_drawn_once_and_is_what_one_process_draws(runs):
         assert (together / file.relative_to(alone)).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.slow
 def test_they_train_what_one_process_trains(runs):
     for stage in ("base", "super_resolution"):
         losses = [
@@ -98,6 +100,7 @@ def test_they_train_what_one_process_trains(runs):
             np.testing.assert_allclose(value, params[1][path], rtol=0, atol=1e-5, err_msg=path)
 
 
+@pytest.mark.slow
 def test_process_0_alone_reports(runs):
     states = [manifest.read(run) for run in runs]
     assert states[0]["done"] and states[0]["calls"][0]["devices"]["processes"] == 2
@@ -107,6 +110,7 @@ def test_process_0_alone_reports(runs):
     assert len(tables[0]) == len(tables[1])
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_from_what_two_have_saved(runs, pretrained, photos, tmp_path):
     for f in ("run", "registry.json"):
         source = runs[0].parent / f

@@ -147,6 +147,7 @@ def test_shipped_configurations_are_complete_and_locked(stage):
         pretrain_world.get_config("latent")
 
 
+@pytest.mark.slow
 def test_the_command_renders_trains_and_saves(tmp_path):
     command = "personalize_jax.pretrain", "--config=tests/tiny_pretraining.py:base", f"--data_dir={tmp_path / 'data'}"
     finished = processes.command(tmp_path, *command, f"--workdir={tmp_path / 'run'}")

@@ -11,9 +11,9 @@ import torch
 import transformers
 
 from configs import deepfloyd_if, stable_diffusion
+from personalize_jax.export import export
 from personalize_jax.models.params import flatten
 from personalize_jax.personalization import (
-    export,
     load_pretrained,
     load_subject,
     personalize,

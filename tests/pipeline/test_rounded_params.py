@@ -73,9 +73,8 @@ def test_what_networks_round_lies_rounded_and_is_read_in_full(sources):
     assert rounded.fingerprint == exact.fingerprint
 
 
-@pytest.mark.parametrize(
-    "sources", ["stable_diffusion", pytest.param("deepfloyd_if", marks=pytest.mark.slow)], indirect=True
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sources", ["stable_diffusion", "deepfloyd_if"], indirect=True)
 def test_the_loss_is_that_of_parameters_in_full(sources, lightly_compiled):
     rounded, exact = load_pipeline(sources, dtype="bfloat16"), load_pipeline(sources)
     stage, rng = rounded.stages[-1], np.random.default_rng(0)

@@ -36,10 +36,11 @@ def test_the_command_prints_a_table_and_writes_all_numbers(pretrained, tmp_path)
 
 def test_changes_are_tried_until_tuning_fits(pretrained, monkeypatch):
     def tuning(pipeline, config, name, devices):
-        """Parameters are split by the mesh, and activations are the less, the more microbatches there are."""
+        """Each change takes something off: the mesh parameters, the dtype moments, microbatches activations."""
         training = config.training
         whole = {
             "parameters": 8 * GIB / (4 if training.mesh[1] == -1 else 1),
+            "optimizer": 2 * GIB / (2 if training.optimizer.moment_dtype == "bfloat16" else 1),
             "activations": 24 * GIB / training.microbatches,
         }
         return Usage(whole, 1e12, 1e9, [], training.microbatches, True, 0.0)
@@ -49,8 +50,9 @@ def test_changes_are_tried_until_tuning_fits(pretrained, monkeypatch):
     pipeline, topology = plan.abstract_pipeline(config), slices.parse(SLICE)
     found = plan.plan(pipeline, config, topology, sampling=False)
     assert not found["programs"][0]["fits"]
-    # Of 16 GiB: 2 for parameters, and 12 for activations.
-    assert found["programs"][0]["changes"] == ["training.mesh=(1, -1, -1)", "training.microbatches=2"]
-    assert "fits with training.mesh=(1, -1, -1), training.microbatches=2" in plan.table([found])
+    # Of 16 GiB: 2 for parameters, 1 for moments, and 12 for activations.
+    changes = ["training.mesh=(1, -1, -1)", "training.optimizer.moment_dtype=bfloat16", "training.microbatches=2"]
+    assert found["programs"][0]["changes"] == changes
+    assert f"fits with {', '.join(changes)}" in plan.table([found])
     monkeypatch.setitem(CHIPS, "v5e", CHIPS["v5e"]._replace(hbm_bytes=2 * GIB))
     assert plan.changes_that_fit(pipeline, config, "base", topology) is None

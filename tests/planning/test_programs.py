@@ -114,6 +114,7 @@ def test_planned_operations_are_those_of_the_products():
     assert compiled.cost_analysis()["flops"] == pytest.approx(counted, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is read from /proc")
 def test_a_step_takes_the_memory_that_is_planned():
     command = [sys.executable, "-m", "tests.planning.step_memory"]

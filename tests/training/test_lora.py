@@ -136,6 +136,7 @@ def test_adapters_of_the_embedded_network_learn_and_nothing_else_moves(tmp_path)
     assert prior[0] < 1e-9 < 1e-3 < prior[-1]  # the network without adapters is what the prior is measured from
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_adapters_are_those_of_the_uninterrupted_run(tmp_path):
     changes = ADAPTERS_ONLY | {
         "prior__weight": 0.0,

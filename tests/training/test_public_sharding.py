@@ -21,15 +21,6 @@ from tests.training import public_worker
 from tests.training.worker import MESHES
 
 ROOT = Path(__file__).parents[2]
-QUICK = {("stable_diffusion", "tensor")}
-
-
-def cases():
-    return [
-        pytest.param(model, mesh, marks=[] if (model, mesh) in QUICK else pytest.mark.slow)
-        for model in public_worker.MODELS
-        for mesh in MESHES
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +73,9 @@ def test_every_kernel_of_published_models_lies_in_parts_over_both_axes(config):
         assert math.prod(found[path].shard_shape(leaf.shape)) == leaf.size // 8, path
 
 
-@pytest.mark.parametrize(("model", "mesh"), cases())
+@pytest.mark.slow
+@pytest.mark.parametrize("model", public_worker.MODELS)
+@pytest.mark.parametrize("mesh", MESHES)
 def test_eight_devices_train_what_one_trains(eight_devices, one_device, model, mesh):
     start, expected, losses = one_device(model)
     directory = eight_devices / model / mesh
