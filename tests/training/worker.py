@@ -69,10 +69,10 @@ def be_killed(directory):
     train(directory, progress)
 
 
-def use_eight_devices(directory):
-    """Train on every mesh; keep the parameters, and what cannot be seen on one device."""
-    for name, mesh in MESHES.items():
-        state = train_by_sgd(directory / name, mesh=mesh)
+def use_eight_devices(directory, *meshes):
+    """Train on some meshes, the last of which splits features; keep the parameters, and what one device cannot show."""
+    for name in meshes:
+        state = train_by_sgd(directory / name, mesh=MESHES[name])
         np.savez(directory / f"{name}.npz", **jax.device_get(flatten_dict(state.params, sep="/")))
     kernel = state.params["denoiser"]["down_0_transformer"]["mlp_in"]["kernel"]
     try:
@@ -93,4 +93,4 @@ def use_eight_devices(directory):
 
 
 if __name__ == "__main__":
-    {"be_killed": be_killed, "use_eight_devices": use_eight_devices}[sys.argv[1]](Path(sys.argv[2]))
+    {"be_killed": be_killed, "use_eight_devices": use_eight_devices}[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
