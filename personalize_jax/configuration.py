@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from personalize_jax.errors import UserError
 from personalize_jax.pipeline import Pipeline
 from personalize_jax.training.optimizer import MOMENT_DTYPES
+from personalize_jax.training.program import check_sizes, mesh_of
 from personalize_jax.training.trainable import select
 
 EVALUATION = ("prompts", "images_per_prompt", "class_samples", "batch_size", "dino", "clips", "lpips", "probe")
@@ -59,8 +60,8 @@ def check(pipeline: Pipeline, config: ConfigDict) -> None:
         config: of `configs/world.py`.
 
     Raises:
-        UserError: it lacks keys, names stages or forms of the prior that there are not, or its rules of what is trained
-            do not fit.
+        UserError: it lacks keys, names stages or forms of the prior that there are not, has batches that this machine's
+            devices do not divide, or its rules of what is trained do not fit.
     """
     if missing := [key for key in keys(config) if not _has(config, key)]:
         raise UserError(
@@ -75,6 +76,7 @@ def check(pipeline: Pipeline, config: ConfigDict) -> None:
         _check_choice(f"The prior's form for {name}", trainings[name].prior.form, PRIOR_FORMS)
         _check_choice(f"identifier_init for {name}", trainings[name].identifier_init, IDENTIFIER_INITS)
         _check_choice(f"moment_dtype for {name}", trainings[name].optimizer.moment_dtype, MOMENT_DTYPES)
+        check_sizes(trainings[name], mesh_of(trainings[name]))
         trains_text = trains_text_encoder(pipeline, name, trainings[name])  # refuses rules that do not fit, too
         if trains_text and i > 0:
             raise UserError(

@@ -30,6 +30,7 @@ from personalize_jax.planning.estimate import Run, fits, roofline, seconds
 from personalize_jax.planning.programs import Usage, sampling_step, train_step
 from personalize_jax.planning.slices import Topology
 from personalize_jax.training.prior import prior_sampling
+from personalize_jax.training.program import check_sizes, mesh_of
 
 SUBJECTS, CLASSES, PROMPTS = 30, 15, 25  # of the paper's protocol
 
@@ -89,6 +90,8 @@ def plan(
     """
     devices = slices.devices(topology)
     trainings = stage_trainings(config)
+    for name in config.tune:  # before the first of them is compiled
+        check_sizes(trainings[name], mesh_of(trainings[name], devices))
     steps, draws, programs = {}, {}, []
     for name in config.tune:
         usage = tuning(pipeline, config, name, devices)

@@ -40,6 +40,8 @@ def test_what_ships_is_accepted(pretrained):
         ({"training__trainable": (("denoiser/", True),)}, "matches no rule"),
         ({"training__trainable": ((".*", False),)}, "leave nothing to train"),
         ({"super_resolution_training__trainable": ((".*", True),)}, "leave that to the first stage"),
+        ({"super_resolution_training__microbatches": 3}, "batch_size is 2 and microbatches 3"),
+        ({"super_resolution_training__mesh": (1, 2, 1)}, "config.mesh is (1, 2, 1) and there are 1 devices"),
     ],
 )
 def test_what_cannot_work_is_refused(refusal, changes, sentence):

@@ -99,7 +99,7 @@ def build(
     Raises:
         UserError: the configuration does not fit the parameters or the mesh.
     """
-    _check(config, mesh)
+    check_sizes(config, mesh)
     root_key = jax.random.key(seed)
     selection = select(pretrained, config)
     if selection.with_rows and not identifier:
@@ -174,7 +174,16 @@ def mesh_of(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
     return sharding.make_mesh(config.mesh, config.batch_size // max(1, config.microbatches), devices)
 
 
-def _check(config: ConfigDict, mesh: Mesh) -> None:
+def check_sizes(config: ConfigDict, mesh: Mesh) -> None:
+    """Refuse batches and numbers of steps that do not divide as they must.
+
+    Args:
+        config: of a training.
+        mesh: that it is to run on.
+
+    Raises:
+        UserError: such a number.
+    """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.batch_size % shards:
         raise UserError(
