@@ -220,7 +220,7 @@ def _write_subject(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict
 
     def choose(in_use: frozenset[int]) -> Identifier:
         return choose_identifier(
-            tokenizer, class_noun.noun, settings.num_tokens, in_use, seed, settings.rule, frequencies
+            tokenizer, class_noun.noun, settings.num_tokens, in_use, seed, settings.rule, frequencies, nouns or ()
         )
 
     registry = Registry(Path(config.subject.registry))

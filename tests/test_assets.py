@@ -73,6 +73,21 @@ def test_every_class_gets_a_rare_identifier(pipeline, noun):
     assert pipeline.tokenizer.encode(f"a {identifier.text} {noun}")[1:2] == list(identifier.token_ids)
 
 
+def test_what_means_a_class_identifies_no_subject_of_another(pipeline):
+    def chosen(**how):
+        how |= {"seed": 0, "rule": "frequent"}
+        in_use, texts = frozenset(), set()
+        for _ in range(50):
+            identifier = choose_identifier(pipeline.tokenizer, "dog", in_use=in_use, **how)
+            in_use |= identifier.own_tokens
+            texts.add(identifier.text)
+        return texts
+
+    words = {word for noun in CLASSES for word in noun.split()}
+    assert chosen() & words
+    assert not chosen(nouns=CLASSES) & words
+
+
 def test_the_cascade_draws_what_it_is_asked_for(pipeline):
     prompts = [f"a {colour} {noun} on the beach" for colour, noun in (("red", "dog"), ("blue", "teapot"))]
     base, enlarged = pipeline.sample(prompts, [0, 0], batch_size=2)

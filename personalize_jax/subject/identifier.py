@@ -59,6 +59,7 @@ def choose_identifier(
     seed: int | None = None,
     rule: str = "rarest",
     frequencies: np.ndarray | None = None,
+    nouns: Sequence[str] = (),
 ) -> Identifier:
     """Looks up rare tokens and de-tokenises them into an identifier.
 
@@ -85,6 +86,7 @@ def choose_identifier(
         others, of the draw; every draw is another one without it.
       rule: "rarest", "paper", "frequent" or "random_characters".
       frequencies: [V], higher for more frequent tokens; those recorded in pretraining if None.
+      nouns: Class nouns that the cascade knows: what they are written with means a class, and identifies no subject.
 
     Raises:
       UserError: `num_tokens` is out of range, the vocabulary does not suit the rule, the class noun is written with
@@ -104,7 +106,7 @@ def choose_identifier(
             f"the class noun {class_noun!r} is written with {tokenizer.decode(sorted(taken))!r}, which identifies "
             "another subject of this registry; use another class noun or another registry"
         )
-    excluded = in_use.union(tokenizer.special_ids, article, noun)
+    excluded = in_use.union(tokenizer.special_ids, article, noun, *map(tokenizer.encode, nouns))
     ranked = [token_id for token_id in _rank(tokenizer, rule, frequencies, seed) if token_id not in excluded]
 
     def survives(text: str, token_ids: tuple[int, ...]) -> bool:
