@@ -1,7 +1,8 @@
 """Run a command on a Cloud TPU VM, from asking for the machine to deleting it.
 
     python -m launch.tpu_vm --name=rex --type=v5litepod-16 --zone=us-west4-a --spot --copy=photos -- \
-        python -m personalize_jax.personalize --config=configs/world.py --images=photos --workdir=gs://BUCKET/rex
+        python -m personalize_jax.personalize --config=configs/stable_diffusion.py:2.1 --images=photos \
+        --class_noun=dog --workdir=gs://BUCKET/rex --multihost
 
 The machine is a queued resource. Once it is there, it gets the code and its environment, and every worker runs the
 command, apart from the connection, so that it goes on where that drops. If the machine is preempted, or the command

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
+from jax.sharding import Sharding
 
 from personalize_jax.errors import UserError
 
@@ -86,28 +87,26 @@ def whole(array: Any) -> np.ndarray:
     return np.asarray(array)
 
 
-def put(tree: Any, shardings: Any) -> Any:
+def put(tree: Any, sharding: Sharding | None) -> Any:
     """`jax.device_put` of arrays of which every process has the same copy, or its part.
 
     JAX itself would first compare the copies, sending all of them over the network.
 
     Args:
         tree: pytree of arrays.
-        shardings: one for all, or a pytree of them.
+        sharding: of all of them; None for the default device.
     """
 
-    def place(value: Any, sharding: Any) -> Array:
+    def place(value: Any) -> Array:
         spread = isinstance(value, Array) and not value.is_fully_addressable
         if spread or sharding is None or sharding.is_fully_addressable:
             return jax.device_put(value, sharding)
         if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(place(jax.random.key_data(value), sharding))
+            return jax.random.wrap_key_data(place(jax.random.key_data(value)))
         copy = np.asarray(value)
         return jax.make_array_from_callback(copy.shape, sharding, copy.__getitem__)
 
-    if isinstance(shardings, jax.sharding.Sharding):
-        return jax.tree.map(lambda value: place(value, shardings), tree)
-    return jax.tree.map(place, tree, shardings)
+    return jax.tree.map(place, tree)
 
 
 def check_shared(folder: Path) -> None:

@@ -199,3 +199,11 @@ def deepfloyd_if_super_resolution(seed=10):
         watermarker=None,
         requires_safety_checker=False,
     )
+
+
+def save_all(folder):
+    """All of them, in folders as diffusers saves them: `sd`, and a cascade's `first` and `second`."""
+    stable_diffusion().save_pretrained(folder / "sd")
+    deepfloyd_if().save_pretrained(folder / "first")
+    deepfloyd_if_super_resolution().save_pretrained(folder / "second")
+    return folder

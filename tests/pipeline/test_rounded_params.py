@@ -22,10 +22,7 @@ ADAPTERS = {"lora.rank": 2, "trainable": ((".*", False),)}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("public")
-    tiny_public.stable_diffusion().save_pretrained(folder / "sd")
-    tiny_public.deepfloyd_if().save_pretrained(folder / "first")
-    tiny_public.deepfloyd_if_super_resolution().save_pretrained(folder / "second")
+    folder = tiny_public.save_all(tmp_path_factory.mktemp("public"))
     return {"stable_diffusion": [folder / "sd"], "deepfloyd_if": [folder / "first", folder / "second"]}
 
 

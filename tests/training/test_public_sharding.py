@@ -25,11 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("public")
-    tiny_public.stable_diffusion().save_pretrained(folder / "sd")
-    tiny_public.deepfloyd_if().save_pretrained(folder / "first")
-    tiny_public.deepfloyd_if_super_resolution().save_pretrained(folder / "second")
-    return folder
+    return tiny_public.save_all(tmp_path_factory.mktemp("public"))
 
 
 @pytest.fixture(scope="module")
