@@ -149,8 +149,12 @@ def main(_: list[str]) -> None:
     hosts.check_shared(workdir)
     manifest.record_config(config, workdir, may_change=["training.num_steps"])
     wanted = config.dataset.resolution, "train", config.dataset.count, flags.FLAGS.data_dir
-    hosts.first_does(lambda: dataset_builder.load(*wanted))  # whoever else shares the folder finds it rendered
-    pretrain(config, workdir, dataset_builder.load(*wanted), tracked)
+    if not hosts.is_first():
+        hosts.wait()  # whoever shares the folder finds it rendered
+    data = dataset_builder.load(*wanted)
+    if hosts.is_first():
+        hosts.wait()
+    pretrain(config, workdir, data, tracked)
 
 
 if __name__ == "__main__":

@@ -89,8 +89,9 @@ def show(
             Panel(f'"{subject.class_prompt}" before and after', subject.class_prompt, shown, note=name)
             for name, (_, shown) in of_class.items()
         ]
-        steps = sum(stage_trainings(config)[name].num_steps for name in config.tune)
-        tracking.of("pictures").pictures(steps, sheets(panels))
+        if tracking != JSONL_ONLY:
+            steps = sum(stage_trainings(config)[name].num_steps for name in config.tune)
+            tracking.of("pictures").pictures(steps, sheets(panels))
         curves = {file.parent.name: read_metrics(file) for file in sorted(workdir.glob("*/metrics.jsonl"))}
         facts = {
             "identifier": subject.identifier.text,
