@@ -46,7 +46,7 @@ def test_changes_are_tried_until_tuning_fits(pretrained, monkeypatch):
         return Usage(whole, 1e12, 1e9, [], training.microbatches, True, 0.0)
 
     monkeypatch.setattr(plan, "tuning", tuning)
-    config = changed(tiny_world.get_config(pretrained), training__batch_size=8)
+    config = changed(tiny_world.get_config(pretrained), training__batch_size=8, super_resolution_training__batch_size=4)
     pipeline, topology = plan.abstract_pipeline(config), slices.parse(SLICE)
     found = plan.plan(pipeline, config, topology, sampling=False)
     assert not found["programs"][0]["fits"]
