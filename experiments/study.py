@@ -24,12 +24,14 @@ from personalize_jax.configuration import changed
 from personalize_jax.errors import UserError
 from personalize_jax.evaluation import evaluate
 from personalize_jax.metrics.table import Row
-from personalize_jax.personalization import SubjectPhotos, load_pretrained, personalize, tune_again
+from personalize_jax.personalization import SubjectPhotos, class_knowledge, load_pretrained, personalize, tune_again
 from personalize_jax.personalized import Personalized, load_personalized
 from personalize_jax.pipeline import Pipeline
 from personalize_jax.scoring import Judges, load_judges, read_rows, summary, write_rows
+from personalize_jax.subject.class_noun import determine
 from personalize_jax.subject.identifier import PLACEHOLDER
 from personalize_jax.subject.images import from_pixels
+from personalize_jax.subject.registry import reserve_identifier
 from personalize_jax.world.exact import truth_of
 
 QUICK_SUBJECTS = 2
@@ -95,10 +97,12 @@ def run(make_study: Callable[[ConfigDict], Study]) -> None:
         config = quick(arguments.config) if arguments.quick else arguments.config
         study = with_arms(make_study(config), arguments.arms)
         count = arguments.num_subjects or (QUICK_SUBJECTS if arguments.quick else study.num_subjects)
-        benchmark = load_benchmark(arguments.benchmark)
+        benchmark, workdir = load_benchmark(arguments.benchmark), Path(arguments.workdir)
         chosen = select(benchmark, count, arguments.part)
         nouns = tuple(dict.fromkeys(benchmark.class_nouns))
-        print(conduct(study, config, chosen, nouns, Path(arguments.workdir), arguments.delete_weights))
+        pretrained = load_pretrained(config)
+        reserve_identifiers(study, pretrained, benchmark.names[:count], benchmark.class_nouns, workdir)
+        print(conduct(study, config, pretrained, chosen, nouns, workdir, arguments.delete_weights))
 
     command.run(main, define_flags, required=("config", "workdir"))
 
@@ -149,9 +153,36 @@ def select(subjects: Sequence[BenchmarkSubject], count: int, part: str) -> list[
     return [subjects[i] for i in range(int(k) - 1, count, int(n))]
 
 
+def reserve_identifiers(
+    study: Study, pretrained: Pipeline, names: Sequence[str], class_nouns: Sequence[str], workdir: Path
+) -> None:
+    """Give every subject its identifier in every arm, in order, so that parts that run at once change none of them.
+
+    Args:
+        study: the experiment.
+        pretrained: the cascade.
+        names: of all subjects that it is about, whatever part of them this call is for.
+        class_nouns: of the whole benchmark.
+        workdir: for runs.
+    """
+    nouns = tuple(dict.fromkeys(class_nouns))
+    for arm in (arm for arm in study.arms if arm.stage is None):
+        _, known = class_knowledge(arm.config)
+        for name, class_noun in zip(names, class_nouns, strict=False):
+            noun = determine([], arm.class_noun(class_noun, nouns)).noun
+            config, folder = in_workdir(arm, workdir), workdir / arm.name / name
+            reserve_identifier(pretrained.tokenizer, config, folder, noun, known or ())
+
+
+def in_workdir(arm: Arm, workdir: Path) -> ConfigDict:
+    """The configuration of an arm's runs, which share a registry."""
+    return changed(arm.config, subject__registry=str(workdir / arm.name / "registry.json"))
+
+
 def conduct(
     study: Study,
     config: ConfigDict,
+    pretrained: Pipeline,
     subjects: Sequence[BenchmarkSubject],
     nouns: Sequence[str],
     workdir: Path,
@@ -162,6 +193,7 @@ def conduct(
     Args:
         study: the experiment.
         config: that its arms vary.
+        pretrained: the cascade.
         subjects: of the benchmark.
         nouns: all class nouns of the benchmark.
         workdir: for runs and tables.
@@ -173,7 +205,6 @@ def conduct(
     Raises:
         UserError: a run's directory belongs to another configuration.
     """
-    pretrained = load_pretrained(config)
     judges = load_judges(config.evaluation)
     rows: dict[str, list[Row]] = {arm.name: [] for arm in study.arms}
     with tqdm(total=len(subjects) * len(study.arms), desc=study.name, unit="run") as bar:
@@ -199,7 +230,7 @@ def scored_run(
 ) -> list[Row]:
     """The rows of one subject in one arm: personalised and scored, or read where that was done before."""
     folder = workdir / arm.name / subject.name
-    config = changed(arm.config, subject__registry=str(workdir / arm.name / "registry.json"))
+    config = in_workdir(arm, workdir)
     manifest.record_config(config, folder, may_change=["subject.registry"])  # the folders may have been moved
     scored = folder / "evaluation" / "rows.jsonl"
     measured = folder / "evaluation" / f"{study.name}.jsonl"

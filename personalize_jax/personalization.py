@@ -5,7 +5,6 @@ cascade, each stage tuned on its own inputs. Every phase leaves its result in th
 where the last one stopped.
 """
 
-import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,10 +27,8 @@ from personalize_jax.pipeline.lora_file import save_lora
 from personalize_jax.pipeline.public import stage_folders
 from personalize_jax.subject.class_noun import Classifier, determine
 from personalize_jax.subject.dataset import MANIFEST, SubjectDataset, read_dataset, write_dataset
-from personalize_jax.subject.frequency import token_frequencies
-from personalize_jax.subject.identifier import Identifier, choose_identifier
 from personalize_jax.subject.images import SubjectImage, load_images
-from personalize_jax.subject.registry import Registry
+from personalize_jax.subject.registry import reserve_identifier
 from personalize_jax.training import sharding
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
 from personalize_jax.training.loop import averaged, train, trained_params
@@ -210,22 +207,9 @@ def _write_subject(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict
     classifier, nouns = class_knowledge(config)
     class_noun = determine(photos.images, photos.class_noun, classifier, nouns, config.subject.class_threshold)
 
-    tokenizer, settings, workdir = pipeline.tokenizer, config.subject, directory.parent
-    frequencies = None
-    if settings.rule in ("rarest", "frequent"):
-        frequencies = token_frequencies(tokenizer, settings.frequency)
-    seed = None if settings.rule == "rarest" else config.seed
-    if settings.rule == "random_characters":  # which no registry keeps apart
-        seed = zlib.crc32(f"{config.seed} {workdir.name}".encode())
-
-    def choose(in_use: frozenset[int]) -> Identifier:
-        return choose_identifier(
-            tokenizer, class_noun.noun, settings.num_tokens, in_use, seed, settings.rule, frequencies, nouns or ()
-        )
-
-    registry = Registry(Path(config.subject.registry))
-    identifier = registry.reserve(workdir.name, class_noun.noun, workdir, choose)
-    write_dataset(directory, photos.images, class_noun, identifier, settings.label == "identifier_and_class")
+    identifier = reserve_identifier(pipeline.tokenizer, config, directory.parent, class_noun.noun, nouns or ())
+    label = config.subject.label == "identifier_and_class"
+    write_dataset(directory, photos.images, class_noun, identifier, label)
 
 
 def class_knowledge(config: ConfigDict) -> tuple[Classifier | None, Sequence[str] | None]:

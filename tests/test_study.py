@@ -8,8 +8,10 @@ from experiments import num_images, study, training_length
 from personalize_jax import manifest
 from personalize_jax.benchmark.loading import load_benchmark
 from personalize_jax.errors import UserError
+from personalize_jax.personalization import load_pretrained
 from personalize_jax.pipeline import save_pipeline
 from personalize_jax.scoring import read_rows
+from personalize_jax.subject.registry import Registry
 from tests import tiny, tiny_world
 
 NOUNS = ("dog", "cat", "car")
@@ -58,7 +60,7 @@ def test_every_experiment_runs_and_tables_all_its_arms(name, folder, config, sub
     monkeypatch.setattr(num_images, "COUNTS", (1, 2))
     made = importlib.import_module(f"experiments.{name}").make_study(config)
     runs = folder / ("enlarged" if name == "super_resolution" else "runs")
-    text = study.conduct(made, config, subjects[:1], NOUNS, runs)
+    text = study.conduct(made, config, load_pretrained(config), subjects[:1], NOUNS, runs)
     for arm in made.arms:
         assert f"| {arm.name} |" in text
     for finding in made.findings:
@@ -75,17 +77,17 @@ def test_every_experiment_runs_and_tables_all_its_arms(name, folder, config, sub
 
 def test_what_was_scored_is_only_read(folder, config, subjects, monkeypatch):
     made = importlib.import_module("experiments.prior_preservation").make_study(config)
-    text = study.conduct(made, config, subjects[:1], NOUNS, folder / "runs")
+    text = study.conduct(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "runs")
     monkeypatch.setattr(study, "personalize", None)
     monkeypatch.setattr(study, "evaluate", None)
-    assert study.conduct(made, config, subjects[:1], NOUNS, folder / "runs") == text
+    assert study.conduct(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "runs") == text
 
 
 @pytest.mark.slow
 def test_a_killed_experiment_goes_on(folder, config, subjects, monkeypatch):
     """The second subject's run is cut short while it is being scored."""
     made = study.Study("alone", [study.Arm("alone", config)], [], {}, 2)
-    whole = study.conduct(made, config, subjects, NOUNS, folder / "whole")
+    whole = study.conduct(made, config, load_pretrained(config), subjects, NOUNS, folder / "whole")
     evaluate = study.evaluate
 
     def dies(*arguments, **named):
@@ -95,18 +97,34 @@ def test_a_killed_experiment_goes_on(folder, config, subjects, monkeypatch):
 
     monkeypatch.setattr(study, "evaluate", dies)
     with pytest.raises(KeyboardInterrupt):
-        study.conduct(made, config, subjects, NOUNS, folder / "killed")
+        study.conduct(made, config, load_pretrained(config), subjects, NOUNS, folder / "killed")
     monkeypatch.undo()
-    assert study.conduct(made, config, subjects, NOUNS, folder / "killed") == whole
+    assert study.conduct(made, config, load_pretrained(config), subjects, NOUNS, folder / "killed") == whole
+
+
+def test_identifiers_do_not_depend_on_who_asks_first(tmp_path, config):
+    """Two parts of an experiment, and one that is about fewer subjects."""
+    made = study.Study("pair", [study.Arm("one", config), study.Arm("other", config)], [], {}, 2)
+    names, nouns, cascade = ("rex", "tom"), ("dog", "cat", "car"), load_pretrained(config)
+
+    def given(workdir, arm):
+        return {subject.name: subject.identifier for subject in Registry(workdir / arm / "registry.json").subjects()}
+
+    for _part in (1, 2):
+        study.reserve_identifiers(made, cascade, names, nouns, tmp_path / "parts")
+    study.reserve_identifiers(made, cascade, names[:1], nouns, tmp_path / "fewer")
+    assert given(tmp_path / "parts", "one") == given(tmp_path / "parts", "other")
+    assert given(tmp_path / "parts", "one")["rex"] == given(tmp_path / "fewer", "one")["rex"]
+    assert len(set(given(tmp_path / "parts", "one").values())) == 2
 
 
 def test_weights_can_be_deleted_once_scored(folder, config, subjects):
     made = study.Study("alone", [study.Arm("alone", config)], [], {}, 1)
-    study.conduct(made, config, subjects[:1], NOUNS, folder / "light", delete_weights=True)
+    study.conduct(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "light", delete_weights=True)
     run = folder / "light" / "alone" / subjects[0].name
     assert not (run / "pipeline").exists() and not list(run.glob("*/checkpoints"))
     assert len(read_rows(run / "evaluation" / "rows.jsonl")) == 5 + 2 * 2 + 2 * 4
-    study.conduct(made, config, subjects[:1], NOUNS, folder / "light", delete_weights=True)
+    study.conduct(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "light", delete_weights=True)
 
 
 def test_another_configuration_needs_another_directory(folder, config, subjects):
@@ -114,4 +132,4 @@ def test_another_configuration_needs_another_directory(folder, config, subjects)
     made = study.Study("alone", [study.Arm("alone", other)], [], {}, 1)
     manifest.record_config(config, folder / "another" / "alone" / subjects[0].name)
     with pytest.raises(UserError, match="begun with another configuration"):
-        study.conduct(made, other, subjects[:1], NOUNS, folder / "another")
+        study.conduct(made, other, load_pretrained(other), subjects[:1], NOUNS, folder / "another")

@@ -3,13 +3,18 @@
 import fcntl
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from ml_collections import ConfigDict
+
 from personalize_jax.errors import UserError
-from personalize_jax.subject.identifier import Identifier
+from personalize_jax.pipeline.tokenizer import Tokenizer
+from personalize_jax.subject.frequency import token_frequencies
+from personalize_jax.subject.identifier import Identifier, choose_identifier
 
 
 class Subject(NamedTuple):
@@ -130,6 +135,36 @@ class Registry:
         return UserError(
             f"the registry {self.path} cannot be written ({error.strerror}); check permissions and free space"
         )
+
+
+def reserve_identifier(
+    tokenizer: Tokenizer, config: ConfigDict, workdir: Path, class_noun: str, nouns: Sequence[str]
+) -> Identifier:
+    """A run's identifier, chosen and reserved as its configuration says; the same at every call.
+
+    Args:
+        tokenizer: of the pretrained cascade.
+        config: its keys `seed` and `subject`.
+        workdir: run directory, whose name is the subject's.
+        class_noun: what the subject is.
+        nouns: class nouns that the cascade knows, none of whose words identifies a subject.
+
+    Raises:
+        UserError: see `Registry.reserve`; or there is no such token left.
+    """
+    settings, frequencies = config.subject, None
+    if settings.rule in ("rarest", "frequent"):
+        frequencies = token_frequencies(tokenizer, settings.frequency)
+    seed = None if settings.rule == "rarest" else config.seed
+    if settings.rule == "random_characters":  # which no registry keeps apart
+        seed = zlib.crc32(f"{config.seed} {workdir.name}".encode())
+
+    def choose(in_use: frozenset[int]) -> Identifier:
+        return choose_identifier(
+            tokenizer, class_noun, settings.num_tokens, in_use, seed, settings.rule, frequencies, nouns
+        )
+
+    return Registry(Path(settings.registry)).reserve(workdir.name, class_noun, workdir, choose)
 
 
 def _tokens(subjects: Sequence[Subject]) -> frozenset[int]:
