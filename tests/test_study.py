@@ -52,13 +52,18 @@ def subjects():
     return [world[i]._replace(prompts=world[i].prompts[:1] + world[i].prompts[-1:]) for i in range(2)]
 
 
+ALL = pytest.param(None, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("count", [2, ALL], ids=["two", "all"])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_experiment_runs_and_tables_all_its_arms(name, folder, config, subjects, monkeypatch):
+def test_every_experiment_runs_and_tables_its_arms(name, count, folder, config, subjects, monkeypatch):
     if name == "super_resolution":
         config = study.changed(config, tune=("base", name))
     monkeypatch.setattr(training_length, "SHARES", (1.0, 2.0))  # every arm takes seconds to compile
     monkeypatch.setattr(num_images, "COUNTS", (1, 2))
     made = importlib.import_module(f"experiments.{name}").make_study(config)
+    made = study.with_arms(made, [arm.name for arm in made.arms[:count]])
     runs = folder / ("enlarged" if name == "super_resolution" else "runs")
     text = study.conduct(made, config, load_pretrained(config), subjects[:1], NOUNS, runs)
     for arm in made.arms:
@@ -77,6 +82,7 @@ def test_every_experiment_runs_and_tables_all_its_arms(name, folder, config, sub
 
 def test_what_was_scored_is_only_read(folder, config, subjects, monkeypatch):
     made = importlib.import_module("experiments.prior_preservation").make_study(config)
+    made = study.with_arms(made, [arm.name for arm in made.arms[:2]])
     text = study.conduct(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "runs")
     monkeypatch.setattr(study, "personalize", None)
     monkeypatch.setattr(study, "evaluate", None)

@@ -77,7 +77,11 @@ def assert_close(ours, theirs):
 
 @pytest.mark.parametrize(
     "prediction, scheduler",
-    [("epsilon", DDIMScheduler), ("v_prediction", DDIMScheduler), ("epsilon", DDPMScheduler)],
+    [
+        ("v_prediction", DDIMScheduler),
+        pytest.param("epsilon", DDIMScheduler, marks=pytest.mark.slow),
+        pytest.param("epsilon", DDPMScheduler, marks=pytest.mark.slow),
+    ],
 )
 def test_stable_diffusion(tmp_path, prediction, scheduler):
     theirs = tiny_public.stable_diffusion(prediction, scheduler)

@@ -79,7 +79,11 @@ def torch_loss(unet, scheduler, stage, batch, noisy, key, min_snr):
     return error.mean()
 
 
-@pytest.mark.parametrize("name, min_snr", [("sd_eps", True), ("sd_v", True), ("if_1", False), ("if_2", False)])
+CASES = [("sd_v", True), ("if_1", False)]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in (("sd_eps", True), ("if_2", False))]
+
+
+@pytest.mark.parametrize("name, min_snr", CASES)
 def test_loss_and_gradients(tmp_path, lightly_compiled, name, min_snr):
     pipeline, stage, unet, scheduler = case(name, tmp_path)
     batch = batches(pipeline, stage, np.random.default_rng(0))

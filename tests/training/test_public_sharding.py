@@ -57,7 +57,9 @@ def one_device(folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "config", [stable_diffusion.get_config("2.1"), deepfloyd_if.get_config("XL")], ids=["SD 2.1", "IF XL"]
+    "config",
+    [stable_diffusion.get_config("2.1"), pytest.param(deepfloyd_if.get_config("XL"), marks=pytest.mark.slow)],
+    ids=["SD 2.1", "IF XL"],
 )
 def test_every_kernel_of_published_models_lies_in_parts_over_both_axes(config):
     mesh = AbstractMesh((1, 4, 2), sharding.AXES)
