@@ -23,9 +23,15 @@ PAPER = {
 def make_study(config: ConfigDict) -> Study:
     """All photos, and the first few."""
     arms = [Arm("dreambooth", config)] + [Arm(f"{count}_photos", config, num_photos=count) for count in COUNTS]
+    claims = (
+        ("show the subject better", "DINO"),
+        ("let prompts say more", "CLIP-T"),
+        ("let prompts say more", "context"),
+    )
     findings = [
-        Finding(f"more photos than {count} show the subject better", "DINO", "dreambooth", f"{count}_photos")
+        Finding(f"more photos than {count} {words}", metric, "dreambooth", f"{count}_photos")
         for count in COUNTS
+        for words, metric in claims
     ]
     return Study("num_images", arms, findings, PAPER, num_subjects=10)
 
