@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from personalize_jax import hosts, interruption
 from personalize_jax.errors import UserError
-from personalize_jax.files import FULL
+from personalize_jax.files import reason
 
 
 def run(main: Callable[[list[str]], None], define_flags: Callable[[], None], required: Sequence[str]) -> None:
@@ -43,7 +43,7 @@ def run(main: Callable[[list[str]], None], define_flags: Callable[[], None], req
         except UserError as error:
             sys.exit(_fail(str(error)))
         except OSError as error:
-            sys.exit(_fail(_reason(error)))
+            sys.exit(_fail(reason(error)))
 
     define_flags()
     flags.mark_flags_as_required(required)
@@ -111,13 +111,6 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(_fail(last.removeprefix("ValueError: ")))
     except (AttributeError, KeyError) as error:
         sys.exit(_fail(f"A --config flag names a key that the configuration lacks: {_one_line(error)}"))
-
-
-def _reason(error: OSError) -> str:
-    file = error.filename or "A file"
-    if error.errno in FULL:
-        return f"{file} cannot be written ({error.strerror}); what is done is kept: make free space, and start again."
-    return f"{file} cannot be used: {error.strerror or _one_line(error)}."
 
 
 def _report_unraisable(unraisable: Any) -> None:

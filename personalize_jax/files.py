@@ -45,6 +45,14 @@ def naming(file: Path, temporary: Path | None = None) -> Iterator[None]:
         raise
 
 
+def reason(error: OSError) -> str:
+    """A sentence that says which file cannot be used, and why."""
+    file = error.filename or "A file"
+    if error.errno in FULL:
+        return f"{file} cannot be written ({error.strerror}); what is done is kept: make free space, and start again."
+    return f"{file} cannot be used: {error.strerror or ' '.join(str(error).split())}."
+
+
 def write_text(file: Path, text: str) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
     with replacing(file) as temporary:

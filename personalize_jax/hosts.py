@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from personalize_jax.errors import UserError
+from personalize_jax.files import reason
 
 _SENTENCE_BYTES = 4096
 _SHUTDOWN_SECONDS = 60  # that a process which has failed waits for the others, before it ends them
@@ -50,27 +51,38 @@ def first_does(work: Callable[[], object]) -> None:
     """Have process 0 do something while the others wait.
 
     Raises:
-        UserError: what it raises there, in every process.
+        UserError: what it raises there, and what keeps it from writing a file, in every process.
+    """
+    each_does(work if is_first() else lambda: None)
+
+
+def each_does(work: Callable[[], object]) -> None:
+    """Have every process do its share, in which the others take no part, and go on once all have done theirs.
+
+    Raises:
+        UserError: what it raises in one of them, and what keeps one from writing a file, in every process.
     """
     if jax.process_count() == 1:
         work()
         return
     sentence = ""
-    if is_first():
-        try:
-            work()
-        except UserError as error:
-            sentence = str(error)
+    try:
+        work()
+    except UserError as error:
+        sentence = str(error)
+    except OSError as error:
+        sentence = reason(error)
     padded = np.zeros(_SENTENCE_BYTES, np.uint8)
     encoded = np.frombuffer(sentence.encode()[:_SENTENCE_BYTES], np.uint8)
     padded[: len(encoded)] = encoded
-    if told := multihost_utils.broadcast_one_to_all(padded).tobytes().rstrip(b"\0"):
-        raise UserError(told.decode(errors="ignore"))
+    for of_one in multihost_utils.process_allgather(padded):
+        if told := of_one.tobytes().rstrip(b"\0"):
+            raise UserError(told.decode(errors="ignore"))
 
 
 def wait() -> None:
     """Go on once every process has come here."""
-    first_does(lambda: None)
+    each_does(lambda: None)
 
 
 def in_all(facts: Sequence[bool]) -> list[bool]:

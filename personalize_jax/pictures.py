@@ -7,6 +7,7 @@ import struct
 import unicodedata
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -97,13 +98,16 @@ def draw_missing(
     progress(len(files) - len(missing))
     for start in range(0, len(missing), batch_size):
         batch = missing[start : start + batch_size]
-        for n, (i, pixels) in enumerate(zip(batch, draw(batch), strict=True)):
-            if n % jax.process_count() == jax.process_index():
-                save_png(pixels, files[i], metadata[i])
-            found[i] = pixels
+        found |= zip(batch, draw(batch), strict=True)
+        share = batch[jax.process_index() :: jax.process_count()]
+        hosts.each_does(partial(_save, [(found[i], files[i], metadata[i]) for i in share]))
         progress(len(batch))
-    hosts.wait()
     return [found[i] for i in range(len(files))]
+
+
+def _save(pictures: Sequence[tuple[np.ndarray, Path, Mapping[str, str]]]) -> None:
+    for picture in pictures:
+        save_png(*picture)
 
 
 def encode_png(pixels: np.ndarray, metadata: Mapping[str, str]) -> bytes:

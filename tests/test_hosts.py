@@ -131,6 +131,12 @@ def test_an_error_of_process_0_ends_both(pretrained, photos, tmp_path):
         assert re.search("^error: .*not a registry", of_one.error, re.MULTILINE)
 
 
+def test_a_full_disk_of_one_ends_both(tmp_path):
+    for of_one in run(tmp_path, "tests.full_disk", processes_of=(1, 1)):
+        assert of_one.status == 2
+        assert "error: here/picture.png cannot be written (No space left" in of_one.error
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
