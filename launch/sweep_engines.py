@@ -12,6 +12,7 @@ import functools
 import json
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,8 +144,9 @@ class Ray:
             raise UserError("Ray is not installed; pip install -r launch/requirements.txt, on every node.") from error
         jax.config.update("jax_platforms", "cpu")  # this process only looks on: accelerators are for the points
         try:
+            _check_answers(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError) as error:  # ConnectionError is one
             raise UserError(
                 f"No Ray cluster at {address!r} ({_one_line(error)}); start one by ray start --head, "
                 "or give --ray_address=local."
@@ -229,6 +231,13 @@ def _models(asked: str) -> tuple[Pipeline, Judges]:
 
 def _offers(node: Mapping[str, float], resources: Mapping[str, float]) -> bool:
     return all(node.get(name, 0) >= amount for name, amount in resources.items())
+
+
+def _check_answers(address: str) -> None:
+    """Raises OSError unless somebody answers at "host:port", whom Ray itself would wait for for ten minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _one_line(error: Exception) -> str:

@@ -105,3 +105,7 @@ def test_a_cluster_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # elsewhere one that was killed may have left its address
     with pytest.raises(UserError, match="No Ray cluster at 'auto'.*ray start --head"):
         Ray("auto", {"CPU": 1}, 0)
+    monkeypatch.setenv("RAY_ADDRESS", "localhost:1")  # of one that is gone
+    for address in ("auto", "localhost:1"):
+        with pytest.raises(UserError, match=f"No Ray cluster at '{address}'.*refused"):
+            Ray(address, {"CPU": 1}, 0)
