@@ -21,7 +21,8 @@ WITHOUT = "without_prior"
 
 def make_study(config: ConfigDict) -> Study:
     """The configuration as it is, with the prior term's other form, and without it."""
-    (other,) = set(PRIOR_FORMS) - {config.training.prior.form}
+    form = config.training.prior.form
+    (other,) = set(PRIOR_FORMS) - {form}
     variations = {
         f"prior_{other}": changed(config, training__prior__form=other),
         WITHOUT: changed(config, training__prior__weight=0.0),
@@ -35,6 +36,10 @@ def make_study(config: ConfigDict) -> Study:
             Finding(f"{arm}: the class keeps more of its diversity", "diversity kept", arm, WITHOUT),
             Finding(f"{arm}: pictures of the subject are more diverse", "DIV", arm, WITHOUT),
         ]
+    findings += [
+        Finding(f"the form {form} keeps more of the class than {other}", "diversity kept", arms[0].name, arms[1].name),
+        Finding(f"the form {form} shows the subject better than {other}", "DINO", arms[0].name, arms[1].name),
+    ]
     return Study("prior_preservation", arms, findings, PAPER, num_subjects=15)
 
 
