@@ -150,6 +150,7 @@ def test_a_second_call_says_that_all_is_done_and_changes_nothing(run, pretrained
     assert contents(run) == before
 
 
+@pytest.mark.slow
 def test_more_steps_prolong_a_finished_run(copied, pretrained, photos, tmp_path):
     page = (copied / "report.html").read_text()
     flag = "--config.super_resolution_training.num_steps=7"

@@ -85,6 +85,7 @@ def test_shapes_of_published_models_need_no_weights(config, published):
         assert found == pytest.approx(count, rel=0.04), name  # given to two digits
 
 
+@pytest.mark.slow
 def test_pretrained_parameters_are_planned_as_they_lie():
     """Rounded where activations are; what is trained is float32 all the same."""
     held, trained = {}, {}

@@ -118,6 +118,7 @@ def metric(name, directory):
     return [json.loads(line)[name] for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_adapters_of_the_embedded_network_learn_and_nothing_else_moves(tmp_path):
     length = {"num_steps": 40, "checkpoint_every": 40, "batch_size": 8, "optimizer__learning_rate": 5e-2}
     state = worker.train(tmp_path, prior__form="frozen_prediction", **length, **ADAPTERS_ONLY)

@@ -79,8 +79,8 @@ def torch_loss(unet, scheduler, stage, batch, noisy, key, min_snr):
     return error.mean()
 
 
-CASES = [("sd_v", True), ("if_1", False)]
-CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in (("sd_eps", True), ("if_2", False))]
+CASES = [("if_1", False)]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in (("sd_eps", True), ("sd_v", True), ("if_2", False))]
 
 
 @pytest.mark.parametrize("name, min_snr", CASES)

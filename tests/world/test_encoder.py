@@ -82,6 +82,7 @@ def test_the_clip_reads_fresh_pictures_as_well_as_recorded(clip, fresh, kind):
         assert np.mean(right) > p - 3 * np.sqrt(p * (1 - p) / len(right)) - 0.03, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clean", "mild"])
 def test_the_instance_encoder_finds_the_other_view_of_fresh_subjects(dino, fresh, kind):
     scenes, images = fresh

@@ -163,6 +163,7 @@ def small(monkeypatch, lightly_compiled):
     return zeros | {"body_colour": body, "shape": np.full((16, 4), 0.5, np.float32), "image": image}
 
 
+@pytest.mark.slow
 def test_training_learns_colours_and_is_written_and_read_back(tmp_path, small):
     written = save(train(small, num_steps=STEPS), {"heldout": small}, tmp_path)
     assert written.accuracies["heldout"]["clean"]["body_colour"] == 1.0
