@@ -336,7 +336,10 @@ def stage_examples(pipeline: Pipeline, stage: Stage, pictures: np.ndarray, label
     low_res = None if stage.low_resolution is None else downsample_uint8(pictures, stage.low_resolution)
     tokens = pipeline.tokenizer(list(labels))[:, None]
     examples = make_examples(pictures, tokens, pipeline.tokenizer([""])[0], low_res)
-    return examples if pipeline.codec is None else examples._replace(latent=pipeline.to_latents(pictures))
+    if pipeline.codec is None:
+        return examples
+    # The pictures are not kept: a thousand class images would take a TPU chip a tenth of its memory.
+    return examples._replace(image=None, latent=pipeline.to_latents(pictures))
 
 
 def with_embeddings(pipeline: Pipeline, examples: Examples) -> Examples:

@@ -176,7 +176,7 @@ def examples_of(pipeline: Pipeline, stage: Stage, count: int, with_text: bool) -
     text = Text(Shape((CAPTIONS, L, D), jnp.float32), Shape((CAPTIONS, L), jnp.bool_))
     low, side = stage.low_resolution, stage.resolution
     return Examples(
-        Shape((count, side, side, 3), jnp.uint8),
+        Shape((count, side, side, 3), jnp.uint8) if pipeline.codec is None else None,
         Shape((count, 1), jnp.int32),
         Shape((CAPTIONS, L), jnp.int32),
         text if with_text else None,

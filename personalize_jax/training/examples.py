@@ -15,17 +15,17 @@ class Examples(NamedTuple):
     """A labelled set of N pictures and M captions.
 
     Attributes:
-        image: uint8 [N, H, W, 3].
+        image: uint8 [N, H, W, 3]; None where latents are in its place.
         caption: int32 [N, K], rows of `tokens`: the captions of a picture, one of which is drawn each time.
         tokens: int32 [M, L]; row 0 is the empty caption.
         text: embeddings and mask of the M captions when the text encoder is frozen and they were computed once.
         low_res: uint8 [N, h, w, 3], each picture at the resolution of the stage before (super-resolution only).
         object_mask: uint8 [N, H, W], where the object is, for weighting the loss; or None.
         latent: mean and standard deviation, float32 [N, h, w, C] each, of the pictures' latents where those are
-            denoised, computed once; a batch then holds draws from them, and `image` is not looked at.
+            denoised, computed once; a batch then holds draws from them.
     """
 
-    image: Array
+    image: Array | None
     caption: Array
     tokens: Array
     text: Text | None = None
@@ -88,7 +88,7 @@ def draw_batch(
         object_weight: added to the loss weight of 1 on the object's pixels.
     """
     picture_key, caption_key, drop_key = jax.random.split(key, 3)
-    i_B = jax.random.randint(picture_key, (batch_size,), 0, examples.image.shape[0])
+    i_B = jax.random.randint(picture_key, (batch_size,), 0, examples.caption.shape[0])
     k_B = jax.random.randint(caption_key, (batch_size,), 0, examples.caption.shape[1])
     drop_B = jax.random.bernoulli(drop_key, caption_dropout, (batch_size,))
     m_B = jnp.where(drop_B, 0, examples.caption[i_B, k_B])
