@@ -2,7 +2,6 @@
 
 import math
 import re
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +15,8 @@ from ml_collections import ConfigDict
 from personalize_jax.errors import UserError
 from personalize_jax.pipeline import Pipeline, Sampling, Stage, Text
 from personalize_jax.pipeline.cascade import draw_pictures
-from personalize_jax.planning.hlo import Collective, collectives
+from personalize_jax.planning.compiler import ask
+from personalize_jax.planning.hlo import Collective
 from personalize_jax.training import sharding
 from personalize_jax.training.examples import Examples
 from personalize_jax.training.program import build, mesh_of
@@ -140,22 +140,14 @@ def measured(
         rounds: see `Usage`.
         devices: that it is for.
     """
-    start = time.monotonic()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        own = {"activations": _refused(str(error), arguments)}
-        return Usage(memory | own, math.nan, math.nan, [], rounds, False, time.monotonic() - start)
-    sizes, costs = compiled.memory_analysis(), compiled.cost_analysis()
-    outputs = max(0, sizes.output_size_in_bytes - sizes.alias_size_in_bytes)
-    padding = max(0, sizes.argument_size_in_bytes - arguments)  # tiles that arrays do not fill
-    own = {
-        "activations": sizes.temp_size_in_bytes + outputs + padding,
-        "program": sizes.generated_code_size_in_bytes,
-    }
-    exchanges = collectives(compiled.as_text()) if len(devices) > 1 else []
-    seconds = time.monotonic() - start
-    return Usage(memory | own, costs["flops"], costs["bytes accessed"], exchanges, rounds, True, seconds)
+    found = ask(lowered, devices)
+    if found.refusal:
+        own = {"activations": _refused(found.refusal, arguments)}
+        return Usage(memory | own, math.nan, math.nan, [], rounds, False, found.seconds)
+    outputs = max(0, found.outputs - found.aliased)
+    padding = max(0, found.arguments - arguments)  # tiles that arrays do not fill
+    own = {"activations": found.temporaries + outputs + padding, "program": found.code}
+    return Usage(memory | own, found.flops, found.traffic, list(found.exchanges), rounds, True, found.seconds)
 
 
 def _refused(message: str, arguments: int) -> int:
