@@ -4,7 +4,7 @@
 
 The real train step and the real sampling step of each stage are compiled ahead of time, on any machine with libtpu
 (`pip install libtpu`) and without weights: a published model's shapes are known, a folder's are read. Compiling a step
-of a large model takes a core some ten minutes. `--out=plan.json` keeps all numbers.
+of a large model takes a core half an hour or more, once. `--out=plan.json` keeps all numbers.
 
 Times are a roofline's, the least that a step can take; real steps take longer.
 """
