@@ -146,7 +146,7 @@ class Ray:
         try:
             _check_answers(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-        except (OSError, ValueError) as error:  # ConnectionError is one
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"No Ray cluster at {address!r} ({_one_line(error)}); start one by ray start --head, "
                 "or give --ray_address=local."

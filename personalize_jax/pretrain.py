@@ -8,6 +8,7 @@ Killed and started again it goes on from its last checkpoint; raising `--config.
 """
 
 import dataclasses
+import functools
 import hashlib
 from pathlib import Path
 
@@ -149,12 +150,9 @@ def main(_: list[str]) -> None:
     hosts.check_shared(workdir)
     manifest.record_config(config, workdir, may_change=["training.num_steps"])
     wanted = config.dataset.resolution, "train", config.dataset.count, flags.FLAGS.data_dir
-    if not hosts.is_first():
-        hosts.wait()  # whoever shares the folder finds it rendered
-    data = dataset_builder.load(*wanted)
-    if hosts.is_first():
-        hosts.wait()
-    pretrain(config, workdir, data, tracked)
+    load = functools.cache(lambda: dataset_builder.load(*wanted))
+    hosts.first_does(load)  # whoever else shares the folder finds it rendered
+    pretrain(config, workdir, load(), tracked)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from personalize_jax.files import write_text
+from personalize_jax.planning import hlo
 from personalize_jax.planning.hlo import Collective, collectives
 
 _FOLDER = "plans"  # beside the compiled programs that JAX keeps
@@ -52,6 +53,8 @@ class Verdict(NamedTuple):
 def ask(lowered: jax.stages.Lowered, devices: Sequence[Any]) -> Verdict:
     """Compile a program, or read what was kept of the same one for the same devices, versions and flags.
 
+    A refusal is not kept: it comes early, and may be for another reason than the program.
+
     Args:
         lowered: the program.
         devices: that it is for.
@@ -61,7 +64,7 @@ def ask(lowered: jax.stages.Lowered, devices: Sequence[Any]) -> Verdict:
         kept = json.loads(file.read_text())
         return Verdict(**kept | {"exchanges": tuple(Collective(*e) for e in kept["exchanges"])})
     verdict = _compile(lowered, len(devices))
-    if file is not None:
+    if file is not None and not verdict.refusal:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(verdict._asdict()))
     return verdict
@@ -93,6 +96,7 @@ def _file(lowered: jax.stages.Lowered, devices: Sequence[Any]) -> Path | None:
         return None
     made_of = [lowered.as_text(), *map(repr, devices), *(os.environ.get(flag, "") for flag in _FLAGS)]
     made_of += [f"{d.metadata['Name']}=={d.version}" for d in _compilers()]
+    made_of += [Path(code).read_text() for code in (__file__, hlo.__file__)]  # which read the figures
     return Path(cache) / _FOLDER / f"{hashlib.sha256('|'.join(made_of).encode()).hexdigest()}.json"
 
 

@@ -74,6 +74,13 @@ def test_a_program_is_compiled_once(monkeypatch):
     assert len(compiled) == 4
 
 
+def test_a_refusal_is_asked_again(monkeypatch):
+    monkeypatch.setattr(compiler, "_compile", lambda lowered, count: answers.pop())
+    answers = [compiler.Verdict(flops=1.0), compiler.Verdict(refusal="out of patience")]
+    program = jax.jit(lambda x: 5 * x).lower(jnp.ones(3))
+    assert [bool(compiler.ask(program, ["chip"]).refusal) for _ in range(3)] == [True, False, False]
+
+
 def test_a_run_is_its_steps_and_batches():
     run = Run({"base": 100}, {"base": (3, 10)}, {"base": (2, 5)})
     assert seconds(run, {"base": 0.5}, {"base": 0.25}) == {"class images": 7.5, "tuning": 50.0, "evaluation": 2.5}
