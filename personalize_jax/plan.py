@@ -26,6 +26,7 @@ from personalize_jax.pipeline.diffusers_folder import read_components
 from personalize_jax.pipeline.public import architecture, spec_of
 from personalize_jax.pipeline.storage import saved_folders, write_text
 from personalize_jax.planning import published, slices
+from personalize_jax.planning.compiler import apart
 from personalize_jax.planning.estimate import Run, fits, roofline, seconds
 from personalize_jax.planning.programs import Usage, sampling_step, train_step
 from personalize_jax.planning.slices import Topology
@@ -94,7 +95,7 @@ def plan(
         check_sizes(trainings[name], mesh_of(trainings[name], devices))
     steps, draws, programs = {}, {}, []
     for name in config.tune:
-        usage = tuning(pipeline, config, name, devices)
+        usage = tuning(pipeline, config, name, topology)
         programs.append(described(f"tuning {name}", usage, topology))
         steps[name] = roofline(usage, topology).seconds
         if advise and not fits(usage, topology):
@@ -102,7 +103,7 @@ def plan(
     if sampling:
         for stage in pipeline.stages:
             batch = config.class_images.batch_size
-            usage = sampling_step(pipeline, stage, stage.sampling, batch, config.training, devices)
+            usage = apart(sampling_step, pipeline, stage, stage.sampling, batch, config.training, topology)
             programs.append(described(f"drawing {stage.name}", usage, topology))
             draws[stage.name] = roofline(usage, topology).seconds
     result = {"topology": str(topology), "chips": topology.size, "mesh": list(config.training.mesh)}
@@ -113,11 +114,12 @@ def plan(
     return result
 
 
-def tuning(pipeline: Pipeline, config: ConfigDict, name: str, devices: Any) -> Usage:
+def tuning(pipeline: Pipeline, config: ConfigDict, name: str, topology: Topology) -> Usage:
     """What the tuning of a stage takes."""
     training = stage_trainings(config)[name]
     trains_text = trains_text_encoder(pipeline, name, training)
-    return train_step(pipeline, pipeline.stage(name), training, config.class_images.count, trains_text, devices)
+    count, stage = config.class_images.count, pipeline.stage(name)
+    return apart(train_step, pipeline, stage, training, count, trains_text, topology)
 
 
 def changes_that_fit(pipeline: Pipeline, config: ConfigDict, name: str, topology: Topology) -> list[str] | None:
@@ -140,7 +142,7 @@ def changes_that_fit(pipeline: Pipeline, config: ConfigDict, name: str, topology
         if key.startswith("compute"):
             pipeline = abstract_pipeline(config)
         made = [change for change in made if not change.startswith(key)] + [f"{key}={value}"]
-        if fits(tuning(pipeline, config, name, slices.devices(topology)), topology):
+        if fits(tuning(pipeline, config, name, topology), topology):
             return made
     return None
 

@@ -1,48 +1,55 @@
-"""What the compiler says of a program, kept so that it is asked once: a large program takes it half an hour of a core.
+"""What the compiler says of a program, without waiting for its machine code.
 
-JAX's own cache keeps programs for devices that are not there, too, but cannot read them again.
+XLA first optimises a program, places its exchanges and gives every array its place in memory, which takes a large
+program minutes, and then writes machine code, which takes it an hour of a core. What a plan needs is known in between,
+where XLA writes it down; so it is read there, and the compiler is stopped by ending its process. It is also kept, so
+that nothing is asked twice: JAX's own cache keeps programs for devices that are not there, but cannot read them again.
 """
 
 import hashlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
+import re
+import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jaxlib import _hlo, _jax  # the only way to XLA's own counts for a program that is not compiled to its end
 
+from personalize_jax.errors import UserError
 from personalize_jax.files import write_text
 from personalize_jax.planning import hlo
 from personalize_jax.planning.hlo import Collective, collectives
 
 _FOLDER = "plans"  # beside the compiled programs that JAX keeps
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+_SETTINGS = ("jax_platforms", "jax_compilation_cache_dir")
+_PROGRAM, _MEMORY = "after_optimizations.txt", "after_optimizations-memory-usage-report.txt"
+_WRITTEN = "after_optimizations_after_buffer_assignment.txt"  # what follows the other two
+_TOTAL = re.compile(r"Memory Space: default.*\nTotal bytes: (\d+)")
+_PAUSE = 0.2  # seconds
 
 
 class Verdict(NamedTuple):
-    """The compiler's figures, in bytes but for `flops` and `seconds`; or why it refuses the program.
+    """The compiler's figures for one device, or why it refuses the program.
 
     Attributes:
-        arguments: what the program is given.
-        outputs: what it gives.
-        aliased: of these, what lies where arguments lay.
-        temporaries: what it needs besides.
-        code: itself.
+        memory: bytes that the program needs at once, with its arguments and results, without its own code.
         flops: operations.
-        traffic: read from memory and written to it.
+        traffic: bytes read from memory and written to it.
         exchanges: what is sent between devices.
         refusal: the compiler's words, or "".
-        seconds: of compiling.
+        seconds: of compiling, up to this.
     """
 
-    arguments: int = 0
-    outputs: int = 0
-    aliased: int = 0
-    temporaries: int = 0
-    code: int = 0
+    memory: int = 0
     flops: float = 0.0
     traffic: float = 0.0
     exchanges: tuple[Collective, ...] = ()
@@ -50,10 +57,53 @@ class Verdict(NamedTuple):
     seconds: float = 0.0
 
 
-def ask(lowered: jax.stages.Lowered, devices: Sequence[Any]) -> Verdict:
-    """Compile a program, or read what was kept of the same one for the same devices, versions and flags.
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a process of its own, with which compilers end that `ask` no longer waits for.
 
-    A refusal is not kept: it comes early, and may be for another reason than the program.
+    Args:
+        function: of a module.
+        arguments: for it; they and what it returns are sent between the processes.
+
+    Raises:
+        UserError: the function does, or its process was killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    settings = {name: getattr(jax.config, name) for name in _SETTINGS}
+    process = context.Process(target=_answer, args=(theirs, settings, function, arguments), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        answer = ours.recv()
+    except EOFError:
+        process.join()
+        how = f"ended with status {process.exitcode}"
+        raise UserError(f"The compiler {how}; -9 means too little memory here: large programs take it 10 GB.") from None
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _answer(
+    connection: Connection, settings: dict[str, Any], function: Callable[..., Any], arguments: Sequence[Any]
+) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    try:
+        connection.send(function(*arguments))
+    except Exception as error:
+        connection.send(error)
+    os._exit(0)  # without waiting for compilers
+
+
+def ask(lowered: jax.stages.Lowered, devices: Sequence[Any]) -> Verdict:
+    """Compile a program as far as figures need, or read what was kept of the same one for devices and versions.
+
+    The compiler goes on behind, until the process ends (see `apart`). A refusal is not kept: it comes early, and may be
+    for another reason than the program.
 
     Args:
         lowered: the program.
@@ -71,23 +121,41 @@ def ask(lowered: jax.stages.Lowered, devices: Sequence[Any]) -> Verdict:
 
 
 def _compile(lowered: jax.stages.Lowered, num_devices: int) -> Verdict:
-    start = time.monotonic()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        return Verdict(refusal=str(error), seconds=time.monotonic() - start)
-    sizes, costs = compiled.memory_analysis(), compiled.cost_analysis()
-    return Verdict(
-        arguments=sizes.argument_size_in_bytes,
-        outputs=sizes.output_size_in_bytes,
-        aliased=sizes.alias_size_in_bytes,
-        temporaries=sizes.temp_size_in_bytes,
-        code=sizes.generated_code_size_in_bytes,
-        flops=costs["flops"],
-        traffic=costs["bytes accessed"],
-        exchanges=tuple(collectives(compiled.as_text())) if num_devices > 1 else (),
-        seconds=time.monotonic() - start,
+    start, refused = time.monotonic(), []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # the compiler may write there later
+
+        def to_the_end() -> None:
+            try:
+                lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+            except jax.errors.JaxRuntimeError as error:
+                refused.append(str(error))
+
+        compiler = threading.Thread(target=to_the_end, daemon=True)
+        compiler.start()
+        while compiler.is_alive() and not _written(folder, _WRITTEN):
+            compiler.join(_PAUSE)
+        seconds = time.monotonic() - start
+        if refused:
+            return Verdict(refusal=refused[0], seconds=seconds)
+        files = [_written(folder, name) for name in (_PROGRAM, _MEMORY)]
+        if None in files:
+            known = "take the version of libtpu in tests/requirements.txt"
+            raise UserError(f"The compiler of {', '.join(_compilers())} writes no {_PROGRAM}; {known}.")
+        program, memory = (file.read_text() for file in files)
+    counts = _jax.hlo_module_cost_analysis(
+        jax.local_devices(backend="cpu")[0].client, _hlo.hlo_module_from_text(program)
     )
+    return Verdict(
+        memory=int(_TOTAL.search(memory)[1]),
+        flops=counts["flops"],
+        traffic=counts["bytes accessed"],
+        exchanges=tuple(collectives(program)) if num_devices > 1 else (),
+        seconds=seconds,
+    )
+
+
+def _written(folder: str, name: str) -> Path | None:
+    return next(Path(folder).glob(f"*{name}"), None)
 
 
 def _file(lowered: jax.stages.Lowered, devices: Sequence[Any]) -> Path | None:
@@ -95,11 +163,10 @@ def _file(lowered: jax.stages.Lowered, devices: Sequence[Any]) -> Path | None:
     if not (cache := jax.config.jax_compilation_cache_dir):
         return None
     made_of = [lowered.as_text(), *map(repr, devices), *(os.environ.get(flag, "") for flag in _FLAGS)]
-    made_of += [f"{d.metadata['Name']}=={d.version}" for d in _compilers()]
-    made_of += [Path(code).read_text() for code in (__file__, hlo.__file__)]  # which read the figures
+    made_of += [*_compilers(), *(Path(code).read_text() for code in (__file__, hlo.__file__))]  # which read the figures
     return Path(cache) / _FOLDER / f"{hashlib.sha256('|'.join(made_of).encode()).hexdigest()}.json"
 
 
-def _compilers() -> list[importlib.metadata.Distribution]:
-    names = ("jax", "jaxlib", "libtpu")
-    return [d for name in names for d in importlib.metadata.distributions(name=name)]
+def _compilers() -> list[str]:
+    found = [d for name in ("jax", "jaxlib", "libtpu") for d in importlib.metadata.distributions(name=name)]
+    return [f"{d.metadata['Name']}=={d.version}" for d in found]

@@ -15,8 +15,10 @@ from ml_collections import ConfigDict
 from personalize_jax.errors import UserError
 from personalize_jax.pipeline import Pipeline, Sampling, Stage, Text
 from personalize_jax.pipeline.cascade import draw_pictures
+from personalize_jax.planning import slices
 from personalize_jax.planning.compiler import ask
 from personalize_jax.planning.hlo import Collective
+from personalize_jax.planning.slices import Topology
 from personalize_jax.training import sharding
 from personalize_jax.training.examples import Examples
 from personalize_jax.training.program import build, mesh_of
@@ -38,7 +40,7 @@ class Usage(NamedTuple):
         exchanges: what is sent between devices.
         rounds: how often the body of the program's loop runs in a step; what is counted above is once.
         compiled: whether there is a program: the compiler refuses what does not fit.
-        seconds: of compiling.
+        seconds: of compiling, as far as this is known.
     """
 
     memory: dict[str, int]
@@ -62,7 +64,7 @@ class Usage(NamedTuple):
 
 
 def train_step(
-    pipeline: Pipeline, stage: Stage, config: ConfigDict, class_images: int, trains_text: bool, devices: Sequence[Any]
+    pipeline: Pipeline, stage: Stage, config: ConfigDict, class_images: int, trains_text: bool, topology: Topology
 ) -> Usage:
     """One step of a stage's tuning, on its mesh.
 
@@ -72,11 +74,12 @@ def train_step(
         config: of the training; one step is planned, however many are dispatched at once.
         class_images: their number.
         trains_text: whether captions are encoded in the step, rather than once.
-        devices: all of them.
+        topology: the slice.
 
     Raises:
-        UserError: the configuration does not fit the devices.
+        UserError: the configuration does not fit the number of chips.
     """
+    devices = slices.devices(topology)
     one = config.copy_and_resolve_references().unlock()
     one.steps_per_dispatch, one.num_steps = 1, max(1, config.num_steps)
     mesh = mesh_of(one, devices)
@@ -100,7 +103,7 @@ def train_step(
 
 
 def sampling_step(
-    pipeline: Pipeline, stage: Stage, sampling: Sampling, batch_size: int, config: ConfigDict, devices: Sequence[Any]
+    pipeline: Pipeline, stage: Stage, sampling: Sampling, batch_size: int, config: ConfigDict, topology: Topology
 ) -> Usage:
     """One step of drawing a batch of pictures from a stage, of `sampling.num_steps`.
 
@@ -110,8 +113,9 @@ def sampling_step(
         sampling: how it is drawn.
         batch_size: pictures at once; filled up to a multiple of the devices.
         config: of a training, which says how parameters lie.
-        devices: all of them.
+        topology: the slice.
     """
+    devices = slices.devices(topology)
     B = batch_size + -batch_size % len(devices)
     mesh = Mesh(np.array(devices).ravel(), ("data",))
     over_devices = NamedSharding(mesh, P("data"))
@@ -144,9 +148,7 @@ def measured(
     if found.refusal:
         own = {"activations": _refused(found.refusal, arguments)}
         return Usage(memory | own, math.nan, math.nan, [], rounds, False, found.seconds)
-    outputs = max(0, found.outputs - found.aliased)
-    padding = max(0, found.arguments - arguments)  # tiles that arrays do not fill
-    own = {"activations": found.temporaries + outputs + padding, "program": found.code}
+    own = {"activations": max(0, found.memory - arguments)}  # with tiles that arguments do not fill
     return Usage(memory | own, found.flops, found.traffic, list(found.exchanges), rounds, True, found.seconds)
 
 

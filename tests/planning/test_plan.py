@@ -35,7 +35,7 @@ def test_the_command_prints_a_table_and_writes_all_numbers(pretrained, tmp_path)
 
 
 def test_changes_are_tried_until_tuning_fits(pretrained, monkeypatch):
-    def tuning(pipeline, config, name, devices):
+    def tuning(pipeline, config, name, topology):
         """Each change takes something off: the mesh parameters, the dtype moments, microbatches activations."""
         training = config.training
         whole = {

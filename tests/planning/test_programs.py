@@ -12,7 +12,7 @@ from configs import deepfloyd_if, stable_diffusion, world
 from personalize_jax import plan
 from personalize_jax.configuration import changed
 from personalize_jax.pipeline import Text
-from personalize_jax.planning import compiler, slices
+from personalize_jax.planning import slices
 from personalize_jax.planning.estimate import Run, Usage, fits, roofline, seconds
 from personalize_jax.planning.hlo import Collective
 from personalize_jax.planning.programs import bytes_per_device, measured, resident
@@ -58,27 +58,6 @@ def test_a_program_that_is_too_large_is_measured_all_the_same():
     found = measured(lowered, {"parameters": 2 * side**2}, 2 * side**2, 1, [one])
     assert not found.compiled and not fits(found, slices.parse("v5e-1"))
     assert found.memory["activations"] > 6 * 2**30
-
-
-def test_a_program_is_compiled_once(monkeypatch):
-    """And what the compiler says of it kept, where the tests' programs are kept."""
-    compiled = []
-    monkeypatch.setattr(compiler, "_compile", lambda lowered, count: compiled.append(count) or told)
-    told = compiler.Verdict(flops=2.0, exchanges=(Collective("all-gather", 80, 8, True),), seconds=1.5)
-    programs = [jax.jit(lambda x, k=k: k * x).lower(jnp.ones(3)) for k in (2, 2, 3)]
-    assert [compiler.ask(program, ["chip"]) for program in programs] == [told] * 3
-    assert len(compiled) == 2  # the second is the first
-    compiler.ask(programs[0], ["chip", "another"])
-    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--other")
-    compiler.ask(programs[0], ["chip"])
-    assert len(compiled) == 4
-
-
-def test_a_refusal_is_asked_again(monkeypatch):
-    monkeypatch.setattr(compiler, "_compile", lambda lowered, count: answers.pop())
-    answers = [compiler.Verdict(flops=1.0), compiler.Verdict(refusal="out of patience")]
-    program = jax.jit(lambda x: 5 * x).lower(jnp.ones(3))
-    assert [bool(compiler.ask(program, ["chip"]).refusal) for _ in range(3)] == [True, False, False]
 
 
 def test_a_run_is_its_steps_and_batches():

@@ -1,0 +1,74 @@
+"""Asking the compiler: its figures early, once, and in a process that ends with the question."""
+
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from personalize_jax.errors import UserError
+from personalize_jax.planning import compiler, slices
+from personalize_jax.planning.hlo import Collective, collectives
+
+
+def test_early_figures_are_those_of_the_compiled_program():
+    pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with tests/requirements.txt")
+    devices = slices.devices(slices.parse("v5e:2x2"))
+    mesh = Mesh(np.array(devices), ("data",))
+    split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    x = jax.ShapeDtypeStruct((4096, 2048), jnp.float32, sharding=split)
+    w = jax.ShapeDtypeStruct((2048, 2048), jnp.float32, sharding=whole)
+
+    def loss(w, x):
+        return jnp.mean(jnp.sin(jax.nn.softmax(x @ w) @ w) ** 2)
+
+    lowered = jax.jit(jax.grad(loss), out_shardings=whole).lower(w, x)
+    early, compiled = compiler.ask(lowered, devices), lowered.compile()
+    assert early.flops == compiled.cost_analysis()["flops"] > 2 * 2 * 1024 * 2048**2
+    assert list(early.exchanges) == collectives(compiled.as_text())
+    assert [e.bytes for e in early.exchanges] == [4 * 2048**2]  # the gradient
+    sizes = compiled.memory_analysis()
+    needed = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
+    assert early.memory == pytest.approx(needed, rel=0.05)
+
+
+def test_a_program_is_compiled_once(monkeypatch):
+    """And what the compiler says of it kept, where the tests' programs are kept."""
+    compiled = []
+    monkeypatch.setattr(compiler, "_compile", lambda lowered, count: compiled.append(count) or told)
+    told = compiler.Verdict(flops=2.0, exchanges=(Collective("all-gather", 80, 8, True),), seconds=1.5)
+    programs = [jax.jit(lambda x, k=k: k * x).lower(jnp.ones(3)) for k in (2, 2, 3)]
+    assert [compiler.ask(program, ["chip"]) for program in programs] == [told] * 3
+    assert len(compiled) == 2  # the second is the first
+    compiler.ask(programs[0], ["chip", "another"])
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--other")
+    compiler.ask(programs[0], ["chip"])
+    assert len(compiled) == 4
+
+
+def test_a_refusal_is_asked_again(monkeypatch):
+    monkeypatch.setattr(compiler, "_compile", lambda lowered, count: answers.pop())
+    answers = [compiler.Verdict(flops=1.0), compiler.Verdict(refusal="out of patience")]
+    program = jax.jit(lambda x: 5 * x).lower(jnp.ones(3))
+    assert [bool(compiler.ask(program, ["chip"]).refusal) for _ in range(3)] == [True, False, False]
+
+
+def backend_of(value):
+    if value == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if value == "wrong":
+        raise UserError("The value is wrong; give another.")
+    return value, jax.default_backend(), os.getpid()
+
+
+def test_a_process_of_its_own_answers_or_says_why_it_cannot():
+    value, backend, process = compiler.apart(backend_of, 3)
+    assert (value, backend) == (3, "cpu") and process != os.getpid()
+    with pytest.raises(UserError, match="give another"):
+        compiler.apart(backend_of, "wrong")
+    with pytest.raises(UserError, match="status -9"):
+        compiler.apart(backend_of, "killed")
