@@ -94,7 +94,7 @@ def public(pretrained: str | tuple[str, ...]) -> ConfigDict:
             "compute": {
                 "dtype": "bfloat16",  # of activations, and of pretrained weights in memory; what is trained is float32
                 "remat": True,  # compute activations again in the backward pass
-                "attention": "xla",  # or flash (TPU), cudnn (GPU), heads (CPU): these never hold all of the scores
+                "attention": "auto",  # flash on TPUs, else xla; or cudnn (GPU), heads (CPU), which hold few scores too
             },
             "subject": {
                 "num_tokens": 1,  # of the identifier

@@ -70,7 +70,7 @@ def abstract_pipeline(config: ConfigDict) -> Pipeline:
         pipeline = load_pipeline(named)
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), pipeline.params)
         return pipeline.replace_params(**shapes)
-    built = architecture(spec, **config.get("compute", {}))
+    built = architecture(spec, "tpu", **config.get("compute", {}))
     return Pipeline(None, built.text_encoder, built.stages, built.abstract_params(), spec, built.codec)
 
 

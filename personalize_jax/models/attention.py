@@ -19,6 +19,18 @@ CACHED = 512 * 512  # scores of a head that stay in a CPU core's cache
 TENSOR = "tensor"  # the axis of a mesh that splits features, and with them heads; all others split the batch
 
 
+def suited(implementation: str, platform: str) -> str:
+    """What "auto" stands for: "flash" on TPUs, as scores of large pictures exceed a chip's memory, "xla" elsewhere.
+
+    Args:
+        implementation: "auto", or what `attend` takes, which is returned as it is.
+        platform: "tpu", "gpu" or "cpu".
+    """
+    if implementation != "auto":
+        return implementation
+    return "flash" if platform == "tpu" else "xla"
+
+
 def attend(
     q_BLND: Array,
     k_BSND: Array,
@@ -48,7 +60,7 @@ def attend(
         UserError: an unknown implementation.
     """
     if implementation not in get_args(Implementation):
-        raise UserError(f"attention is {implementation!r}; give one of {', '.join(get_args(Implementation))}.")
+        raise UserError(f"attention is {implementation!r}; give one of auto, {', '.join(get_args(Implementation))}.")
     if implementation == "flash":
         scale = q_BLND.shape[-1] ** -0.5 if scale is None else scale
         kept_BS = jnp.ones(k_BSND.shape[:2], bool) if mask_BS is None else mask_BS

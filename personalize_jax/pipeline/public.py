@@ -25,6 +25,7 @@ from jax.typing import DTypeLike
 from personalize_jax.diffusion.schedule import Schedule
 from personalize_jax.errors import UserError
 from personalize_jax.files import replacing
+from personalize_jax.models.attention import suited
 from personalize_jax.models.autoencoder_kl import AutoencoderKL
 from personalize_jax.models.clip_text import ClipTextEncoder
 from personalize_jax.models.params import Params, flatten, unflatten
@@ -103,16 +104,19 @@ class Architecture(NamedTuple):
         return unflatten(shapes)
 
 
-def architecture(spec: Mapping[str, Any], **compute: Any) -> Architecture:
+def architecture(spec: Mapping[str, Any], platform: str | None = None, **compute: Any) -> Architecture:
     """The networks and processes that a spec describes.
 
     Args:
         spec: see the module.
+        platform: whose devices they are for; None for this machine's.
         **compute: of all networks: dtype, remat, attention.
 
     Raises:
         UserError: what it describes is not supported, or the stages do not follow each other.
     """
+    if "attention" in compute:
+        compute["attention"] = suited(compute["attention"], platform or jax.default_backend())
     codec = None
     if "vae" in spec:
         codec = AutoencoderKL.from_config(spec["vae"], dtype=compute.get("dtype", jnp.float32))

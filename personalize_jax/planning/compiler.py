@@ -26,7 +26,7 @@ from jaxlib import _hlo, _jax  # the only way to XLA's own counts for a program 
 from personalize_jax.errors import UserError
 from personalize_jax.files import write_text
 from personalize_jax.planning import hlo
-from personalize_jax.planning.hlo import Collective, collectives
+from personalize_jax.planning.hlo import Collective
 
 _FOLDER = "plans"  # beside the compiled programs that JAX keeps
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
@@ -147,9 +147,9 @@ def _compile(lowered: jax.stages.Lowered, num_devices: int) -> Verdict:
     )
     return Verdict(
         memory=int(_TOTAL.search(memory)[1]),
-        flops=counts["flops"],
+        flops=counts["flops"] + hlo.kernel_flops(program),
         traffic=counts["bytes accessed"],
-        exchanges=tuple(collectives(program)) if num_devices > 1 else (),
+        exchanges=tuple(hlo.collectives(program)) if num_devices > 1 else (),
         seconds=seconds,
     )
 

@@ -81,7 +81,7 @@ def test_several_chips_attend_with_the_flash_kernel_each_to_its_own_pictures_and
 
 
 def test_an_unknown_implementation_is_named():
-    with pytest.raises(UserError, match="attention is 'fast'; give one of xla, cudnn, flash, heads"):
+    with pytest.raises(UserError, match="attention is 'fast'; give one of auto, xla, cudnn, flash, heads"):
         attend(*random(1, 2, 2, 1, 4), "fast")
 
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from personalize_jax.errors import UserError
+from personalize_jax.models.attention import attend
 from personalize_jax.planning import compiler, slices
 from personalize_jax.planning.hlo import Collective, collectives
 
@@ -34,6 +35,18 @@ def test_early_figures_are_those_of_the_compiled_program():
     sizes = compiled.memory_analysis()
     needed = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
     assert early.memory == pytest.approx(needed, rel=0.05)
+
+
+def test_operations_of_the_flash_kernels_are_counted():
+    """Two products forward; backward three for queries, and four for keys and values."""
+    pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with tests/requirements.txt")
+    devices = slices.devices(slices.parse("v5e-1"))
+    B, L, S, N, D = 2, 512, 256, 4, 64
+    one = jax.sharding.SingleDeviceSharding(devices[0])
+    q, k = (jax.ShapeDtypeStruct((B, length, N, D), jnp.bfloat16, sharding=one) for length in (L, S))
+    attention = jax.jit(jax.grad(lambda q, k, v: jnp.sum(attend(q, k, v, "flash")).astype(jnp.float32), (0, 1, 2)))
+    flops = compiler.ask(attention.lower(q, k, k), devices).flops
+    assert flops == pytest.approx(9 * 2 * B * N * L * S * D, rel=0.05)
 
 
 def test_a_program_is_compiled_once(monkeypatch):
