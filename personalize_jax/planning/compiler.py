@@ -8,10 +8,12 @@ that nothing is asked twice: JAX's own cache keeps programs for devices that are
 
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import multiprocessing
 import os
 import re
+import signal
 import tempfile
 import threading
 import time
@@ -23,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxlib import _hlo, _jax  # the only way to XLA's own counts for a program that is not compiled to its end
 
+from personalize_jax import interruption
 from personalize_jax.errors import UserError
 from personalize_jax.files import write_text
 from personalize_jax.planning import hlo
@@ -66,6 +69,7 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
 
     Raises:
         UserError: the function does, or its process was killed.
+        Stopped: this one was asked to stop.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
@@ -74,6 +78,8 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
     process.start()
     theirs.close()
     try:
+        while not ours.poll(_PAUSE):
+            interruption.check()
         answer = ours.recv()
     except EOFError:
         process.join()
@@ -90,6 +96,7 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
 def _answer(
     connection: Connection, settings: dict[str, Any], function: Callable[..., Any], arguments: Sequence[Any]
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both, and is for the asking one
     for name, value in settings.items():
         jax.config.update(name, value)
     try:
@@ -163,7 +170,7 @@ def _file(lowered: jax.stages.Lowered, devices: Sequence[Any]) -> Path | None:
     if not (cache := jax.config.jax_compilation_cache_dir):
         return None
     made_of = [lowered.as_text(), *map(repr, devices), *(os.environ.get(flag, "") for flag in _FLAGS)]
-    made_of += [*_compilers(), *(Path(code).read_text() for code in (__file__, hlo.__file__))]  # which read the figures
+    made_of += [*_compilers(), inspect.getsource(_compile), inspect.getsource(hlo)]  # which read the figures
     return Path(cache) / _FOLDER / f"{hashlib.sha256('|'.join(made_of).encode()).hexdigest()}.json"
 
 

@@ -21,17 +21,17 @@ def test_early_figures_are_those_of_the_compiled_program():
     devices = slices.devices(slices.parse("v5e:2x2"))
     mesh = Mesh(np.array(devices), ("data",))
     split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-    x = jax.ShapeDtypeStruct((4096, 2048), jnp.float32, sharding=split)
-    w = jax.ShapeDtypeStruct((2048, 2048), jnp.float32, sharding=whole)
+    x = jax.ShapeDtypeStruct((1024, 512), jnp.float32, sharding=split)
+    w = jax.ShapeDtypeStruct((512, 512), jnp.float32, sharding=whole)
 
     def loss(w, x):
         return jnp.mean(jnp.sin(jax.nn.softmax(x @ w) @ w) ** 2)
 
     lowered = jax.jit(jax.grad(loss), out_shardings=whole).lower(w, x)
     early, compiled = compiler.ask(lowered, devices), lowered.compile()
-    assert early.flops == compiled.cost_analysis()["flops"] > 2 * 2 * 1024 * 2048**2
+    assert early.flops == compiled.cost_analysis()["flops"] > 2 * 2 * 256 * 512**2
     assert list(early.exchanges) == collectives(compiled.as_text())
-    assert [e.bytes for e in early.exchanges] == [4 * 2048**2]  # the gradient
+    assert [e.bytes for e in early.exchanges] == [4 * 512**2]  # the gradient
     sizes = compiled.memory_analysis()
     needed = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
     assert early.memory == pytest.approx(needed, rel=0.05)
