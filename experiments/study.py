@@ -143,13 +143,15 @@ def select(subjects: Sequence[BenchmarkSubject], count: int, part: str) -> list[
     [1, 4, 7]
 
     Raises:
-        UserError: there are fewer, or the text does not say which part.
+        UserError: there are fewer, or the text does not say which part, or that part has none of them.
     """
     if count > len(subjects):
         raise UserError(f"{count} subjects were asked for and the benchmark has {len(subjects)}; ask for fewer.")
     k, slash, n = part.partition("/")
     if not (slash and k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
         raise UserError(f"--part is {part!r}; give such as 2/3, the second of three.")
+    if int(k) > count:
+        raise UserError(f"--part is {part!r}, and there are {count} subjects; make no more parts than that.")
     return [subjects[i] for i in range(int(k) - 1, count, int(n))]
 
 

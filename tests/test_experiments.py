@@ -79,7 +79,7 @@ def test_a_finding_holds_when_its_interval_excludes_zero():
 def test_parts_share_the_subjects_out():
     assert sorted(i for k in (1, 2, 3) for i in study.select(range(30), 10, f"{k}/3")) == list(range(10))
     assert study.select("abcd", 3, "1/1") == ["a", "b", "c"]
-    for wrong in ("0/2", "3/2", "2", "a/b", "1/"):
+    for wrong in ("0/2", "3/2", "2", "a/b", "1/", "11/11"):
         with pytest.raises(UserError, match="--part"):
             study.select(range(30), 10, wrong)
     with pytest.raises(UserError, match="31 subjects were asked for and the benchmark has 30"):
