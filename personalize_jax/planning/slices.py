@@ -19,6 +19,13 @@ _SHAPES = {
     2: {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)},
     3: {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8)},
 }
+# Lets libtpu be used where there is no TPU.
+_WITHOUT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",  # or it asks for a metadata server, which only a cloud has
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any, or it complains
+    "TPU_WORKER_HOSTNAMES": "localhost",  # likewise
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so that nothing has to be locked
+}
 
 
 class Topology(NamedTuple):
@@ -78,8 +85,8 @@ def devices(topology: Topology) -> Sequence[Any]:
     Raises:
         UserError: libtpu is not installed, or does not know such a slice.
     """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks for a metadata server, which only a cloud has
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used, so that nothing has to be locked
+    for name, value in _WITHOUT_TPU.items():
+        os.environ.setdefault(name, value)
     options: dict[str, Any] = {"chips_per_host_bounds": HOST if topology.size > 1 else (1, 1, 1)}
     if topology.name == "v4":
         options["chip_config_name"] = "megacore"  # both cores of a chip as one device

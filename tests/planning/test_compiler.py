@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from personalize_jax import interruption
 from personalize_jax.errors import UserError
 from personalize_jax.models.attention import attend
 from personalize_jax.planning import compiler, slices
@@ -85,3 +87,11 @@ def test_a_process_of_its_own_answers_or_says_why_it_cannot():
         compiler.apart(backend_of, "wrong")
     with pytest.raises(UserError, match="status -9"):
         compiler.apart(backend_of, "killed")
+
+
+def test_asked_to_stop_it_does_not_wait_for_the_compiler(monkeypatch):
+    monkeypatch.setattr(interruption, "requested", lambda: True)
+    began = time.monotonic()
+    with pytest.raises(interruption.Stopped):
+        compiler.apart(time.sleep, 600)
+    assert time.monotonic() - began < 60
