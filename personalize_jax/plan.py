@@ -3,8 +3,9 @@
     python -m personalize_jax.plan --config=configs/stable_diffusion.py:2.1 --topology=v5e-8 --topology=v5p-8
 
 The real train step and the real sampling step of each stage are compiled ahead of time, on any machine with libtpu
-(`pip install libtpu`) and without weights: a published model's shapes are known, a folder's are read. Compiling a step
-of a large model takes a core half an hour or more, once. `--out=plan.json` keeps all numbers.
+(`pip install libtpu`) and without weights: a published model's shapes are known, a folder's are read. The compiler is
+stopped before it writes machine code (`planning/compiler.py`), after a few minutes of a core for a step of a large
+model, once. `--out=plan.json` keeps all numbers.
 
 Times are a roofline's, the least that a step can take; real steps take longer.
 """

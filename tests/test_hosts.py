@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from personalize_jax import hosts, manifest
 from personalize_jax.errors import UserError
+from personalize_jax.pipeline import load_pipeline
 from personalize_jax.training import loop
 from tests import processes
 
@@ -36,7 +37,7 @@ def run(folder, module, *arguments, processes_of=(4,)):
         before = functools.partial(processes.use_devices, devices)
         started.append(processes.start(processes.run_module, module, [str(a) for a in of_one], files[-1], before))
     for process in started:
-        process.join(300)
+        process.join(600)
         process.kill()
     return [
         processes.Finished(process.exitcode, *(file.read_text() for file in of_one))
@@ -119,6 +120,36 @@ def test_one_process_goes_on_from_what_two_have_saved(runs, pretrained, photos, 
     steps = [json.loads(line)["step"] for line in (workdir / "base" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps)) and steps[-1] == 8
     assert int(loop.latest(workdir / "base").step) == 8
+
+
+@pytest.mark.slow
+def test_two_processes_sample_what_one_samples(pretrained, tmp_path):
+    """An odd number, so that the last batch is filled up."""
+    for name, processes_of in (("together", (2, 2)), ("alone", (4,))):
+        arguments = [f"--pipeline={pretrained}", "--prompt=a dog", "--prompt=a cat", "--num_images=5", "--batch_size=4"]
+        out = f"--out={tmp_path / name}"
+        finished = run(tmp_path, "personalize_jax.sample", *arguments, out, processes_of=processes_of)
+        assert [of_one.status for of_one in finished] == [0] * len(finished), [of_one.error for of_one in finished]
+    files = [{f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("together", "alone")]
+    assert files[0] == files[1] and len(files[0]) == 10
+
+
+@pytest.mark.slow
+def test_two_processes_pretrain_what_one_pretrains(tmp_path):
+    saved = []
+    for name, processes_of in (("together", (2, 2)), ("alone", (4,))):
+        folder = tmp_path / name
+        folder.mkdir()
+        arguments = [
+            "--config=tests/tiny_pretraining.py:base",
+            f"--workdir={folder}",
+            f"--data_dir={tmp_path / 'data'}",
+        ]
+        finished = run(tmp_path, "personalize_jax.pretrain", *arguments, processes_of=processes_of)
+        assert [of_one.status for of_one in finished] == [0] * len(finished), [of_one.error for of_one in finished]
+        saved.append(load_pipeline(folder / "pipeline"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), *(p.params for p in saved))
+    np.testing.assert_array_equal(*(p.tokenizer.counts for p in saved))
 
 
 def test_an_error_of_process_0_ends_both(pretrained, photos, tmp_path):

@@ -1,5 +1,6 @@
 """Softmax attention behind one function: which kernel computes it is a key of the configuration."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Literal, get_args
@@ -15,6 +16,10 @@ from personalize_jax.errors import UserError
 
 Implementation = Literal["xla", "cudnn", "flash", "heads"]
 BLOCK = 128  # sequences of the flash kernel come in multiples of this
+# In a compiled program's text: a kernel's queries and keys, [B, N, L, D] each; and how many products.
+_OPERANDS = r"operand_layout_constraints=\{\w+\[(\d+,\d+,\d+,\d+)\]\S+ \w+\[(\d+,\d+,\d+,\d+)\]"
+_KERNEL = re.compile(rf'tpu_custom_call".*{_OPERANDS}.*op_name="([^"]*)"')
+_FORWARD, _BACKWARD = {"flash_attention": 2}, {"flash_mha_bwd_dq": 3, "flash_mha_bwd_dkv": 4}
 CACHED = 512 * 512  # scores of a head that stay in a CPU core's cache
 TENSOR = "tensor"  # the axis of a mesh that splits features, and with them heads; all others split the batch
 
@@ -82,6 +87,23 @@ def over(mesh: Mesh) -> jax.sharding.use_abstract_mesh:
         mesh: its axis `TENSOR`, if there is one, splits heads; the others together split the batch, and divide it.
     """
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def flash_flops(program: str, forward: bool = True) -> float:
+    """Operations of "flash" in a program for TPUs, of which XLA counts the forward kernel's at most.
+
+    Args:
+        program: `compiled.as_text()`.
+        forward: whether to count the forward kernel.
+    """
+    total = 0.0
+    for queries, keys, name in _KERNEL.findall(program):
+        products = next((count for kernel, count in _BACKWARD.items() if kernel in name), None)
+        if products is None:
+            products = next((count for kernel, count in _FORWARD.items() if forward and kernel in name), 0)
+        B, N, L, D = map(int, queries.split(","))
+        total += 2 * products * B * N * L * int(keys.split(",")[2]) * D
+    return total
 
 
 def _in_parts(kernel: Callable[..., Array], q_BLND: Array, k_BSND: Array, v_BSND: Array, kept_BS: Array) -> Array:

@@ -28,6 +28,7 @@ from jaxlib import _hlo, _jax  # the only way to XLA's own counts for a program 
 from personalize_jax import interruption
 from personalize_jax.errors import UserError
 from personalize_jax.files import write_text
+from personalize_jax.models.attention import flash_flops
 from personalize_jax.planning import hlo
 from personalize_jax.planning.hlo import Collective
 
@@ -154,7 +155,7 @@ def _compile(lowered: jax.stages.Lowered, num_devices: int) -> Verdict:
     )
     return Verdict(
         memory=int(_TOTAL.search(memory)[1]),
-        flops=counts["flops"] + hlo.kernel_flops(program),
+        flops=counts["flops"] + flash_flops(program),
         traffic=counts["bytes accessed"],
         exchanges=tuple(hlo.collectives(program)) if num_devices > 1 else (),
         seconds=seconds,
@@ -170,7 +171,7 @@ def _file(lowered: jax.stages.Lowered, devices: Sequence[Any]) -> Path | None:
     if not (cache := jax.config.jax_compilation_cache_dir):
         return None
     made_of = [lowered.as_text(), *map(repr, devices), *(os.environ.get(flag, "") for flag in _FLAGS)]
-    made_of += [*_compilers(), inspect.getsource(_compile), inspect.getsource(hlo)]  # which read the figures
+    made_of += [*_compilers(), *map(inspect.getsource, (_compile, flash_flops, hlo))]  # which read the figures
     return Path(cache) / _FOLDER / f"{hashlib.sha256('|'.join(made_of).encode()).hexdigest()}.json"
 
 

@@ -1,4 +1,4 @@
-"""What XLA's cost analysis leaves out, read from a compiled program: exchanges between devices, and kernels."""
+"""What a compiled program sends between devices, read from its text: XLA's cost analysis leaves that out."""
 
 import math
 import re
@@ -12,10 +12,6 @@ _SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|(?:true|false)_computation)=%?([\w.\-]+)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[([^\]]*)\][^{]* \{([^}]*)\})")
-# JAX's flash attention, and how many products of queries' by keys' size each of its kernels computes.
-_OPERANDS = r"operand_layout_constraints=\{\w+\[(\d+,\d+,\d+,\d+)\]\S+ \w+\[(\d+,\d+,\d+,\d+)\]"  # queries, keys
-_KERNEL = re.compile(rf'tpu_custom_call".*{_OPERANDS}.*op_name="([^"]*)"')
-_PRODUCTS = {"flash_mha_bwd_dq": 3, "flash_mha_bwd_dkv": 4, "flash_attention": 2}
 
 
 class Collective(NamedTuple):
@@ -66,20 +62,6 @@ def collectives(text: str) -> list[Collective]:
 
     visit(next(name for name in bodies if name.startswith("ENTRY ")), False)
     return list(found.values())
-
-
-def kernel_flops(text: str) -> float:
-    """Operations of the flash attentions of a program for TPUs, the only kernels that networks here call.
-
-    Args:
-        text: `compiled.as_text()`.
-    """
-    total = 0.0
-    for queries, keys, name in _KERNEL.findall(text):
-        products = next((count for kernel, count in _PRODUCTS.items() if kernel in name), 0)  # or XLA's own
-        B, N, L, D = map(int, queries.split(","))
-        total += 2 * products * B * N * L * int(keys.split(",")[2]) * D
-    return total
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:

@@ -34,6 +34,7 @@ from personalize_jax import hosts
 from personalize_jax.chips import GIB, peak_flops
 from personalize_jax.errors import UserError
 from personalize_jax.files import naming, write_text
+from personalize_jax.models.attention import flash_flops
 from personalize_jax.training.event_file import EventFile
 from personalize_jax.training.wandb_run import WandbRun
 
@@ -65,8 +66,8 @@ class Work(NamedTuple):
         XLA counts the program as each of its devices runs it: what every device does, such as updating parameters that
         lie whole on all of them, is counted on each. The body of a loop counts once, however often it runs: right for
         the steps of a dispatch, while a step's microbatches are multiplied in here, with the little that is outside
-        their loop. Custom calls are not counted at all: Pallas kernels, as "flash" attention is one, and on GPUs what
-        libraries such as cuDNN compute. Activations that are computed again (`compute.remat`) are counted again.
+        their loop. On TPUs the backward pass of "flash" attention is added; on GPUs what libraries such as cuDNN do is
+        not counted at all. Activations that are computed again (`compute.remat`) are counted again.
 
         Args:
             program: one dispatch, of one step or more.
@@ -74,6 +75,8 @@ class Work(NamedTuple):
             microbatches: parts of the batch that a step's loop goes through.
         """
         counted = (program.cost_analysis() or {}).get("flops")
+        if counted and jax.default_backend() == "tpu":
+            counted += flash_flops(program.as_text(), forward=False)
         peak = peak_flops(jax.devices()[0].device_kind)
         count = jax.device_count()
         return cls(images, counted and counted * microbatches * count, peak and peak * count)

@@ -114,6 +114,7 @@ def test_stable_diffusion(tmp_path, prediction, scheduler):
     np.testing.assert_allclose(np.clip(decoded / 2 + 0.5, 0, 1), pictures, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_deepfloyd_if(tmp_path):
     """Guidance, dynamic thresholding, learned variances, then super-resolution from the first stage's pictures."""
     first, second = tiny_public.deepfloyd_if(), tiny_public.deepfloyd_if_super_resolution()
