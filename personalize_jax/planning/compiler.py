@@ -47,7 +47,7 @@ class Verdict(NamedTuple):
     Attributes:
         memory: bytes that the program needs at once, with its arguments and results, without its own code.
         flops: operations.
-        traffic: bytes read from memory and written to it.
+        traffic: bytes read from memory and written to it, without those that fill up tiles.
         exchanges: what is sent between devices.
         refusal: the compiler's words, or "".
         seconds: of compiling, up to this.
