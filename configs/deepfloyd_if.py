@@ -6,8 +6,8 @@ python -m personalize_jax.personalize --config=configs/deepfloyd_if.py:XL --imag
 The weights are those of the hub's DeepFloyd organisation, which asks for its licence to be accepted there first;
 folders of them on disk serve as well: --config.pretrained="('IF-I-XL-v1.0', 'IF-II-L-v1.0')". The paper's settings:
 1000 steps, learning rate 1e-5, lambda 1, about 1000 class images. It tells neither batch size nor optimiser, nor how
-the super-resolution model was trained: those are ours. Not run on the real weights yet. By `personalize_jax.plan`, XL takes
-3.3 of a chip's 16 GiB on a v5e-64.
+the super-resolution model was trained: those are ours. Not run on the real weights yet. By `personalize_jax.plan`, XL
+takes 3.3 of a chip's 16 GiB on a v5e-64.
 """
 
 from ml_collections import ConfigDict

@@ -5,8 +5,8 @@ python -m personalize_jax.personalize --config=configs/stable_diffusion.py:1.5 -
 
 Versions 1.5 (512 pixels, predicts eps), 2.1 (768, v) and 2.1-base (512, eps). A folder on disk serves as well:
 --config.pretrained=stable-diffusion-v1-5/. The paper's settings: 1000 steps, learning rate 5e-6, lambda 1, about 1000
-class images. Not run on the real weights yet. By `personalize_jax.plan`, 2.1 takes 7.4 of a chip's 16 GiB on a v5e-8, and
-with :lora 8.8 on a single one.
+class images. Not run on the real weights yet. By `personalize_jax.plan`, 2.1 takes 7.4 of a chip's 16 GiB on a v5e-8,
+and with :lora 8.8 on a single one.
 """
 
 from ml_collections import ConfigDict

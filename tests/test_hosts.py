@@ -148,7 +148,8 @@ def test_two_processes_pretrain_what_one_pretrains(tmp_path):
         finished = run(tmp_path, "personalize_jax.pretrain", *arguments, processes_of=processes_of)
         assert [of_one.status for of_one in finished] == [0] * len(finished), [of_one.error for of_one in finished]
         saved.append(load_pipeline(folder / "pipeline"))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), *(p.params for p in saved))
+    half = 2.0**-10  # they are saved in two bytes
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=half, atol=1e-5), *(p.params for p in saved))
     np.testing.assert_array_equal(*(p.tokenizer.counts for p in saved))
 
 
