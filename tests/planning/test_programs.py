@@ -12,6 +12,7 @@ from configs import deepfloyd_if, stable_diffusion, world
 from personalize_jax import plan
 from personalize_jax.configuration import changed
 from personalize_jax.pipeline import Text
+from personalize_jax.pipeline.public import architecture
 from personalize_jax.planning import slices
 from personalize_jax.planning.estimate import Run, Usage, fits, roofline, seconds
 from personalize_jax.planning.hlo import Collective
@@ -83,6 +84,15 @@ def test_shapes_of_published_models_need_no_weights(config, published):
     for name, count in published.items():
         found = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(pipeline.params[name]))
         assert found == pytest.approx(count, rel=0.04), name  # given to two digits
+
+
+def test_plans_are_for_the_attention_that_tpus_get():
+    config = stable_diffusion.get_config("2.1")
+    pipeline = plan.abstract_pipeline(config)
+    assert pipeline.stages[0].network.attention == "flash"
+    assert architecture(pipeline.spec, **config.compute).stages[0].network.attention == "xla"  # on this machine
+    chosen = changed(config, compute__attention="xla")
+    assert plan.abstract_pipeline(chosen).stages[0].network.attention == "xla"
 
 
 @pytest.mark.slow
