@@ -3,7 +3,7 @@
 XLA first optimises a program, places its exchanges and gives every array its place in memory, which takes a large
 program minutes, and then writes machine code, which it had not done after forty minutes of a core. What a plan needs is
 known in between, where XLA writes it down; so it is read there, and the compiler is stopped by ending its process. This
-is kept too, so that nothing is asked twice: JAX's own cache keeps programs for devices that are not there, but cannot read
+is kept too, so that nothing is asked twice: JAX's cache keeps programs for devices that are not there, but cannot read
 them again.
 """
 
