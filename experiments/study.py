@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
@@ -20,18 +21,22 @@ from experiments import tables
 from personalize_jax import command, manifest
 from personalize_jax.benchmark.loading import load_benchmark
 from personalize_jax.benchmark.subjects import BenchmarkSubject
-from personalize_jax.configuration import changed
+from personalize_jax.configuration import changed, num_steps
 from personalize_jax.errors import UserError
 from personalize_jax.evaluation import evaluate
 from personalize_jax.metrics.table import Row
 from personalize_jax.personalization import SubjectPhotos, class_knowledge, load_pretrained, personalize, tune_again
 from personalize_jax.personalized import Personalized, load_personalized
 from personalize_jax.pipeline import Pipeline
+from personalize_jax.report import Panel
 from personalize_jax.scoring import Judges, load_judges, read_rows, summary, write_rows
+from personalize_jax.showcase import sheets
 from personalize_jax.subject.class_noun import determine
 from personalize_jax.subject.identifier import PLACEHOLDER
-from personalize_jax.subject.images import from_pixels
+from personalize_jax.subject.images import from_pixels, read_image
 from personalize_jax.subject.registry import reserve_identifier
+from personalize_jax.training import tracking
+from personalize_jax.training.tracking import JSONL_ONLY, NO_DESTINATIONS, Destinations, Tracking
 from personalize_jax.world.exact import truth_of
 
 QUICK_SUBJECTS = 2
@@ -86,6 +91,7 @@ def define_flags() -> None:
     flags.DEFINE_list("arms", None, "Which of the experiment's arms; by default all.")
     flags.DEFINE_string("part", "1/1", "Which of the subjects, such as 2/3: every third, beginning with the second.")
     flags.DEFINE_bool("delete_weights", False, "Delete a subject's weights once all arms have been scored.")
+    tracking.define_flags()
     flags.DEFINE_bool("quick", False, "Two subjects, few steps and pictures: to see whether it runs.")
 
 
@@ -102,7 +108,8 @@ def run(make_study: Callable[[ConfigDict], Study]) -> None:
         nouns = tuple(dict.fromkeys(benchmark.class_nouns))
         pretrained = load_pretrained(config)
         reserve_identifiers(study, pretrained, benchmark.names[:count], benchmark.class_nouns, workdir)
-        print(conduct(study, config, pretrained, chosen, nouns, workdir, arguments.delete_weights))
+        how = arguments.delete_weights, tracking.asked_for()
+        print(conduct(study, config, pretrained, chosen, nouns, workdir, *how))
 
     command.run(main, define_flags, required=("config", "workdir"))
 
@@ -189,6 +196,7 @@ def conduct(
     nouns: Sequence[str],
     workdir: Path,
     delete_weights: bool = False,
+    destinations: Destinations = NO_DESTINATIONS,
 ) -> str:
     """Run what is missing, write tables and figure.
 
@@ -200,19 +208,21 @@ def conduct(
         nouns: all class nouns of the benchmark.
         workdir: for runs and tables.
         delete_weights: whether to delete a subject's weights once all arms have been scored.
+        destinations: where the numbers and pictures of runs go besides.
 
     Returns:
         The tables as Markdown.
 
     Raises:
-        UserError: a run's directory belongs to another configuration.
+        UserError: a run's directory belongs to another configuration, or a destination cannot be reached.
     """
+    destinations.of(workdir)  # which refuses what is not installed
     judges = load_judges(config.evaluation)
     rows: dict[str, list[Row]] = {arm.name: [] for arm in study.arms}
     with tqdm(total=len(subjects) * len(study.arms), desc=study.name, unit="run") as bar:
         for subject in subjects:
             for arm in study.arms:
-                rows[arm.name] += scored_run(study, arm, subject, nouns, pretrained, judges, workdir)
+                rows[arm.name] += scored_run(study, arm, subject, nouns, pretrained, judges, workdir, destinations)
                 bar.update()
             if delete_weights:
                 for arm in study.arms:
@@ -229,6 +239,7 @@ def scored_run(
     pretrained: Pipeline,
     judges: Judges,
     workdir: Path,
+    destinations: Destinations = NO_DESTINATIONS,
 ) -> list[Row]:
     """The rows of one subject in one arm: personalised and scored, or read where that was done before."""
     folder = workdir / arm.name / subject.name
@@ -239,19 +250,41 @@ def scored_run(
     if not scored.exists() or (study.measure and not measured.exists()):
         first = workdir / study.arms[0].name / subject.name
         noun = arm.class_noun(subject.class_noun, nouns)
-        tuned = tuned_run(arm, config, subject, noun, pretrained, workdir, first)
         prompts = [worded(prompt, subject.class_noun, noun, config.subject.label) for prompt in subject.prompts]
         truth = None if subject.truth is None else truth_of(subject.truth)
         settings, out = config.evaluation, folder / "evaluation"
         before = workdir / "class_before" / noun.replace(" ", "_")
-        evaluate(tuned, pretrained, subject.name, prompts, judges, settings, out, subject.photos, truth, before)
-        if study.measure:
-            write_rows(study.measure(tuned, subject), measured)
+        tracked = destinations.of(folder, f"{arm.name}/{subject.name}")
+        with tracked.running(config):
+            tuned = tuned_run(arm, config, subject, noun, pretrained, workdir, first, tracked)
+            rows = evaluate(
+                tuned, pretrained, subject.name, prompts, judges, settings, out, subject.photos, truth, before
+            )
+            if study.measure:
+                write_rows(study.measure(tuned, subject), measured)
+            hand_on(rows, num_steps(config), out, tracked)
     return read_rows(scored) + (read_rows(measured) if study.measure else [])
 
 
+def hand_on(rows: Sequence[Row], step: int, folder: Path, tracked: Tracking) -> None:
+    """Hand on a run's scores, and a sheet with the first picture of each prompt, from the evaluation's folder."""
+    if tracked == JSONL_ONLY:
+        return
+    (scores,) = summary(rows).values()
+    tracked.of("scores").scalars(step, scores)
+    drawn = np.stack([read_image(folder / row.file) for row in rows if (row.role, row.seed) == ("subject", 0)])
+    tracked.of("pictures").pictures(step, sheets([Panel("Evaluation", "the first picture of each prompt", drawn)]))
+
+
 def tuned_run(
-    arm: Arm, config: ConfigDict, subject: BenchmarkSubject, noun: str, pretrained: Pipeline, workdir: Path, first: Path
+    arm: Arm,
+    config: ConfigDict,
+    subject: BenchmarkSubject,
+    noun: str,
+    pretrained: Pipeline,
+    workdir: Path,
+    first: Path,
+    tracked: Tracking,
 ) -> Personalized:
     """The cascade of one subject, tuned as an arm says, in `workdir/<arm>/<subject>`.
 
@@ -263,16 +296,17 @@ def tuned_run(
         pretrained: the cascade.
         workdir: of all arms.
         first: run directory of the first arm, for arms that vary one stage of it.
+        tracked: where metrics go besides.
     """
     folder = workdir / arm.name / subject.name
     if arm.stage is not None:
-        return tune_again(pretrained, load_personalized(first), arm.stage, config, first, folder / arm.stage)
+        return tune_again(pretrained, load_personalized(first), arm.stage, config, first, folder / arm.stage, tracked)
     resolution = pretrained.stages[-1].resolution
     images = [from_pixels(f"{i:02d}", p, resolution) for i, p in enumerate(subject.photos[: arm.num_photos])]
     share_class_images(folder, workdir / "class_images" / noun.replace(" ", "_"))
     if arm.goes_on_from is not None:
         take_checkpoints(workdir / arm.goes_on_from / subject.name, folder, config.tune)
-    return personalize(pretrained, SubjectPhotos(images, noun), config, folder)
+    return personalize(pretrained, SubjectPhotos(images, noun), config, folder, tracked)
 
 
 def worded(prompt: str, true_noun: str, noun: str, label: str) -> str:

@@ -42,6 +42,7 @@ from personalize_jax.pipeline.storage import write_text
 from personalize_jax.scoring import summary
 from personalize_jax.subject.class_noun import determine
 from personalize_jax.subject.images import list_images, read_image
+from personalize_jax.training import tracking
 
 DONE, STOPPED = "done", "stopped early"
 
@@ -65,6 +66,7 @@ def define_flags() -> None:
     flags.DEFINE_string("ray_address", "auto", "Of the cluster: auto, local, or host:port.")
     flags.DEFINE_list("resources", ["CPU=1"], "What a point takes of one node of the cluster, such as TPU=4 or GPU=1.")
     flags.DEFINE_integer("max_retries", 2, "How often a point is started again whose node has died.", lower_bound=0)
+    tracking.define_flags()
 
 
 def main(_: list[str]) -> None:
@@ -77,8 +79,11 @@ def main(_: list[str]) -> None:
     resources = read_resources(arguments.resources)
     if (arguments.images is None) == (arguments.benchmark is None):
         raise UserError("Give either --images (photos of one subject) or --benchmark (whose subjects).")
-    on_ray = arguments.engine == "ray"
-    engine = Ray(arguments.ray_address, resources, arguments.max_retries) if on_ray else Local()
+    destinations = tracking.asked_for()
+    if arguments.engine == "ray":
+        engine = Ray(arguments.ray_address, resources, arguments.max_retries, destinations)
+    else:
+        engine = Local(destinations)
     if arguments.images is not None:
         subjects = [own_subject(arguments.images, arguments.class_noun, config)]
     else:

@@ -29,6 +29,7 @@ from personalize_jax.metrics.table import Row
 from personalize_jax.personalization import load_pretrained
 from personalize_jax.pipeline import Pipeline
 from personalize_jax.scoring import Judges, load_judges, read_rows
+from personalize_jax.training.tracking import NO_DESTINATIONS, Destinations
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +53,13 @@ class BusyError(Exception):
     """Somebody else is running the point."""
 
 
-def check_points(points: Sequence[Point]) -> None:
+def check_points(points: Sequence[Point], destinations: Destinations) -> None:
     """Refuse points whose runs would fail later on.
 
     Raises:
-        UserError: a configuration that cannot be used, or models that are not there.
+        UserError: a configuration that cannot be used, or models or destinations that are not there.
     """
+    destinations.of(Path())
     for point in points:
         try:
             pretrained, _ = _models(_asked(point.config))
@@ -72,13 +74,16 @@ def read_job(job: Job, subjects: Sequence[BenchmarkSubject], workdir: Path) -> l
     return [row for file in files for row in read_rows(file)] if all(file.exists() for file in files) else None
 
 
-def run_job(job: Job, subjects: Sequence[BenchmarkSubject], workdir: Path, wait: bool = True) -> list[Row]:
+def run_job(
+    job: Job, subjects: Sequence[BenchmarkSubject], workdir: Path, destinations: Destinations, wait: bool = True
+) -> list[Row]:
     """Personalise and score what was not scored before, subject after subject.
 
     Args:
         job: what to run.
         subjects: to personalise; each has a run directory, `workdir/<point>/<subject>`.
         workdir: of the sweep.
+        destinations: where the numbers and pictures of runs go besides.
         wait: whether to wait where somebody else is running the point.
 
     Returns:
@@ -95,16 +100,20 @@ def run_job(job: Job, subjects: Sequence[BenchmarkSubject], workdir: Path, wait:
             folder = workdir / point.name / subject.name
             if not _rows_file(folder).exists():
                 pretrained, judges = _models(_asked(point.config))
-                scored_run(study, study.arms[0], subject, (), pretrained, judges, workdir)
+                scored_run(study, study.arms[0], subject, (), pretrained, judges, workdir, destinations)
         return read_job(job, subjects, workdir)
 
 
 class Local:
     """Runs points one after the other in this process; several such commands share the points of one folder."""
 
+    def __init__(self, destinations: Destinations = NO_DESTINATIONS) -> None:
+        """With where the numbers and pictures of runs go besides."""
+        self._destinations = destinations
+
     def check(self, points: Sequence[Point]) -> None:
         """See `check_points`."""
-        check_points(points)
+        check_points(points, self._destinations)
 
     def run(
         self, jobs: Sequence[Job], subjects: Sequence[BenchmarkSubject], workdir: Path
@@ -112,13 +121,13 @@ class Local:
         """Yield every job as it ends; those that another command is running come last."""
         busy = []
         for job in jobs:
-            outcome = _outcome(run_job, job, subjects, workdir, wait=False)
+            outcome = _outcome(run_job, job, subjects, workdir, self._destinations, wait=False)
             if isinstance(outcome, BusyError):
                 busy.append(job)
             else:
                 yield job, outcome
         for job in busy:
-            yield job, _outcome(run_job, job, subjects, workdir)
+            yield job, _outcome(run_job, job, subjects, workdir, self._destinations)
 
 
 class Ray:
@@ -127,13 +136,20 @@ class Ray:
     Nodes have this checkout, its environment and the sweep's folder under the same paths as here.
     """
 
-    def __init__(self, address: str, resources: Mapping[str, float], max_retries: int) -> None:
+    def __init__(
+        self,
+        address: str,
+        resources: Mapping[str, float],
+        max_retries: int,
+        destinations: Destinations = NO_DESTINATIONS,
+    ) -> None:
         """Connect.
 
         Args:
             address: of the cluster; "auto" for that of this machine, "local" to start one on this machine.
             resources: what a point takes of one node: {"CPU": 4}, {"GPU": 1}, {"TPU": 8}.
             max_retries: how often a point is started again after its node or process has died.
+            destinations: where the numbers and pictures of runs go besides.
 
         Raises:
             UserError: Ray is not installed, or there is no such cluster.
@@ -154,7 +170,7 @@ class Ray:
         if not any(node["Alive"] and _offers(node["Resources"], resources) for node in ray.nodes()):
             logger.warning("No node has %s now; points wait for one that has.", dict(resources))
         further = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
-        self._ray = ray
+        self._ray, self._destinations = ray, destinations
         self._task = ray.remote(
             num_cpus=resources.get("CPU", 1),
             num_gpus=resources.get("GPU", 0),
@@ -165,7 +181,7 @@ class Ray:
 
     def check(self, points: Sequence[Point]) -> None:
         """See `check_points`; on a node, where the models are read anyway."""
-        outcome = self._outcome(self._task.remote(os.getcwd(), check_points, points))
+        outcome = self._outcome(self._task.remote(os.getcwd(), check_points, points, self._destinations))
         if isinstance(outcome, Exception):
             raise outcome
 
@@ -174,7 +190,8 @@ class Ray:
     ) -> Iterator[tuple[Job, Outcome]]:
         """Yield every job as it ends."""
         shared = self._ray.put(subjects)
-        pending = {self._task.remote(os.getcwd(), run_job, job, shared, workdir): job for job in jobs}
+        further = workdir, self._destinations
+        pending = {self._task.remote(os.getcwd(), run_job, job, shared, *further): job for job in jobs}
         while pending:
             (reference, *_), _ = self._ray.wait(list(pending))
             yield pending.pop(reference), self._outcome(reference)

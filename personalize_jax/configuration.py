@@ -43,6 +43,11 @@ def stage_trainings(config: ConfigDict) -> dict[str, ConfigDict]:
     return {stage: config[part] for stage, part in TRAININGS.items() if part in config}
 
 
+def num_steps(config: ConfigDict) -> int:
+    """Training steps of all stages that a run tunes."""
+    return sum(stage_trainings(config)[name].num_steps for name in config.tune)
+
+
 def keys(config: ConfigDict) -> list[str]:
     """The dotted keys that a configuration must hold: those of the run, and of each training that it describes."""
     parts = ["training", *(part for part in TRAININGS.values() if part in config and part != "training")]

@@ -12,6 +12,7 @@ done      whether every phase is finished
 import contextlib
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import time
@@ -171,7 +172,13 @@ def _update_call(workdir: Path, **changes: object) -> None:
 def _devices() -> dict[str, object]:
     device = jax.devices()[0]
     kind = {"platform": device.platform, "kind": device.device_kind}
+    if device.platform == "cpu":
+        kind["cores"] = _cores()  # among which XLA splits sums
     return kind | {"count": jax.device_count(), "processes": jax.process_count()}
+
+
+def _cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _versions() -> dict[str, str]:

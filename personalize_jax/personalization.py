@@ -79,7 +79,13 @@ def load_pretrained(config: ConfigDict) -> Pipeline:
     return load_pipeline(config.pretrained, place, **config.get("compute", {}))
 
 
-def personalize(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: str | Path) -> Personalized:
+def personalize(
+    pipeline: Pipeline,
+    photos: SubjectPhotos,
+    config: ConfigDict,
+    workdir: str | Path,
+    tracking: Tracking = JSONL_ONLY,
+) -> Personalized:
     """Run all phases up to the tuned cascade; those whose results are in `workdir` already are read from it.
 
     Args:
@@ -87,6 +93,7 @@ def personalize(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, w
         photos: of the subject.
         config: of `configs/world.py`.
         workdir: run directory.
+        tracking: where metrics go besides.
 
     Raises:
         UserError: input that cannot be used, or a run directory of another configuration.
@@ -94,7 +101,7 @@ def personalize(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, w
     workdir = Path(workdir)
     begin(pipeline, photos, config, workdir)
     with manifest.record(workdir, seeds(config), made_from(pipeline, photos)):
-        return tune_cascade(pipeline, photos, config, workdir)
+        return tune_cascade(pipeline, photos, config, workdir, tracking)
 
 
 def tune_cascade(

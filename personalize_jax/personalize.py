@@ -31,7 +31,7 @@ def main(_: list[str]) -> None:
     """Personalise, then sample and report."""
     arguments = flags.FLAGS
     config, workdir = arguments.config, Path(arguments.workdir)
-    tracked = tracking.asked_for(workdir)
+    tracked = tracking.asked_for().of(workdir)
     pipeline = load_pretrained(config)
     images = arguments.images[0] if len(arguments.images) == 1 else arguments.images
     photos = load_subject(images, arguments.class_noun, pipeline.stages[-1].resolution)

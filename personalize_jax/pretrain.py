@@ -146,7 +146,7 @@ def define_flags() -> None:
 def main(_: list[str]) -> None:
     """Render or read the data, train, save."""
     config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
-    tracked = tracking.asked_for(workdir)
+    tracked = tracking.asked_for().of(workdir)
     hosts.check_shared(workdir)
     manifest.record_config(config, workdir, may_change=["training.num_steps"])
     wanted = config.dataset.resolution, "train", config.dataset.count, flags.FLAGS.data_dir

@@ -3,7 +3,8 @@
     python -m personalize_jax.sample --workdir=runs/rex --prompt="a [V] dog in the snow" --num_images=4 --out=out/
     python -m personalize_jax.sample --pipeline=world --prompt="a red teapot on the beach" --out=out/
 
-Picture i of a prompt has seed `--seed` + i; the same prompt and seed give the same file on the same machine.
+Picture i of a prompt has seed `--seed` + i; the same prompt and seed give the same file on the same machine; on
+a CPU, with as many cores.
 """
 
 from pathlib import Path

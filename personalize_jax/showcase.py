@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from personalize_jax import hosts, personalization
-from personalize_jax.configuration import stage_trainings
+from personalize_jax.configuration import num_steps
 from personalize_jax.evaluation import draw_kept
 from personalize_jax.files import replacing, write_text
 from personalize_jax.manifest import phase, phase_times
@@ -90,8 +90,7 @@ def show(
             for name, (_, shown) in of_class.items()
         ]
         if tracking != JSONL_ONLY:
-            steps = sum(stage_trainings(config)[name].num_steps for name in config.tune)
-            tracking.of("pictures").pictures(steps, sheets(panels))
+            tracking.of("pictures").pictures(num_steps(config), sheets(panels))
         curves = {file.parent.name: read_metrics(file) for file in sorted(workdir.glob("*/metrics.jsonl"))}
         facts = {
             "identifier": subject.identifier.text,

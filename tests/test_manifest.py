@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -85,6 +86,7 @@ def test_a_call_says_what_ran_where_and_how_it_ended(tmp_path):
     assert after["done"] and after["seeds"] == {"training": 3} and after["data"] == {"photos": ["12ab"]}
     (call,) = after["calls"]
     assert call["status"] == "done" and call["seconds"] >= 0
+    assert 1 <= call["devices"].pop("cores") <= os.cpu_count()
     assert call["devices"] == {"platform": "cpu", "kind": "cpu", "count": 1, "processes": 1}
     assert call["versions"].keys() >= {"python", "jax", "jaxlib", "numpy", "orbax-checkpoint"}
 

@@ -1,7 +1,10 @@
 """Experiments from end to end, on a tiny cascade that draws nothing in particular."""
 
 import importlib
+import json
+import sys
 
+import numpy as np
 import pytest
 
 from experiments import num_images, study, training_length
@@ -10,9 +13,10 @@ from personalize_jax.benchmark.loading import load_benchmark
 from personalize_jax.errors import UserError
 from personalize_jax.personalization import load_pretrained
 from personalize_jax.pipeline import save_pipeline
-from personalize_jax.scoring import read_rows
+from personalize_jax.scoring import read_rows, summary
 from personalize_jax.subject.registry import Registry
-from tests import tiny, tiny_world
+from personalize_jax.training.tracking import Destinations
+from tests import event_files, tiny, tiny_world
 
 NOUNS = ("dog", "cat", "car")
 NAMES = (
@@ -126,11 +130,36 @@ def test_identifiers_do_not_depend_on_who_asks_first(tmp_path, config):
 
 def test_weights_can_be_deleted_once_scored(folder, config, subjects):
     made = study.Study("alone", [study.Arm("alone", config)], [], {}, 1)
-    study.conduct(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "light", delete_weights=True)
+    how = {"delete_weights": True, "destinations": Destinations(tensorboard=True)}
+    study.conduct(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "light", **how)
     run = folder / "light" / "alone" / subjects[0].name
     assert not (run / "pipeline").exists() and not list(run.glob("*/checkpoints"))
     assert len(read_rows(run / "evaluation" / "rows.jsonl")) == 5 + 2 * 2 + 2 * 4
-    study.conduct(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "light", delete_weights=True)
+    study.conduct(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "light", **how)
+    check_tracked(run, config)
+
+
+def check_tracked(run, config):
+    """Training, scores and pictures, each once, though the run was asked for twice."""
+    step = config.training.num_steps
+    losses = [json.loads(line)["loss"] for line in (run / "base" / "metrics.jsonl").read_text().splitlines()]
+    found = event_files.read(run / "tensorboard" / "base")["loss"]
+    assert found[step] == np.float32(losses[-1]) and len(found) == len(losses)
+    (scores,) = summary(read_rows(run / "evaluation" / "rows.jsonl")).values()
+    expected = {metric: {step: np.float32(value)} for metric, value in scores.items()}
+    assert event_files.read(run / "tensorboard" / "scores") == expected
+    (sheet,) = event_files.read(run / "tensorboard" / "pictures").values()
+    assert set(sheet) == {step} and sheet[step].shape[1] > sheet[step].shape[0]  # two pictures side by side
+
+
+def test_wandb_that_is_not_installed_is_missed_before_anything_is_done(folder, config, subjects, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    made = study.Study("alone", [study.Arm("alone", config)], [], {}, 1)
+    with pytest.raises(UserError, match="--wandb=dogs needs Weights & Biases"):
+        study.conduct(
+            made, config, None, subjects, NOUNS, folder / "untracked", destinations=Destinations(wandb="dogs")
+        )
+    assert not (folder / "untracked").exists()
 
 
 def test_another_configuration_needs_another_directory(folder, config, subjects):

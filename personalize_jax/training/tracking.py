@@ -115,6 +115,22 @@ class Tracking:
         """Begin or go on with the W&B run if there is one, and end it after; see `WandbRun.running`."""
         return contextlib.nullcontext() if self.wandb is None else self.wandb.running(config.to_dict())
 
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Hand on numbers that are of no training, as `pictures` does.
+
+        Args:
+            step: after which they were measured.
+            values: by name.
+
+        Raises:
+            OSError: the event file cannot be written.
+        """
+        if self.tensorboard is not None:
+            with contextlib.closing(EventFile(self.tensorboard / self.part, step)) as events:
+                events.scalars(step, values)
+        if self.wandb is not None:
+            self.wandb.scalars(self.part, step, values)
+
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Hand on pictures; those that were of this step or a later one are replaced.
 
@@ -135,6 +151,37 @@ class Tracking:
 JSONL_ONLY = Tracking()
 
 
+class Destinations(NamedTuple):
+    """Where the numbers and pictures of any run go besides `metrics.jsonl`; `of` says so of one.
+
+    Attributes:
+        tensorboard: whether event files are written, to `tensorboard/` of the run directory.
+        wandb: a project of Weights & Biases.
+        profile: whether a few steps of each training are traced.
+    """
+
+    tensorboard: bool = False
+    wandb: str | None = None
+    profile: bool = False
+
+    def of(self, workdir: Path, name: str | None = None) -> Tracking:
+        """Those of a run; of several processes, process 0 writes them.
+
+        Args:
+            workdir: run directory.
+            name: that the run is shown by; by default the directory's.
+
+        Raises:
+            UserError: Weights & Biases is asked for and not installed.
+        """
+        run = None if self.wandb is None else WandbRun(workdir, self.wandb, name)
+        folder = workdir / "tensorboard" if self.tensorboard else None
+        return Tracking(folder, run, self.profile) if hosts.is_first() else JSONL_ONLY
+
+
+NO_DESTINATIONS = Destinations()
+
+
 def define_flags() -> None:
     """Flags of commands that train."""
     flags.DEFINE_bool("tensorboard", False, "Write event files, too, to tensorboard/ of the run directory.")
@@ -142,19 +189,10 @@ def define_flags() -> None:
     flags.DEFINE_bool("profile", False, "Trace a few steps of each training, to profile/ beside its metrics.jsonl.")
 
 
-def asked_for(workdir: Path) -> Tracking:
-    """What the command line asks for; of several processes, process 0 does it.
-
-    Args:
-        workdir: run directory.
-
-    Raises:
-        UserError: Weights & Biases is asked for and not installed.
-    """
+def asked_for() -> Destinations:
+    """What the command line asks for."""
     arguments = flags.FLAGS
-    folder = workdir / "tensorboard" if arguments.tensorboard else None
-    run = WandbRun(workdir, arguments.wandb) if arguments.wandb else None
-    return Tracking(folder, run, arguments.profile) if hosts.is_first() else JSONL_ONLY
+    return Destinations(arguments.tensorboard, arguments.wandb or None, arguments.profile)
 
 
 class TrainingLog:

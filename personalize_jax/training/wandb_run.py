@@ -25,12 +25,13 @@ class WandbRun:
     that breaks down could not send any more is missing there; `metrics.jsonl` has it.
     """
 
-    def __init__(self, workdir: Path, project: str) -> None:
+    def __init__(self, workdir: Path, project: str, name: str | None = None) -> None:
         """Ready to be started; nothing is sent or written yet.
 
         Args:
             workdir: the run directory.
             project: of Weights & Biases.
+            name: that the run is shown by; by default the directory's.
 
         Raises:
             UserError: wandb is not installed, or the file is damaged.
@@ -43,6 +44,7 @@ class WandbRun:
                 f"pip install wandb=={VERSION}, or leave the flag out."
             ) from error
         self._workdir, self._project = workdir, project
+        self._name = name or workdir.resolve().name
         self._run: Any = None
         self._kept = {"id": secrets.token_hex(4), "steps": {}} | self._read().get(project, {})
 
@@ -62,7 +64,7 @@ class WandbRun:
                 project=self._project,
                 id=self._kept["id"],
                 resume="allow",
-                name=self._workdir.resolve().name,
+                name=self._name,
                 dir=str(self._workdir),
                 config=dict(config),
                 allow_val_change=True,  # the numbers of steps may differ from what the run began with

@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import json
+import sys
 import threading
 
 import numpy as np
@@ -18,6 +19,7 @@ from personalize_jax.errors import UserError
 from personalize_jax.metrics.table import Row
 from personalize_jax.pipeline import save_pipeline
 from personalize_jax.scoring import write_rows
+from personalize_jax.training.tracking import Destinations
 from tests import processes, tiny, tiny_world
 
 SMALLEST = {"channels": (64,), "down_blocks": (0,), "up_blocks": (0,), "attention": (True,)}
@@ -65,7 +67,7 @@ def runs(monkeypatch):
     class Runs:
         begun, fails = [], {}
 
-    def scored_run(study, arm, subject, nouns, pretrained, judges, workdir):
+    def scored_run(study, arm, subject, nouns, pretrained, judges, workdir, destinations):
         Runs.begun.append(arm.name)
         if arm.name in Runs.fails:
             raise Runs.fails[arm.name]
@@ -195,6 +197,18 @@ def test_a_point_that_another_command_is_running_comes_last(tmp_path, subjects, 
         threading.Timer(0.5, lambda: fcntl.flock(lock, fcntl.LOCK_UN)).start()
         job, rows = next(ended)
     assert job.point.name == points[0].name and len(rows) == 1
+
+
+def test_runs_are_tracked_as_the_sweep_is_and_that_is_checked_first(tmp_path, subjects, points_of, monkeypatch):
+    asked, points = [], points_of(1e-3)
+    monkeypatch.setattr(sweep_engines, "scored_run", lambda *arguments: asked.append(arguments[-1]))
+    monkeypatch.setattr(sweep_engines, "read_job", lambda *_: [])
+    engine = Local(Destinations(wandb="dogs"))
+    list(engine.run([Job(points[0], None)], subjects, tmp_path))
+    assert asked == [Destinations(wandb="dogs")]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="--wandb=dogs needs Weights & Biases"):
+        engine.check(points)
 
 
 def test_the_models_of_all_points_are_checked_first(config, points_of):

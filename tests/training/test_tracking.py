@@ -19,7 +19,15 @@ from personalize_jax.errors import UserError
 from personalize_jax.pipeline import Stage
 from personalize_jax.training import loop, tracking
 from personalize_jax.training.checkpoint import Checkpoints
-from personalize_jax.training.tracking import JSONL_ONLY, MEASURED, Tracking, TrainingLog, Work
+from personalize_jax.training.tracking import (
+    JSONL_ONLY,
+    MEASURED,
+    NO_DESTINATIONS,
+    Destinations,
+    Tracking,
+    TrainingLog,
+    Work,
+)
 from personalize_jax.training.wandb_run import VERSION, WandbRun
 from tests import event_files, tiny
 
@@ -255,6 +263,7 @@ def test_run_directories_and_projects_have_wandb_runs_of_their_own(wandb, tmp_pa
         (tmp_path / name).mkdir(exist_ok=True)
         with WandbRun(tmp_path / name, project).running({}):
             pass
+    assert [run.arguments["name"] for run in wandb.runs] == ["a", "a", "b", "a"]
     ids = [run.arguments["id"] for run in wandb.runs]
     assert len(set(ids)) == 3 and ids[0] == ids[3]
 
@@ -266,6 +275,17 @@ def test_pictures_are_sent_once_a_step(wandb, tmp_path):
             tracked.pictures(step, {"a dog": np.zeros((2, 3, 3), np.uint8)})
     picture = {"pictures/a dog": ((2, 3, 3), "a dog")}
     assert wandb.runs[0].rows == [{"pictures/step": 6, **picture}, {"pictures/step": 8, **picture}]
+
+
+def test_scores_go_wherever_the_command_line_says(wandb, tmp_path):
+    tracked = Destinations(tensorboard=True, wandb="dogs").of(tmp_path, "lora/rex").of("scores")
+    with tracked.running(ConfigDict()):
+        for value in (0.5, 0.75):
+            tracked.scalars(6, {"DINO": value})
+    assert wandb.runs[0].arguments["name"] == "lora/rex"
+    assert wandb.runs[0].rows == [{"scores/step": 6, "scores/DINO": 0.5}]  # which keeps what was sent first
+    assert event_files.read(tmp_path / "tensorboard" / "scores") == {"DINO": {6: 0.75}}
+    assert NO_DESTINATIONS.of(tmp_path) == JSONL_ONLY
 
 
 def test_without_wandb_it_says_what_to_install(tmp_path, monkeypatch):
