@@ -12,6 +12,7 @@ Times are a roofline's, the least that a step can take; real steps take longer.
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,28 +125,47 @@ def tuning(pipeline: Pipeline, config: ConfigDict, name: str, topology: Topology
 
 
 def changes_that_fit(pipeline: Pipeline, config: ConfigDict, name: str, topology: Topology) -> list[str] | None:
-    """The first changes, each on top of those before, with which a stage's tuning fits; None if it never does.
+    """Changes with which a stage's tuning fits; None if it never does.
 
-    In the order of what they cost: how parameters lie, an attention kernel and a rounded moment cost next to nothing,
-    computing activations again a third more time, and small batches the use of the chip.
+    They are made one on top of the other until it fits, in the order of what they cost: how parameters lie, an
+    attention kernel and a rounded moment cost next to nothing, computing activations again a third more time, and
+    small batches the use of the chip. Then those are taken back without which it fits as well, the dearest first.
     """
-    part, training, made = TRAININGS[name], stage_trainings(config)[name], []
-    candidates: list[tuple[str, Any]] = [(f"{part}.mesh", (1, -1, -1))]
-    if "compute" in config:
-        candidates.append(("compute.attention", "flash"))
-    candidates.append((f"{part}.optimizer.moment_dtype", "bfloat16"))
-    if "compute" in config:
-        candidates.append(("compute.remat", True))
-    batches = [2**k for k in range(1, 4) if training.batch_size % 2**k == 0]
-    candidates += [(f"{part}.microbatches", count) for count in batches if count > training.microbatches]
-    for key, value in candidates:
-        config = changed(config, **{key.replace(".", "__"): value})
-        if key.startswith("compute"):
-            pipeline = abstract_pipeline(config)
-        made = [change for change in made if not change.startswith(key)] + [f"{key}={value}"]
-        if fits(tuning(pipeline, config, name, topology), topology):
-            return made
-    return None
+
+    def fits_with(changes: dict[str, Any]) -> bool:
+        other = changed(config, **{key.replace(".", "__"): value for key, value in changes.items()})
+        of_other = abstract_pipeline(other) if any(key.startswith("compute.") for key in changes) else pipeline
+        return fits(tuning(of_other, other, name, topology), topology)
+
+    made: dict[str, Any] = {}
+    for key, value in _candidates(config, name):
+        made[key] = value
+        if fits_with(made):
+            break
+    else:
+        return None
+    *others, _ = made
+    for key in reversed(others):
+        fewer = {other: value for other, value in made.items() if other != key}
+        if fits_with(fewer):
+            made = fewer
+    return [f"{key}={value}" for key, value in made.items()]
+
+
+def _candidates(config: ConfigDict, name: str) -> Iterator[tuple[str, Any]]:
+    """Dotted keys with values that take less memory than those that the configuration has."""
+    part, training = TRAININGS[name], stage_trainings(config)[name]
+    if tuple(training.mesh) != (1, -1, -1):
+        yield f"{part}.mesh", (1, -1, -1)
+    if "compute" in config and config.compute.attention not in ("auto", "flash"):  # which is what "auto" is on TPUs
+        yield "compute.attention", "flash"
+    if training.optimizer.moment_dtype != "bfloat16":
+        yield f"{part}.optimizer.moment_dtype", "bfloat16"
+    if "compute" in config and not config.compute.remat:
+        yield "compute.remat", True
+    for count in (2, 4, 8):
+        if count > training.microbatches and training.batch_size % count == 0:
+            yield f"{part}.microbatches", count
 
 
 def described(program: str, usage: Usage, topology: Topology) -> dict[str, Any]:

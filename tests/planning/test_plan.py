@@ -54,5 +54,9 @@ def test_changes_are_tried_until_tuning_fits(pretrained, monkeypatch):
     changes = ["training.mesh=(1, -1, -1)", "training.optimizer.moment_dtype=bfloat16", "training.microbatches=2"]
     assert found["programs"][0]["changes"] == changes
     assert f"fits with {', '.join(changes)}" in plan.table([found])
+    monkeypatch.setitem(CHIPS, "v5e", CHIPS["v5e"]._replace(hbm_bytes=20 * GIB))  # moments may stay as they are
+    assert plan.changes_that_fit(pipeline, config, "base", topology) == [changes[0], changes[2]]
+    meshed = changed(config, training__mesh=(1, -1, -1))
+    assert plan.changes_that_fit(pipeline, meshed, "base", topology) == changes[2:]
     monkeypatch.setitem(CHIPS, "v5e", CHIPS["v5e"]._replace(hbm_bytes=2 * GIB))
     assert plan.changes_that_fit(pipeline, config, "base", topology) is None
