@@ -156,11 +156,13 @@ class Ray:
         """
         try:
             import ray
+            from ray._private import services  # the only way to what "auto" is without waiting for it
         except ImportError as error:
             raise UserError("Ray is not installed; pip install -r launch/requirements.txt, on every node.") from error
         jax.config.update("jax_platforms", "cpu")  # this process only looks on: accelerators are for the points
         try:
-            _check_answers(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
+            found = services.get_ray_address_from_environment(address, None) if address == "auto" else address
+            _check_answers(found)  # also where a cluster that was killed has left its address behind
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except (OSError, ValueError) as error:
             raise UserError(

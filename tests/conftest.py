@@ -1,3 +1,4 @@
+import os
 import signal
 
 import jax
@@ -13,23 +14,32 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells have it for w
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled_programs(tmp_path_factory):
-    """Programs that several tests run are compiled once in a session, in subprocesses too."""
-    directory = str(tmp_path_factory.mktemp("compiled"))
+def quickly_compiled(tmp_path_factory):
+    """Compiling takes nearly all the time: without LLVM's optimisations it takes less, and once in a session is enough.
+
+    This holds in subprocesses, and for all workers of pytest-xdist together.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    settings = {
+        "jax_compilation_cache_dir": str(folder / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+        "jax_disable_most_optimizations": True,
+    }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", directory)
-        jax.config.update("jax_compilation_cache_dir", directory)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        for name, value in settings.items():
+            patch.setenv(name.upper(), str(value))
+            jax.config.update(name, value)
         yield
 
 
 @pytest.fixture(scope="module")
-def lightly_compiled():
-    """Where programs run a few times only, compiling them takes nearly all the time."""
-    jax.clear_caches()  # programs that round otherwise are not for these tests, nor theirs for others
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def fully_compiled():
+    """For programs that run long enough to be worth it."""
+    jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
     jax.clear_caches()
 
 

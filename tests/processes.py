@@ -25,7 +25,7 @@ class Finished(NamedTuple):
 
 def start(function, *arguments):
     """A process that calls a function of a module."""
-    process = _SERVER.Process(target=_quickly, args=(function, *arguments))
+    process = _SERVER.Process(target=function, args=arguments)
     process.start()
     return process
 
@@ -49,13 +49,6 @@ def command(folder, module, *arguments, before=None):
     files = Path(folder) / "output", Path(folder) / "error"
     status = call(run_module, module, [str(a) for a in arguments], files, before)
     return Finished(status, *(file.read_text() for file in files))
-
-
-def _quickly(function, *arguments):
-    # Compiling would take nearly all the time; programs that took long are kept for other processes.
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    function(*arguments)
 
 
 def run_module(module, arguments, files, before=None):

@@ -18,8 +18,6 @@ from personalize_jax.training.prior import prior_sampling
 from tests import event_files, processes, tiny_world
 from tests.deaths import DEATHS, STOPS
 
-pytestmark = pytest.mark.usefixtures("lightly_compiled")
-
 TRAININGS = ("base", "super_resolution", "base_without_prior")
 
 

@@ -14,11 +14,6 @@ from tests.tiny_pretraining import SMALLEST
 from tests.tiny_pretraining import get_config as config
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled(lightly_compiled):
-    """These tests run their programs a few times."""
-
-
 def data():
     """Ten pictures of 16 pixels with the object in their left half, and two captions each."""
     image = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 4), np.uint8)

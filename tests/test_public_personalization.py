@@ -70,9 +70,13 @@ def loss_on_fixed_batch(pipeline, subject, stage, config):
     batch = {"instance": draw_batch(examples, jax.random.key(0), 16, 0.0)}
     objective = Objective(config.weighting, 0.0, "sampled", tuple(config.augmentation_levels))
     params = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
-    return float(
-        personalization_loss(stage, pipeline.text_encoder, objective, params, params, batch, jax.random.key(1))[0]
-    )
+
+    @jax.jit
+    def loss(params, batch):
+        key = jax.random.key(1)
+        return personalization_loss(stage, pipeline.text_encoder, objective, params, params, batch, key)[0]
+
+    return float(loss(params, batch))
 
 
 CASES = {
@@ -92,7 +96,7 @@ CASES = {
     "case",
     [name if name == "stable_diffusion_v_lora" else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
 )
-def test_photographs_to_exported_folders(case, tmp_path, lightly_compiled):
+def test_photographs_to_exported_folders(case, tmp_path):
     subject_name, save, config, changes = CASES[case]
     files = photos_of(subject_name)
     config = small(config, save(tmp_path), tmp_path, **changes)
@@ -137,7 +141,7 @@ def theirs_read_it(pipeline, folder, adapters):
         z, low = x[..., : stage.channels], x[..., stage.channels :]
         text = pipeline.encode(["a dog", "a teapot"])
         low_res = None if stage.low_resolution is None else (low, np.array([0.3, 0.5], np.float32))
-        ours = stage.apply(pipeline.params[stage.name], z, np.array([0.5, 0.1], np.float32), text, low_res)
+        ours = jax.jit(stage.apply)(pipeline.params[stage.name], z, np.array([0.5, 0.1], np.float32), text, low_res)
         options = {} if low_res is None else {"class_labels": torch.tensor([299, 499])}
         unets = [theirs.unet]
         if adapters:
@@ -157,7 +161,7 @@ def theirs_read_it(pipeline, folder, adapters):
 
 
 @pytest.mark.slow
-def test_an_export_halfway_takes_the_last_checkpoint_and_leaves_other_stages_alone(tmp_path, lightly_compiled):
+def test_an_export_halfway_takes_the_last_checkpoint_and_leaves_other_stages_alone(tmp_path):
     files = photos_of("dog")
     config = small(deepfloyd_if.get_config("M"), save_if(tmp_path), tmp_path).unlock()
     config.super_resolution_training.optimizer.learning_rate = float("nan")  # stops the run in its second stage
@@ -174,7 +178,7 @@ def test_an_export_halfway_takes_the_last_checkpoint_and_leaves_other_stages_alo
 
 
 @pytest.mark.slow
-def test_an_inverted_text_is_a_row_of_the_exported_table(tmp_path, lightly_compiled):
+def test_an_inverted_text_is_a_row_of_the_exported_table(tmp_path):
     """Textual Inversion of Stable Diffusion: transformers reads the table, of which one row has moved."""
     config = small(stable_diffusion.get_config("1.5:textual_inversion"), save_sd(tmp_path), tmp_path)
     pipeline = load_pretrained(config)

@@ -30,11 +30,6 @@ NAMES = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled(lightly_compiled):
-    """Every arm compiles a train step of its own."""
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny cascade whose pictures are large enough for the probe, and the runs of all experiments."""

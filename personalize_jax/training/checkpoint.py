@@ -19,6 +19,11 @@ from personalize_jax.files import FULL
 
 logger = logging.getLogger(__name__)
 
+# What lies whole on several devices is written in parts, one by each: of small arrays, slicing takes longer to compile
+# than it saves.
+_HANDLER = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+ocp.type_handlers.register_type_handler(jax.Array, _HANDLER, override=True)
+
 
 class Checkpoints:
     """The last few train states of one stage, in one directory.

@@ -17,11 +17,6 @@ bound = jax.jit(variational_bound, static_argnums=0)
 likelihood = jax.jit(discretized_log_likelihood)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled(lightly_compiled):
-    """These tests run their programs once or twice."""
-
-
 @pytest.fixture
 def batch():
     """Pictures at indices 1, 50 and 99, and a network's answers."""

@@ -170,7 +170,7 @@ def test_the_best_keeps_its_weights(tmp_path, subjects, points_of, runs):
 
 
 @pytest.mark.slow
-def test_a_point_that_goes_on_is_as_if_it_had_never_stopped(folder, subjects, points_of, lightly_compiled):
+def test_a_point_that_goes_on_is_as_if_it_had_never_stopped(folder, subjects, points_of):
     points = points_of(1e-4, 1e-1)
     results = conduct(points, subjects, folder / "rungs", rungs=[2, 4], keep=0.5)
     steps = [result.point.config.training.num_steps for result in results]

@@ -102,8 +102,12 @@ def test_failures_come_back_in_words(cluster, config, subjects, tmp_path):
 
 def test_a_cluster_that_is_not_there(tmp_path, monkeypatch):
     pytest.importorskip("ray")
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # elsewhere one that was killed may have left its address
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     with pytest.raises(UserError, match="No Ray cluster at 'auto'.*ray start --head"):
+        Ray("auto", {"CPU": 1}, 0)
+    (tmp_path / "ray").mkdir(exist_ok=True)
+    (tmp_path / "ray" / "ray_current_cluster").write_text("localhost:1")  # which one that was killed has left
+    with pytest.raises(UserError, match="No Ray cluster at 'auto'.*refused"):
         Ray("auto", {"CPU": 1}, 0)
     monkeypatch.setenv("RAY_ADDRESS", "localhost:1")  # of one that is gone
     for address in ("auto", "localhost:1"):

@@ -11,7 +11,7 @@ TOKENS = jnp.array([[5, 7, 9, 2, PAD_ID, PAD_ID], [4, 2, PAD_ID, PAD_ID, PAD_ID,
 @pytest.fixture(scope="module")
 def encode():
     encoder = TextEncoder(vocab_size=12, width=16, num_layers=2, num_heads=2, max_length=6)
-    params = encoder.init(jax.random.key(0), TOKENS)
+    params = jax.jit(encoder.init)(jax.random.key(0), TOKENS)
     apply = jax.jit(encoder.apply)
     return lambda tokens, params=params: apply(params, tokens), params["params"]
 

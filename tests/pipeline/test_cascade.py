@@ -56,7 +56,6 @@ def draw_on_every_device(file):
 
 def test_eight_devices_draw_the_same_pictures(together, tmp_path):
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # like this process
     program = f"from {__name__} import draw_on_every_device; draw_on_every_device({str(tmp_path / 'drawn.npy')!r})"
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=Path(__file__).parents[2])
     drawn = np.load(tmp_path / "drawn.npy")

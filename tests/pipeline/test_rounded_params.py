@@ -72,7 +72,7 @@ def test_what_networks_round_lies_rounded_and_is_read_in_full(sources):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sources", ["stable_diffusion", "deepfloyd_if"], indirect=True)
-def test_the_loss_is_that_of_parameters_in_full(sources, lightly_compiled):
+def test_the_loss_is_that_of_parameters_in_full(sources):
     rounded, exact = load_pipeline(sources, dtype="bfloat16"), load_pipeline(sources)
     stage, rng = rounded.stages[-1], np.random.default_rng(0)
     low = None

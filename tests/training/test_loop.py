@@ -61,6 +61,7 @@ def uninterrupted(tmp_path_factory):
     return worker.train(directory), metrics_of(directory)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_is_the_uninterrupted_run_bit_for_bit(uninterrupted, tmp_path):
     command = [sys.executable, "-m", "tests.training.worker", "be_killed", str(tmp_path)]
     assert subprocess.run(command, cwd=ROOT, env=os.environ, timeout=300).returncode == -signal.SIGKILL

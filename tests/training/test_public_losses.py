@@ -84,7 +84,7 @@ CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in (("sd_eps", Tr
 
 
 @pytest.mark.parametrize("name, min_snr", CASES)
-def test_loss_and_gradients(tmp_path, lightly_compiled, name, min_snr):
+def test_loss_and_gradients(tmp_path, name, min_snr):
     pipeline, stage, unet, scheduler = case(name, tmp_path)
     batch = batches(pipeline, stage, np.random.default_rng(0))
     objective = Objective("min_snr" if min_snr else "none", LAMBDA, "sampled", LEVELS)

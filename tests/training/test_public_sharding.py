@@ -35,14 +35,13 @@ def eight_devices(folder, request, tmp_path_factory):
     here = [item.callspec.params for item in request.session.items if item.module is request.module]
     asked = [f"{params['model']}/{params['mesh']}" for params in here if "model" in params]
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # a few steps, most of whose time is compiling
     command = [sys.executable, "-m", "tests.training.public_worker", str(folder), str(directory), *asked]
     subprocess.run(command, cwd=ROOT, env=environment, timeout=1800, check=True)
     return directory
 
 
 @pytest.fixture(scope="module")
-def one_device(folder, tmp_path_factory, lightly_compiled):
+def one_device(folder, tmp_path_factory):
     """Start, end and losses of a model's training on one device."""
 
     @functools.cache

@@ -96,14 +96,13 @@ def eight_devices(request, tmp_path_factory):
     asked = [mesh for mesh in worker.MESHES if {"mesh": mesh} in here or mesh == "tensor"]
     directory = tmp_path_factory.mktemp("eight_devices")
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # a few steps, most of whose time is compiling
     command = [sys.executable, "-m", "tests.training.worker", "use_eight_devices", str(directory), *asked]
     subprocess.run(command, cwd=ROOT, env=environment, timeout=600, check=True)
     return directory
 
 
 @pytest.fixture(scope="module")
-def one_device(tmp_path_factory, lightly_compiled):
+def one_device(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("personalize_jax.training.program.make_optimizer", None)  # put back after the worker's change
         return worker.train_by_sgd(tmp_path_factory.mktemp("one_device")).params

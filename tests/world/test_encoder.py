@@ -159,15 +159,13 @@ def losses(directory):
 
 
 @pytest.mark.slow
-def test_training_lowers_the_clips_loss(small, fresh, lightly_compiled, tmp_path):
+def test_training_lowers_the_clips_loss(small, fresh, tmp_path):
     learn(next(lessons(fresh)), tmp_path)
     assert np.mean(losses(tmp_path)[-3:]) < np.mean(losses(tmp_path)[:3])
 
 
 @pytest.mark.slow
-def test_training_lowers_the_instance_encoders_loss_and_goes_on_where_it_was_stopped(
-    small, fresh, lightly_compiled, tmp_path
-):
+def test_training_lowers_the_instance_encoders_loss_and_goes_on_where_it_was_stopped(small, fresh, tmp_path):
     (_, part), (_, whole) = lessons(fresh, num_steps=4), lessons(fresh)
     learn(part, tmp_path)
     before = losses(tmp_path)

@@ -8,8 +8,6 @@ from personalize_jax.world.photos import PHOTO_CONTEXTS, RESOLUTION, heldout_sub
 from personalize_jax.world.scene import CLASSES, CONTEXTS, SPLITS, split_of
 from tests import processes
 
-pytestmark = pytest.mark.usefixtures("lightly_compiled")
-
 
 def test_photos_are_the_same_whenever_they_are_rendered():
     first, again = (heldout_subject("dog", 2, num_photos=2) for _ in range(2))

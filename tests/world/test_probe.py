@@ -151,7 +151,7 @@ def test_degradation_blurs_keeps_the_mean_and_adds_the_noise_asked_for():
 
 
 @pytest.fixture
-def small(monkeypatch, lightly_compiled):
+def small(monkeypatch):
     """Pictures of one flat colour, which is all their truth but for a shape; the probe is small, its batches too."""
     monkeypatch.setattr(probe_module, "BATCH_SIZE", 8)
     network = functools.partial(ProbeNetwork, channels=(16, 16, 16), blocks=(0, 1, 0))
@@ -173,6 +173,7 @@ def test_training_learns_colours_and_is_written_and_read_back(tmp_path, small):
     jax.tree.map(np.testing.assert_array_equal, read.read(small["image"]), written.read(small["image"]))
 
 
+@pytest.mark.slow
 def test_training_goes_on_where_it_was_stopped(tmp_path, small, monkeypatch):
     monkeypatch.setattr(probe_module, "CHECKPOINT_STEPS", STEPS // 2)
     whole = train(small, num_steps=STEPS)
