@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.flax import load_file, save_file
+from safetensors.numpy import load_file, save_file
 
 from personalize_jax import hosts
 from personalize_jax.errors import UserError
@@ -111,7 +111,8 @@ def load_params(file: Path) -> Params:
         raise UserError(
             f"{file} cannot be read as safetensors ({error}); restore the file or write it again."
         ) from error
-    return unflatten({k: jnp.asarray(v, jnp.float32) for k, v in flat.items()})
+    # Converted here: on a device that takes a program for every shape, seconds to compile whenever a command starts.
+    return unflatten(jax.device_put({k: np.asarray(v, np.float32) for k, v in flat.items()}))
 
 
 def save_params(params: Params, file: Path, dtype: Any = jnp.float32) -> None:
@@ -120,7 +121,7 @@ def save_params(params: Params, file: Path, dtype: Any = jnp.float32) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    flat = flatten(jax.tree.map(lambda a: jnp.asarray(a, dtype), params))
+    flat = flatten(jax.tree.map(lambda a: np.asarray(a, dtype, order="C"), params))  # as files hold them
     with replacing(file) as temporary:
         try:
             save_file(flat, temporary)
