@@ -51,6 +51,32 @@ def test_stored_in_half_precision_parameters_are_read_as_float32(tmp_path):
     assert (tmp_path / "half.safetensors").stat().st_size < (tmp_path / "full.safetensors").stat().st_size
 
 
+def test_reading_compiles_nothing(tmp_path):
+    """A program for every shape would cost each start of a command seconds."""
+    save_params(PARAMS, tmp_path / "half.safetensors", jnp.float16)
+    compiled = []
+
+    def heard(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        load_params(tmp_path / "half.safetensors")
+        assert not compiled
+        jax.jit(lambda x: x + 1)(1.0)
+        assert compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
+
+
+def test_transposed_arrays_are_written_as_they_are_indexed(tmp_path):
+    transposed = np.arange(6.0, dtype=np.float32).reshape(2, 3).T
+    save_params({"kernel": transposed}, tmp_path / "kernel.safetensors")
+    np.testing.assert_array_equal(load_params(tmp_path / "kernel.safetensors")["kernel"], transposed)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.9])
 def test_a_file_cut_short_is_named(tmp_path, share):
     file = tmp_path / "base.safetensors"
