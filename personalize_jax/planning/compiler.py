@@ -171,7 +171,8 @@ def _file(lowered: jax.stages.Lowered, devices: Sequence[Any]) -> Path | None:
     """Where the verdict is kept; None where JAX keeps no programs."""
     if not (cache := jax.config.jax_compilation_cache_dir):
         return None
-    made_of = [lowered.as_text(), *map(repr, devices), *(os.environ.get(flag, "") for flag in _FLAGS)]
+    named = [f"{device.device_kind} {device!r}" for device in devices]  # a v4 and a v5p look alike otherwise
+    made_of = [lowered.as_text(), *named, *(os.environ.get(flag, "") for flag in _FLAGS)]
     made_of += [*_compilers(), *map(inspect.getsource, (_compile, flash_flops, hlo))]  # which read the figures
     return Path(cache) / _FOLDER / f"{hashlib.sha256('|'.join(made_of).encode()).hexdigest()}.json"
 

@@ -57,19 +57,22 @@ def test_a_program_is_compiled_once(monkeypatch):
     monkeypatch.setattr(compiler, "_compile", lambda lowered, count: compiled.append(count) or told)
     told = compiler.Verdict(flops=2.0, exchanges=(Collective("all-gather", 80, 8, True),), seconds=1.5)
     programs = [jax.jit(lambda x, k=k: k * x).lower(jnp.ones(3)) for k in (2, 2, 3)]
-    assert [compiler.ask(program, ["chip"]) for program in programs] == [told] * 3
+    older, newer = (slices.devices(slices.parse(slice_))[:1] for slice_ in ("v4-8", "v5p-8"))
+    assert repr(older) == repr(newer)  # which must not be taken for the same
+    assert [compiler.ask(program, older) for program in programs] == [told] * 3
     assert len(compiled) == 2  # the second is the first
-    compiler.ask(programs[0], ["chip", "another"])
+    compiler.ask(programs[0], newer)
+    compiler.ask(programs[0], older * 2)
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--other")
-    compiler.ask(programs[0], ["chip"])
-    assert len(compiled) == 4
+    compiler.ask(programs[0], older)
+    assert len(compiled) == 5
 
 
 def test_a_refusal_is_asked_again(monkeypatch):
     monkeypatch.setattr(compiler, "_compile", lambda lowered, count: answers.pop())
     answers = [compiler.Verdict(flops=1.0), compiler.Verdict(refusal="out of patience")]
     program = jax.jit(lambda x: 5 * x).lower(jnp.ones(3))
-    assert [bool(compiler.ask(program, ["chip"]).refusal) for _ in range(3)] == [True, False, False]
+    assert [bool(compiler.ask(program, jax.devices()).refusal) for _ in range(3)] == [True, False, False]
 
 
 def backend_of(value):
