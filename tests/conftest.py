@@ -33,16 +33,6 @@ def quickly_compiled(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="module")
-def fully_compiled():
-    """For programs that run long enough to be worth it."""
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.clear_caches()
-
-
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory):
     """A folder with a cascade of the smallest networks that there are."""
