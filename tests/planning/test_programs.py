@@ -52,11 +52,12 @@ def test_what_the_compiler_refuses_or_a_chip_cannot_hold_does_not_fit():
 
 def test_a_program_that_is_too_large_is_measured_all_the_same():
     pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with tests/requirements.txt")
-    one = jax.sharding.SingleDeviceSharding(slices.devices(slices.parse("v5e-1"))[0])
+    devices = slices.devices(slices.parse("v5e-1"))
     side = 2**16
+    one = jax.sharding.SingleDeviceSharding(devices[0])
     x = jax.ShapeDtypeStruct((side, side), jnp.bfloat16, sharding=one)  # 8 GiB, and its square 16 GiB
     lowered = jax.jit(lambda x: jnp.sum(jnp.sort(x @ x, axis=0), axis=1)).lower(x)
-    found = measured(lowered, {"parameters": 2 * side**2}, 2 * side**2, 1, [one])
+    found = measured(lowered, {"parameters": 2 * side**2}, 2 * side**2, 1, devices)
     assert not found.compiled and not fits(found, slices.parse("v5e-1"))
     assert found.memory["activations"] > 6 * 2**30
 
