@@ -100,15 +100,17 @@ def run(make_study: Callable[[ConfigDict], Study]) -> None:
 
     def main(_: list[str]) -> None:
         arguments = flags.FLAGS
+        workdir, destinations = Path(arguments.workdir), tracking.asked_for()
+        destinations.of(workdir)  # which refuses what is not installed, before identifiers are given out
         config = quick(arguments.config) if arguments.quick else arguments.config
         study = with_arms(make_study(config), arguments.arms)
         count = arguments.num_subjects or (QUICK_SUBJECTS if arguments.quick else study.num_subjects)
-        benchmark, workdir = load_benchmark(arguments.benchmark), Path(arguments.workdir)
+        benchmark = load_benchmark(arguments.benchmark)
         chosen = select(benchmark, count, arguments.part)
         nouns = tuple(dict.fromkeys(benchmark.class_nouns))
         pretrained = load_pretrained(config)
         reserve_identifiers(study, pretrained, benchmark.names[:count], benchmark.class_nouns, workdir)
-        how = arguments.delete_weights, tracking.asked_for()
+        how = arguments.delete_weights, destinations
         print(conduct(study, config, pretrained, chosen, nouns, workdir, *how))
 
     command.run(main, define_flags, required=("config", "workdir"))
@@ -216,7 +218,6 @@ def conduct(
     Raises:
         UserError: a run's directory belongs to another configuration, or a destination cannot be reached.
     """
-    destinations.of(workdir)  # which refuses what is not installed
     judges = load_judges(config.evaluation)
     rows: dict[str, list[Row]] = {arm.name: [] for arm in study.arms}
     with tqdm(total=len(subjects) * len(study.arms), desc=study.name, unit="run") as bar:

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -145,16 +144,6 @@ def check_tracked(run, config):
     assert event_files.read(run / "tensorboard" / "scores") == expected
     (sheet,) = event_files.read(run / "tensorboard" / "pictures").values()
     assert set(sheet) == {step} and sheet[step].shape[1] > sheet[step].shape[0]  # two pictures side by side
-
-
-def test_wandb_that_is_not_installed_is_missed_before_anything_is_done(folder, config, subjects, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    made = study.Study("alone", [study.Arm("alone", config)], [], {}, 1)
-    with pytest.raises(UserError, match="--wandb=dogs needs Weights & Biases"):
-        study.conduct(
-            made, config, None, subjects, NOUNS, folder / "untracked", destinations=Destinations(wandb="dogs")
-        )
-    assert not (folder / "untracked").exists()
 
 
 def test_another_configuration_needs_another_directory(folder, config, subjects):
