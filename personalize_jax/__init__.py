@@ -10,7 +10,7 @@ images = personalized.sample("a [V] dog in the snow", num_images=4, seed=0)
 
 import importlib
 import os
-from importlib.metadata import version
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from typing import Any
 
@@ -24,12 +24,17 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 # By default XLA leaves convolutions to a CPU library that takes up to twice as long for them as its own code does. The
-# flag is experimental: other versions may not know it, nor may the compilers that come with TPUs and GPUs, and none
-# starts with a flag that it does not know. It counts if it is set before the first array is made.
+# flag is experimental: other versions may not know it, nor may the compilers that come with GPUs, and none starts with
+# a flag that it does not know. It counts if it is set before the first array is made.
 _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 _FLAGS = os.environ.get("XLA_FLAGS", "")
-_CPU_ONLY = find_spec("libtpu") is None and find_spec("jax_plugins") is None
-if _CPU_ONLY and version("jaxlib") == "0.10.2" and _FLAG not in _FLAGS:
+_KNOWN_TO = {"jaxlib": "0.10.2", "libtpu": "0.0.42"}
+_KNOWN = find_spec("jax_plugins") is None and all(
+    any(installed.version.startswith(known) for installed in distributions(name=package))
+    for package, known in _KNOWN_TO.items()
+    if find_spec(package)
+)
+if _KNOWN and _FLAG not in _FLAGS:
     os.environ["XLA_FLAGS"] = f"{_FLAGS} {_FLAG}=LIBRARY_FUSION_TYPE_REDUCE"
 
 # transformers is here for its tokenizers, and would advise everybody to install PyTorch.

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -100,6 +101,13 @@ def compare_shardings():
         placed = jax.device_put(kernel, NamedSharding(mesh, spec))
         for ours, expected in zip(jax.jit(convolution_and_gradients)(x, placed, d_y), reference, strict=True):
             np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max(), err_msg=str(spec))
+
+
+def test_xla_convolves_itself_with_the_pinned_versions():
+    """Otherwise a library does, and nothing but the time that it takes would tell."""
+    if find_spec("jax_plugins"):
+        pytest.skip("an accelerator's compiler is installed, which may not know the flag")
+    assert "=LIBRARY_FUSION_TYPE_REDUCE" in os.environ["XLA_FLAGS"]
 
 
 @pytest.mark.slow
