@@ -21,8 +21,10 @@ logger = logging.getLogger(__name__)
 
 # What lies whole on several devices is written in parts, one by each: of small arrays, slicing takes longer to compile
 # than it saves.
-_HANDLER = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
-ocp.type_handlers.register_type_handler(jax.Array, _HANDLER, override=True)
+_TYPES = ocp.type_handlers.create_type_handler_registry(
+    (np.ndarray, ocp.type_handlers.NumpyHandler()),
+    (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)),
+)
 
 
 class Checkpoints:
@@ -50,7 +52,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep, create=writable, cleanup_tmp_directories=writable
         )
-        handler = ocp.StandardCheckpointHandler()  # without it, nothing tells what a checkpoint holds
+        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_TYPES)
         try:
             return ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
         except (ValueError, TypeError, KeyError) as error:
@@ -67,7 +69,7 @@ class Checkpoints:
             UserError: the checkpoint before could not be written.
         """
         with self._writing():
-            args = ocp.args.StandardSave(state)
+            args = ocp.args.PyTreeSave(state)
             self._manager.save(step, args=args, custom_metadata={"checksum": checksum(state)})
 
     def restore(self, abstract_state: Any | None) -> Any | None:
@@ -110,7 +112,8 @@ class Checkpoints:
             abstract_state = jax.tree.map(
                 lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), self._manager.item_metadata(step).tree
             )
-        state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+        placed = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+        state = self._manager.restore(step, args=ocp.args.PyTreeRestore(abstract_state, restore_args=placed))
         known = (self._manager.metadata(step).custom_metadata or {}).get("checksum")
         if known is not None and (found := checksum(state)) is not None and found != known:
             raise ValueError(f"its checksum is {found} in place of {known}")
