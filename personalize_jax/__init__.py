@@ -30,7 +30,7 @@ _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 _FLAGS = os.environ.get("XLA_FLAGS", "")
 _KNOWN_TO = {"jaxlib": "0.10.2", "libtpu": "0.0.42"}
 _KNOWN = find_spec("jax_plugins") is None and all(
-    any(installed.version.startswith(known) for installed in distributions(name=package))
+    any(installed.version == known for installed in distributions(name=package))
     for package, known in _KNOWN_TO.items()
     if find_spec(package)
 )
