@@ -74,7 +74,7 @@ def die_saving_samples():
 
 
 def die_reporting():
-    die_in_call(showcase, "report_html", 1)
+    die_in_call(showcase, "write_text", 2)  # of the report, after metrics and gallery
 
 
 # What is there after each, and was not before, in the order in which a run reaches them.

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 # What lies whole on several devices is written in parts, one by each: of small arrays, slicing takes longer to compile
 # than it saves.
 _TYPES = ocp.type_handlers.create_type_handler_registry(
+    (int, ocp.type_handlers.ScalarHandler()),
     (np.ndarray, ocp.type_handlers.NumpyHandler()),
     (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)),
 )
