@@ -61,6 +61,11 @@ def run_module(module, arguments, files, before=None):
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
+def without_wandb():
+    """Have Weights & Biases not installed in this process."""
+    sys.modules["wandb"] = None
+
+
 def use_devices(count):
     """Have so many CPU devices in this process."""
     jax.config.update("jax_num_cpu_devices", count)

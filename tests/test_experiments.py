@@ -1,5 +1,4 @@
 import importlib
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +34,9 @@ def test_an_experiment_explains_its_flags(name, tmp_path):
     assert documentation.split("?")[0] in finished.output + finished.error
 
 
-def without_wandb():
-    sys.modules["wandb"] = None
-
-
 def test_wandb_that_is_not_installed_is_missed_before_anything_is_done(tmp_path):
     where = "--config=configs/world.py", f"--workdir={tmp_path / 'runs'}", "--wandb=dogs"
-    refused = processes.command(tmp_path, "experiments.class_noun", *where, before=without_wandb)
+    refused = processes.command(tmp_path, "experiments.class_noun", *where, before=processes.without_wandb)
     assert refused.status == 2 and not (tmp_path / "runs").exists()
     assert refused.error.strip().splitlines()[-1].startswith("error: --wandb=dogs needs Weights & Biases")
 

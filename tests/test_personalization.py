@@ -2,7 +2,6 @@ import json
 import resource
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import jax
@@ -107,13 +106,10 @@ def test_a_tracked_run_has_its_numbers_and_pictures_in_event_files_and_its_train
     assert all(set(of_step) == {12} for of_step in pictures.values())  # six of each stage
 
 
-def without_wandb():
-    sys.modules["wandb"] = None
-
-
 def test_wandb_that_is_not_installed_is_missed_before_anything_is_done(pretrained, photos, tmp_path):
-    refused = personalize(tmp_path, pretrained, photos, tmp_path / "run", "--wandb=dogs", before=without_wandb)
-    assert refused.status == 2 and not (tmp_path / "run").exists()
+    run, before = tmp_path / "run", processes.without_wandb
+    refused = personalize(tmp_path, pretrained, photos, run, "--wandb=dogs", before=before)
+    assert refused.status == 2 and not run.exists()
     assert refused.error.strip().splitlines()[-1].startswith("error: --wandb=dogs needs Weights & Biases")
 
 

@@ -53,7 +53,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep, create=writable, cleanup_tmp_directories=writable
         )
-        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_TYPES)
+        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_TYPES)  # also tells what a checkpoint holds
         try:
             return ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
         except (ValueError, TypeError, KeyError) as error:
