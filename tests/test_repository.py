@@ -41,8 +41,6 @@ ROOMS = (
     "planning",
 )
 
-# Only networks know Flax, so that everything else works on plain dictionaries of arrays.
-
 COMPARES = ("tests/", "experiments/benchmark_peers.py")  # what may import the tests' references
 LAUNCHES = ("tests/", "launch/")  # what may import Ray
 PICKLE_READERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch"}
@@ -86,6 +84,25 @@ def normalised(distribution: str) -> str:
 
 
 def test_rooms_import_only_the_rooms_before_them() -> None:
+    files = {room: [*PACKAGE.glob(f"{room}.py"), *(PACKAGE / room).rglob("*.py")] for room in ROOMS}
+    assert all(files.values()), "ROOMS names what is not there"
+    wrong = [
+        f"{name_of(file)} imports {other}"
+        for i, room in enumerate(ROOMS)
+        for file in files[room]
+        for other in {name.split(".")[1] for name in imports(file) if name.startswith("personalize_jax.")}
+        if other not in ROOMS[: i + 1]
+    ]
+    assert not wrong
+
+
+def test_the_package_imports_nothing_around_it() -> None:
+    around = {"configs", "experiments", "launch", "tests", "pytest"}
+    assert not [name_of(f) for f in PACKAGE.rglob("*.py") if around & {name.split(".")[0] for name in imports(f)}]
+
+
+def test_only_the_networks_know_flax() -> None:
+    """So that everything else works on plain dictionaries of arrays."""
     outside = [file for file in PACKAGE.rglob("*.py") if file.parent != PACKAGE / "models"]
     assert not [name_of(file) for file in outside if "flax" in {name.split(".")[0] for name in imports(file)}]
 
