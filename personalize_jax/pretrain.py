@@ -38,7 +38,7 @@ def starting_pipeline(config: ConfigDict) -> Pipeline:
     Raises:
         UserError: that pipeline's stage has another network.
     """
-    key = jax.random.fold_in(jax.random.key(config.seed), np.uint32(2**32 - 1))  # steps of the training fold in theirs
+    key = jax.random.fold_in(jax.random.key(config.seed), np.uint32(2**32 - 1))  # the training folds in another number
     if config.pretrained:
         before = load_pipeline(config.pretrained)
     else:

@@ -87,7 +87,7 @@ def draw_batch(
             needs.
         object_weight: added to the loss weight of 1 on the object's pixels.
     """
-    picture_key, caption_key, drop_key = jax.random.split(key, 3)
+    picture_key, caption_key, drop_key, latent_key = jax.random.split(key, 4)
     i_B = jax.random.randint(picture_key, (batch_size,), 0, examples.caption.shape[0])
     k_B = jax.random.randint(caption_key, (batch_size,), 0, examples.caption.shape[1])
     drop_B = jax.random.bernoulli(drop_key, caption_dropout, (batch_size,))
@@ -99,7 +99,7 @@ def draw_batch(
         x = to_float(examples.image[i_B])
     else:
         mean, std = (a[i_B] for a in examples.latent)
-        x = mean + std * jax.random.normal(jax.random.fold_in(key, 3), mean.shape)  # `split` gave 0 to 2
+        x = mean + std * jax.random.normal(latent_key, mean.shape)
     return Batch(
         x=x,
         tokens=examples.tokens[m_B],

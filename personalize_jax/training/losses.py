@@ -72,14 +72,14 @@ def diffuse(stage: Stage, batch: Batch, text: Text, key: Array, objective: Objec
     Times are stratified over the batch, t_i = (i + u) / B: the same expectation with less variance. That is why each
     half of a step calls this for itself: strata over both would leave one half with only the low noise.
     """
-    t_key, eps_key, level_key, augmentation_key = jax.random.split(key, 4)
+    t_key, eps_key, level_key, augmentation_key, offset_key = jax.random.split(key, 5)
     B = batch.x.shape[0]
     t_B = (jnp.arange(B) + jax.random.uniform(t_key, ())) / B
     if N := stage.schedule.num_timesteps:
         t_B = jnp.minimum(jnp.floor(t_B * N) + 1, N) / N  # each index alike, and never t = 0, which is clean
     eps = jax.random.normal(eps_key, batch.x.shape)
     if objective.offset_noise > 0:
-        offset = jax.random.normal(jax.random.fold_in(key, 4), (B, 1, 1, batch.x.shape[-1]))  # `split` gave 0 to 3
+        offset = jax.random.normal(offset_key, (B, 1, 1, batch.x.shape[-1]))
         eps += objective.offset_noise * offset
     z = add_noise(batch.x, eps, stage.schedule.alpha(t_B), stage.schedule.sigma(t_B))
     low_res = None

@@ -4,6 +4,7 @@ Built from arrays or from their shapes alone, so that what a machine would have 
 """
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from personalize_jax.training.optimizer import make_optimizer
 from personalize_jax.training.step import TrainState, init_state, make_train_step, make_train_steps
 from personalize_jax.training.trainable import LORA, ROWS, init_rows, select
 
-_ADAPTER_PURPOSE = np.uint32(2**32 - 2)  # folded into the run's key for adapters; the steps fold in their numbers
+_TRAINING = np.uint32(2**32 - 2)  # folded into a seed's key to train; pictures of that seed fold in small numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ def build(
         UserError: the configuration does not fit the parameters or the mesh.
     """
     check_sizes(config, mesh)
-    root_key = jax.random.key(seed)
+    adapters_key, steps_key = jax.random.split(training_key(seed, stage.name))
     selection = select(pretrained, config)
     if selection.with_rows and not identifier:
         raise UserError("The rows of an identifier are to be trained where there is none; give True or False instead.")
@@ -133,8 +134,7 @@ def build(
         if selection.with_rows:
             params[ROWS] = init_rows(start["tables"], selection.with_rows, identifier)
         if selection.adapted:
-            key = jax.random.fold_in(root_key, _ADAPTER_PURPOSE)
-            params[LORA] = init_adapters(shapes, selection.adapted, config.lora.rank, key)
+            params[LORA] = init_adapters(shapes, selection.adapted, config.lora.rank, adapters_key)
         return init_state(params, optimizer, config.ema_decay > 0, vocabulary_size)
 
     state = sharding.placed(jax.eval_shape(make_state, start(shapes.get)), config.sharding, mesh)
@@ -154,7 +154,7 @@ def build(
     steps = make_train_steps(
         make_train_step(loss, optimizer, config.ema_decay, config.microbatches),
         lambda examples, key: sharding.shard_batch(draw(examples, key), mesh),
-        root_key,
+        steps_key,
         config.steps_per_dispatch,
     )
     everywhere = sharding.replicated(mesh)
@@ -167,6 +167,19 @@ def build(
         lambda params: sharding.placed(params, config.sharding, mesh),
         everywhere,
     )
+
+
+def training_key(seed: int, stage_name: str) -> Array:
+    """The key that all randomness of a stage's training comes from.
+
+    Neither another stage's training nor a picture of the same seed shares any of its keys.
+
+    Args:
+        seed: of the run.
+        stage_name: of the stage in training.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), _TRAINING)
+    return jax.random.fold_in(key, np.uint32(zlib.crc32(stage_name.encode())))
 
 
 def mesh_of(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:

@@ -136,13 +136,13 @@ def make_train_steps(
 ) -> Callable[[TrainState, Params, dict[str, Examples]], tuple[TrainState, dict[str, Array]]]:
     """Chain `count` steps into one program, each with a batch of its own drawn on the device.
 
-    The keys of a step are folded from the run's root key and the step's number: a resumed run draws what the
+    The keys of a step are folded from the training's root key and the step's number: a resumed run draws what the
     uninterrupted run would have drawn.
 
     Args:
         train_step: from `make_train_step`.
         draw: (examples, key) -> batch.
-        root_key: of the run.
+        root_key: of the training; used here alone.
         count: steps in one dispatch. XLA's CPU backend runs the gradients of convolutions in a loop's body an order of
             magnitude slower than outside (jax issue 12868): use 1 there.
 

@@ -64,7 +64,7 @@ def torch_loss(unet, scheduler, stage, batch, noisy, key, min_snr):
             torch_tensor(batch.low_res), stage.shape[:2], mode="bilinear", align_corners=True
         )
         level = torch.ceil(torch_tensor(noisy.low_res[1]) * 1000).long() - 1
-        noise = torch_tensor(jax.random.normal(jax.random.split(key, 4)[3], batch.x.shape))
+        noise = torch_tensor(jax.random.normal(jax.random.split(key, 5)[3], batch.x.shape))
         z = torch.cat([z, scheduler.add_noise(low, noise, level)], dim=1)
         options["class_labels"] = level
     output = unet(z, n, encoder_hidden_states=torch.tensor(np.asarray(batch.text.embeddings)), **options).sample
