@@ -176,26 +176,34 @@ def tune_again(
 ) -> Personalized:
     """The tuned cascade with one stage tuned in another way, to compare.
 
+    A stage starts from the text encoder that it started from in the run, and is sampled with what became of that.
+
     Args:
         pipeline: the pretrained cascade.
         tuned: what `personalize` made in `workdir`.
         name: of the stage; where `config.tune` leaves it out, it is the pretrained one.
         config: that run's, changed.
-        workdir: of that run, for its class images.
+        workdir: of that run, for its configuration and class images.
         directory: for checkpoints and metrics of this tuning; its seconds go to the manifest beside it.
         tracking: where its metrics go besides.
     """
-    stage = pipeline.stage(name)
+    stage, start, text = pipeline.stage(name), pipeline, {}
+    run = manifest.read_config(workdir)
+    first = run.tune[0]  # no other stage may train the text encoder
+    if configuration.trains_text_encoder(pipeline, first, stage_trainings(run)[first]):
+        encoder = pipeline if name == first else tuned.pipeline
+        text = {"text_encoder": encoder.params_in_full("text_encoder")}
+        start = pipeline if name == first else pipeline.replace_params(**text)
     if name not in config.tune:
-        untuned = tuned.pipeline.replace_params(**{name: pipeline.params_in_full(name)})
+        untuned = tuned.pipeline.replace_params(**text, **{name: pipeline.params_in_full(name)})
         return Personalized(untuned.replace_sampling(**{name: stage.sampling}), tuned.subject)
     training = stage_trainings(config)[name]
     drawn = {}
     if training.prior.weight > 0:
         drawn = draw_class_images(pipeline, tuned.subject, [name], config, workdir)
     with phase(directory.parent, f"tuning {directory.name}".replace("_", " ")):
-        networks, _ = tune(pipeline, stage, tuned.subject, drawn, training, config.seed, directory, tracking)
-    changed = tuned.pipeline.replace_params(**networks).replace_sampling(**{name: stage.sampling})
+        networks, _ = tune(start, stage, tuned.subject, drawn, training, config.seed, directory, tracking)
+    changed = tuned.pipeline.replace_params(**{**text, **networks}).replace_sampling(**{name: stage.sampling})
     return Personalized(with_tuned_sampling(changed, config, [name]), tuned.subject)
 
 
@@ -262,8 +270,8 @@ def tune(
     """Tune one stage on its own inputs.
 
     Args:
-        pipeline: the pretrained cascade.
-        stage: one of its stages, not yet tuned.
+        pipeline: the cascade before this stage is tuned.
+        stage: one of its stages.
         subject: the labelled dataset.
         drawn: class images by stage name.
         config: the stage's training keys.

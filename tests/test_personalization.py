@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 
 import personalize_jax as pj
+from personalize_jax.configuration import changed
 from personalize_jax.errors import UserError
-from personalize_jax.personalization import begin, stage_examples
+from personalize_jax.personalization import begin, stage_examples, tune_again
 from personalize_jax.pictures import read_png
 from personalize_jax.training.examples import downsample_uint8
 from personalize_jax.training.prior import prior_sampling
 from tests import event_files, processes, tiny_world
 from tests.deaths import DEATHS, STOPS
 
+FROZEN_TEXT = (("denoiser/", True), ("text_encoder/", False))
 TRAININGS = ("base", "super_resolution", "base_without_prior")
 
 
@@ -350,20 +352,48 @@ def test_runs_of_one_registry_have_identifiers_of_their_own(run, base_only):
     assert not set(names[0]["token_ids"]) & set(names[1]["token_ids"])
 
 
-def test_a_text_encoder_that_is_tuned_is_kept(pretrained, photos, tmp_path):
-    pipeline = pj.load_pipeline(pretrained)
+@pytest.fixture(scope="module")
+def with_text(tmp_path_factory, pretrained, photos):
+    """(run directory, pretrained, personalised, configuration) of a run whose base stage trains the text encoder."""
+    folder = tmp_path_factory.mktemp("with_text")
+    parts = ("training", "super_resolution_training")
+    once = {"num_steps": 1, "checkpoint_every": 1, "prior__weight": 0.0, "optimizer__learning_rate": 0.01}
     config = tiny_world.get_config(
         pretrained,
-        tune=("base",),
-        subject__registry=str(tmp_path / "registry.json"),
-        training__num_steps=1,
-        training__checkpoint_every=1,
-        training__prior__weight=0.0,
+        subject__registry=str(folder / "registry.json"),
+        **{f"{part}__{key}": value for part in parts for key, value in once.items()},
         training__trainable=((".*", True),),
+        training__optimizer__decay_steps=0,
     )
-    personalized = pj.personalize(pipeline, pj.load_subject(photos, "dog", 16), config, tmp_path / "run")
-    assert not (tmp_path / "run" / "class_images").exists()
-    kept = pj.load_personalized(tmp_path / "run").pipeline.params
-    for name in ("base", "text_encoder"):
+    pipeline = pj.load_pipeline(pretrained)
+    return folder / "run", pipeline, pj.personalize(pipeline, photos_of(photos), config, folder / "run"), config
+
+
+def photos_of(folder):
+    return pj.load_subject(folder, "dog", 16)
+
+
+def test_a_text_encoder_that_is_tuned_is_kept(with_text):
+    workdir, pipeline, personalized, _ = with_text
+    assert not (workdir / "class_images").exists()
+    kept = pj.load_personalized(workdir).pipeline.params
+    for name in ("base", "super_resolution", "text_encoder"):
         assert not equal(personalized.pipeline.params[name], pipeline.params[name])
         assert equal(personalized.pipeline.params[name], kept[name])
+
+
+@pytest.mark.parametrize("name", ["base", "super_resolution"])
+def test_a_stage_tuned_again_in_the_same_way_is_the_same_stage(with_text, tmp_path, name):
+    """Both are fitted to the text encoder that they are sampled with."""
+    workdir, pipeline, personalized, config = with_text
+    again = tune_again(pipeline, personalized, name, config, workdir, tmp_path / name).pipeline
+    for network, params in personalized.pipeline.params.items():
+        assert equal(again.params[network], params), network
+
+
+@pytest.mark.parametrize("change", [{"tune": ("super_resolution",)}, {"training__trainable": FROZEN_TEXT}])
+def test_without_its_training_the_text_encoder_is_the_pretrained_one(with_text, tmp_path, change):
+    workdir, pipeline, personalized, config = with_text
+    other = tune_again(pipeline, personalized, "base", changed(config, **change), workdir, tmp_path / "base").pipeline
+    assert equal(other.params["text_encoder"], pipeline.params["text_encoder"])
+    assert equal(other.params["base"], pipeline.params["base"]) == ("tune" in change)
