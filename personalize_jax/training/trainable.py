@@ -113,7 +113,7 @@ def init_rows(params: Params, paths: Sequence[str], tokens: Mapping[int, Sequenc
 
 
 def merge(trained: Params, others: Params) -> Params:
-    """Parameters as the networks take them; traceable.
+    """Parameters as the networks take them; traceable. Rows are rounded to their table's dtype.
 
     Args:
         trained: parameters, and under "lora" adapters, under "rows" rows, if there are any.
@@ -126,5 +126,6 @@ def merge(trained: Params, others: Params) -> Params:
         table, _, token = path.rpartition("/")
         by_path.setdefault(table, {})[int(token)] = row
     for path, rows in by_path.items():
-        merged[path] = merged[path].at[np.array(list(rows))].set(jnp.stack(list(rows.values())))
+        table, values = merged[path], jnp.stack(list(rows.values()))
+        merged[path] = table.at[np.array(list(rows))].set(values.astype(table.dtype))
     return apply_adapters(unflatten(merged), trained.get(LORA, {}))

@@ -82,6 +82,17 @@ def test_merge_puts_rows_into_their_table_and_leaves_the_others():
     np.testing.assert_array_equal(merged["text_encoder"]["tokens"]["embedding"], expected)
 
 
+@pytest.mark.filterwarnings("error")
+def test_float32_rows_are_rounded_into_a_rounded_table():
+    table = jax.tree.map(lambda a: a.astype(jnp.bfloat16), TABLE)
+    rows = {"text_encoder": {"tokens": {"embedding": {"4": jnp.array([1.001, -2.0]), "1": jnp.array([-3.0, 1.005])}}}}
+    merged = merge({"rows": rows}, table)["text_encoder"]["tokens"]["embedding"]
+    assert merged.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(merged[jnp.array([1, 4])], jnp.array([[-3.0, 1.0078125], [1.0, -2.0]]))
+    gradient = jax.grad(lambda r: merge({"rows": r}, table)["text_encoder"]["tokens"]["embedding"].sum())(rows)
+    assert all(leaf.dtype == jnp.float32 and np.all(leaf == 1) for leaf in jax.tree.leaves(gradient))
+
+
 def test_the_gradient_reaches_a_row_as_it_would_reach_it_in_the_table():
     weights = jnp.arange(12.0).reshape(6, 2) ** 2
 
