@@ -29,7 +29,11 @@ def textual_inversion(config: ConfigDict) -> ConfigDict:
 
 
 def lora(config: ConfigDict) -> ConfigDict:
-    """Low-rank adapters of the base stage's attention (Hu et al. 2021), with the prior term."""
+    """Low-rank adapters of the base stage's attention (Hu et al. 2021), with the prior term.
+
+    They save the optimiser's moments, and gradients of all else. A step still forms every adapted kernel whole, in
+    float32, and its gradient.
+    """
     return _trained(config, "lora", ((".*", False),))
 
 
