@@ -114,7 +114,7 @@ def _overrides(file: Path, config: ConfigDict) -> list[Any]:
             raise TypeError(f"sweep(config) gives {yielded!r}, not a generator of dictionaries")
         return list(yielded)
     except Exception as error:  # whatever a file may raise
-        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, ValueError | UserError) else f"{type(error).__name__}: {error}"
         raise UserError(f"{file} cannot be used as a sweep: {' '.join(reason.split())}") from error
 
 
