@@ -15,10 +15,14 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
+from personalize_jax import interruption
 from personalize_jax.errors import UserError
 from personalize_jax.files import reason
+from personalize_jax.interruption import Stopped
 
-_SENTENCE_BYTES = 4096
+_OUTCOME_BYTES = 4096
+_ERRORS = (None, Stopped, UserError, Exception)  # with which a share of work may end, from none to the worst
+_FAILED = _ERRORS.index(Exception)
 _SHUTDOWN_SECONDS = 60  # that a process which has failed waits for the others, before it ends them
 
 
@@ -51,7 +55,7 @@ def first_does(work: Callable[[], object]) -> None:
     """Have process 0 do something while the others wait.
 
     Raises:
-        UserError: what it raises there, and what keeps it from writing a file, in every process.
+        Exception: as `each_does`.
     """
     each_does(work if is_first() else lambda: None)
 
@@ -59,25 +63,52 @@ def first_does(work: Callable[[], object]) -> None:
 def each_does(work: Callable[[], object]) -> None:
     """Have every process do its share, in which the others take no part, and go on once all have done theirs.
 
+    A share may ask whether to stop, in one process more often than in another.
+
     Raises:
         UserError: what it raises in one of them, and what keeps one from writing a file, in every process.
+        Stopped: likewise.
+        Exception: what else it raises, in that process; in the others, one that tells of it.
     """
     if jax.process_count() == 1:
         work()
         return
-    sentence = ""
+    raised: Exception | None = None
     try:
         work()
-    except UserError as error:
-        sentence = str(error)
     except OSError as error:
-        sentence = reason(error)
-    padded = np.zeros(_SENTENCE_BYTES, np.uint8)
-    encoded = np.frombuffer(sentence.encode()[:_SENTENCE_BYTES], np.uint8)
-    padded[: len(encoded)] = encoded
-    for of_one in multihost_utils.process_allgather(padded):
-        if told := of_one.tobytes().rstrip(b"\0"):
-            raise UserError(told.decode(errors="ignore"))
+        raised = UserError(reason(error))
+    except Exception as error:
+        raised = error
+    outcomes = [_read_outcome(written) for written in multihost_utils.process_allgather(_written_outcome(raised))]
+    interruption.count_on_from(max(count for _, count, _ in outcomes))
+    worst, _, sentence = max(outcomes, key=lambda outcome: outcome[0])
+    if raised is not None and worst == _severity(raised):
+        raise raised
+    if worst > 0:
+        raise _ERRORS[worst](sentence)
+
+
+def _severity(raised: Exception | None) -> int:
+    """The place in `_ERRORS` of what a share of work has raised."""
+    if raised is None:
+        return 0
+    return next(i for i, kind in enumerate(_ERRORS) if i > 0 and isinstance(raised, kind))
+
+
+def _written_outcome(raised: Exception | None) -> np.ndarray:
+    """What has come of this process's share, in so many bytes, whatever it is: severity, times asked, sentence."""
+    severity = _severity(raised)
+    sentence = "" if raised is None else str(raised)
+    if severity == _FAILED:
+        sentence = f"Process {jax.process_index()} has failed ({type(raised).__name__}: {sentence})."
+    written = f"{severity} {interruption.count()} {sentence}".encode(errors="replace")[:_OUTCOME_BYTES]
+    return np.frombuffer(written.ljust(_OUTCOME_BYTES, b"\0"), np.uint8)
+
+
+def _read_outcome(written: np.ndarray) -> tuple[int, int, str]:
+    severity, count, sentence = written.tobytes().rstrip(b"\0").decode(errors="ignore").split(" ", 2)
+    return int(severity), int(count), sentence
 
 
 def wait() -> None:

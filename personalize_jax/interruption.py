@@ -18,7 +18,7 @@ STATUS = os.EX_TEMPFAIL  # 75, the exit status that says: stopped after saving, 
 
 _asked = False  # signals reach the process, so this is the process's, too
 _agreed = False  # likewise, where there are several processes
-_times = 0  # that this one has asked
+_count = 0  # how often this one has asked the others, or as often as the one that has most
 
 
 class Stopped(Exception):
@@ -29,23 +29,23 @@ class Stopped(Exception):
 def on_signals() -> Iterator[None]:
     """Let the first SIGTERM or SIGINT ask to stop; a second one acts as usual.
 
-    For the main thread; and before several processes join, so that JAX's own handler of SIGTERM has the last word.
+    For the main thread; and before several processes join. JAX then takes SIGTERM for itself, to tell all of them, and
+    keeps it: only SIGINT is handled here from then on.
     """
     global _asked
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT) if _is_ours(number)}
     # Not what is to be ignored, nor what another library has taken, which shows as None.
     handlers = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
 
     def restore() -> None:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if _is_ours(number):
+                signal.signal(number, handler)
 
     def ask(number: int, _: FrameType | None) -> None:
         global _asked
         _asked = True
         restore()
-        if jax.distributed.is_initialized():
-            os.kill(os.getpid(), signal.SIGTERM)  # which tells the others, too
         # Printing is no option: the signal may have come in the midst of it.
         os.write(2, f"\n{signal.Signals(number).name}: stopping once it is saved; again to stop at once.\n".encode())
 
@@ -58,19 +58,43 @@ def on_signals() -> Iterator[None]:
         _asked = False
 
 
+def _is_ours(number: int) -> bool:
+    """Whether a signal is not JAX's, which takes SIGTERM when processes join."""
+    return number == signal.SIGINT or not jax.distributed.is_initialized()
+
+
 def requested() -> bool:
     """Whether to save and stop now.
 
-    Processes of one program ask equally often. They are told alike, at the same time of asking, even if the signal came
-    to one of them only: by the preemption service of `jax.distributed`, which has a SIGTERM handler of its own.
+    Processes of one program are told alike, at the same time of asking, even if the signal came to one of them only: by
+    the preemption service of `jax.distributed`, which has a SIGTERM handler of its own and, once there was a signal,
+    names the time after the last one at which any of them has asked. So they must ask equally often, but within
+    `hosts.each_does`, which makes the counts equal again.
     """
-    global _agreed, _times
+    global _agreed, _asked, _count
     if not jax.distributed.is_initialized():
         return _asked
+    if _asked:  # by Ctrl-C, or before the processes have joined
+        _asked = False
+        os.kill(os.getpid(), signal.SIGTERM)
     if not _agreed:
-        _times += 1
-        _agreed = multihost_utils.reached_preemption_sync_point(_times)
+        _count += 1
+        _agreed = multihost_utils.reached_preemption_sync_point(_count)
     return _agreed
+
+
+def count() -> int:
+    """How often this process has asked the others whether to stop."""
+    return _count
+
+
+def count_on_from(highest: int) -> None:
+    """Count as the process does that has asked most often; for all of them at once.
+
+    None has passed the time at which all stop, as that comes after the last one at which any of them had asked.
+    """
+    global _count
+    _count = highest
 
 
 def check() -> None:

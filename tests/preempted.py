@@ -1,30 +1,39 @@
-"""One of several processes that train together and ask at every step whether to stop."""
+"""One of several processes that work together and ask all the time whether to stop."""
 
 import contextlib
-import sys
 import time
-from pathlib import Path
 
 import jax
 
-from personalize_jax import interruption
+from personalize_jax import hosts, interruption
 
 
-def main(process, coordinator, folder):
-    """Say that steps are done until told to stop; say after which one that was."""
-    with interruption.on_signals():
-        jax.distributed.initialize(coordinator, num_processes=2, process_id=process)
-        for step in range(2000):
-            if interruption.requested():
-                (folder / f"stopped_{process}").write_text(str(step))
-                break
-            (folder / f"going_{process}").touch()
-            time.sleep(0.02)
-        with contextlib.suppress(interruption.Stopped):  # drawing stops, too
+def be_preempted(process, count, coordinator, folder, alone):
+    """Say that work is done until told to stop; say after which step that was.
+
+    Args:
+        process: number of this one.
+        count: of the processes.
+        coordinator: host and port of process 0.
+        folder: for what is said.
+        alone: how often process 0 asks while the others wait, before all of them do the same steps.
+    """
+
+    def share():
+        for _ in range(alone):
             interruption.check()
-            raise AssertionError("it was told to stop")
+            (folder / f"alone_{process}").touch()
+            time.sleep(0.02)
+
+    with interruption.on_signals():
+        jax.distributed.initialize(coordinator, num_processes=count, process_id=process)
+        step = -1
+        with contextlib.suppress(interruption.Stopped):
+            hosts.first_does(share)
+            while (step := step + 1) < 2000:
+                interruption.check()
+                (folder / f"together_{process}").touch()
+                time.sleep(0.02)
+            raise AssertionError("it was not told to stop")
+        (folder / f"stopped_{process}").write_text(str(step))
         jax.distributed.shutdown()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

@@ -163,10 +163,18 @@ def test_an_error_of_process_0_ends_both(pretrained, photos, tmp_path):
         assert re.search("^error: .*not a registry", of_one.error, re.MULTILINE)
 
 
-def test_a_full_disk_of_one_ends_both(tmp_path):
-    for of_one in run(tmp_path, "tests.full_disk", processes_of=(1, 1)):
-        assert of_one.status == 2
-        assert "error: here/picture.png cannot be written (No space left" in of_one.error
+@pytest.mark.parametrize(
+    ("by", "status", "sentences"),
+    [
+        ("full disk", 2, ["error: here/picture.png cannot be written (No space left"] * 2),
+        ("mistake", 1, ["Process 1 has failed (TypeError: a number was expected)", "TypeError: a number was expected"]),
+    ],
+)
+def test_a_failure_of_one_ends_both(tmp_path, by, status, sentences):
+    finished = run(tmp_path, "tests.failing", f"--by={by}", processes_of=(1, 1))
+    assert [of_one.status for of_one in finished] == [status] * 2
+    for of_one, sentence in zip(finished, sentences, strict=True):
+        assert sentence in of_one.error
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,13 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from personalize_jax import interruption
-
-ROOT = Path(__file__).parent.parent
+from tests import processes
+from tests.preempted import be_preempted
 
 
 def send(number):
@@ -46,20 +43,30 @@ def test_a_signal_that_is_ignored_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-def test_processes_of_one_program_stop_at_the_same_step_though_one_was_signalled(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "count", "alone"),
+    [
+        (signal.SIGINT, 1, 0),
+        (signal.SIGTERM, 2, 7),  # then all of them go on, and are told later
+        (signal.SIGTERM, 2, 2000),  # while one works alone
+    ],
+)
+def test_processes_of_one_program_stop_at_the_same_step_though_one_was_signalled(tmp_path, number, count, alone):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "tests.preempted"]
-    together = [subprocess.Popen([*command, str(i), coordinator, str(tmp_path)], cwd=ROOT) for i in range(2)]
+    together = [processes.start(be_preempted, i, count, coordinator, tmp_path, alone) for i in range(count)]
+    going = {"alone_0"} if alone == 2000 else {f"together_{i}" for i in range(count)}
     try:
-        while not all((tmp_path / f"going_{i}").exists() for i in range(2)):
-            assert all(process.poll() is None for process in together)
+        while not going <= {file.name for file in tmp_path.iterdir()}:
+            assert all(process.is_alive() for process in together)
             time.sleep(0.05)
-        together[1].terminate()
-        assert [process.wait(timeout=120) for process in together] == [0, 0]
+        os.kill(together[-1].pid, number)
+        for process in together:
+            process.join(60)
+        assert [process.exitcode for process in together] == [0] * count
     finally:
         for process in together:
             process.kill()
-    steps = {(tmp_path / f"stopped_{i}").read_text() for i in range(2)}
-    assert len(steps) == 1
+    steps = [int((tmp_path / f"stopped_{i}").read_text()) for i in range(count)]
+    assert len(set(steps)) == 1 and (steps[0] < 0) == (alone == 2000)

@@ -25,8 +25,8 @@ TEXTS = [*SOURCES, ROOT / "README.md", ROOT / "Makefile", ROOT / "pyproject.toml
 ROOMS = (
     "errors",
     "files",
-    "hosts",
     "interruption",
+    "hosts",
     "pictures",
     "chips",
     "diffusion",
