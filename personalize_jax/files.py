@@ -4,29 +4,40 @@ import contextlib
 import errno
 import os
 import re
+import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says of a full disk, quota or file
 
-# What `replacing` writes to, with the number of its process; and safetensors, which tells of none.
-_TEMPORARY = re.compile(r"\..+\.(\d+)|\.tmp\w{6}")
+_HOST = re.sub(r"[^\w.-]", "_", socket.gethostname())
+_TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)")  # the folders of `replacing`, with the number of its process and the host
 
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
     """Yield where to write, beside `file`, which what is there replaces at the end, unless there was an error.
 
+    It lies in a folder of its own, with what libraries put beside it while they write. The mode is that of any new
+    file, though libraries may have made it one for this user only.
+
     Raises:
         OSError: the file cannot be written; the error names it.
     """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    folder = file.with_name(f".{file.name}.{os.getpid()}@{_HOST}")
+    temporary = folder / "content"
     try:
-        with naming(file, temporary):
+        with naming(file, folder):
+            folder.mkdir(exist_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode
             yield temporary
+            if temporary.stat().st_mode != mode:
+                temporary.chmod(mode)
             os.replace(temporary, file)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -35,12 +46,13 @@ def naming(file: Path, temporary: Path | None = None) -> Iterator[None]:
 
     Args:
         file: to be named.
-        temporary: another name, in whose place it is named.
+        temporary: a folder in whose place, and in that of what is in it, it is named.
     """
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename in (None, str(temporary)):
+        within = temporary is not None and Path(str(error.filename)).is_relative_to(temporary)
+        if error.errno is not None and (error.filename is None or within):
             error.filename = str(file)
         raise
 
@@ -60,13 +72,14 @@ def write_text(file: Path, text: str) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what killed processes have left unfinished below a folder; links are not followed.
+    """Delete what killed processes of this host have left unfinished below a folder; links are not followed.
 
-    For a folder in which no other process saves parameters.
+    Which processes of other hosts are alive is not known here: theirs stays.
     """
-    for file in folder.rglob(".*"):
-        if (match := _TEMPORARY.fullmatch(file.name)) and not (match[1] and _is_alive(int(match[1]))):
-            file.unlink(missing_ok=True)
+    for found in list(folder.rglob(".*")):
+        match = _TEMPORARY.fullmatch(found.name)
+        if match and match[2] == _HOST and not _is_alive(int(match[1])):
+            shutil.rmtree(found, ignore_errors=True)
 
 
 def _is_alive(process: int) -> bool:

@@ -100,7 +100,7 @@ def record(workdir: Path, seeds: Mapping[str, object], data: Mapping[str, object
         data: see above.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    hosts.first_does(lambda: remove_temporaries(workdir))
+    hosts.each_does(lambda: remove_temporaries(workdir))
     start = time.monotonic()
     before = [call | {"status": "killed"} if call["status"] == "running" else call for call in _calls(workdir)]
     call = {

@@ -144,7 +144,7 @@ def assert_same(expected, found):
     manifests = [manifest.read(run) for run in (expected, found)]
     for key in ("seeds", "data", "done"):
         assert manifests[0][key] == manifests[1][key]
-    assert not [f for f in found.rglob("*") if "orbax-checkpoint-tmp" in f.name or (f.is_file() and f.name[0] == ".")]
+    assert not [f for f in found.rglob("*") if "orbax-checkpoint-tmp" in f.name or f.name[0] == "."]
 
 
 def start_afresh(arguments, files):

@@ -1,11 +1,14 @@
 import errno
 import os
-import subprocess
-import sys
+import signal
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from personalize_jax import files
 from personalize_jax.files import naming, remove_temporaries, replacing, write_text
+from tests import processes
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -31,16 +34,43 @@ def test_a_failure_names_the_file_that_was_to_be_written(tmp_path):
     assert another.value.filename == str(tmp_path / "other")
 
 
-def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_a_file_has_the_mode_of_any_new_one_whatever_wrote_it(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        with replacing(tmp_path / "weights") as temporary:
+            save_file({"a": np.ones(3)}, temporary)
+        write_text(tmp_path / "text", "")
+        (tmp_path / "ordinary").touch()
+    finally:
+        os.umask(before)
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("weights", "text", "ordinary")} == {0o666 & ~mask}
+
+
+def be_killed_writing(file, library):
+    with replacing(file) as temporary:
+        temporary.with_name(library).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_killed_processes_of_this_host_left_is_removed_and_nothing_else(tmp_path, monkeypatch):
     elsewhere, folder = tmp_path / "elsewhere", tmp_path / "run"
-    kept = [".a.json.txt", ".hidden", "a.json", f"a.json.{dead.pid}", f".a.json.{os.getpid()}"]
     for where in (elsewhere, folder / "samples"):
         where.mkdir(parents=True)
-        for name in (*kept, f".a.json.{dead.pid}", f".b.png.{dead.pid}", ".tmpbgGcno"):
+        for name in (".a.json.txt", ".hidden", "a.json", "a.json.123", ".a.json.123", ".tmpbgGcno"):
             (where / name).write_text("")
     (folder / "link").symlink_to(elsewhere)
-    remove_temporaries(folder)
-    assert {file.name for file in (folder / "samples").iterdir()} == set(kept)
-    assert len(list(elsewhere.iterdir())) == len(kept) + 3
+    kept = sorted(folder.rglob("*"))
+    for file in (folder / "samples" / "a.json", elsewhere / "b"):
+        assert processes.call(be_killed_writing, file, ".tmpbgGcno") == -signal.SIGKILL
+    left = sorted(folder.rglob("*"))
+    assert len(left) == len(kept) + 3
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_HOST", "another")
+        remove_temporaries(folder)
+        assert sorted(folder.rglob("*")) == left  # a host cannot tell who lives on another
+    in_elsewhere = sorted(elsewhere.rglob("*"))
+    with replacing(folder / "samples" / "c"):  # which this process is about to write
+        remove_temporaries(folder)
+    assert sorted(folder.rglob("*")) == sorted([*kept, folder / "samples" / "c"])
+    assert sorted(elsewhere.rglob("*")) == in_elsewhere

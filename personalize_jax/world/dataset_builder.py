@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from personalize_jax import interruption
+from personalize_jax.files import replacing
 from personalize_jax.world.captions import caption_variants
 from personalize_jax.world.render import render
 from personalize_jax.world.scene import (
@@ -168,8 +169,6 @@ def rendered_once(path: Path, scenes: Scene, resolution: int) -> np.ndarray:
     if not path.exists():
         interruption.check()
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        with unfinished.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, render(scenes, resolution), allow_pickle=False)
-        os.replace(unfinished, path)
     return np.load(path, allow_pickle=False, mmap_mode="r")

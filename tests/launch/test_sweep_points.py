@@ -111,7 +111,7 @@ def test_a_prolonged_point_differs_in_its_steps_alone(tmp_path):
         ("yield {'seed': 1}; yield {'seed': 1}", "yields one point twice: seed=1 is the same"),
         ("yield {'seed': 0}; yield {}", "seed=0 and unchanged are the same configuration"),
         ("raise ValueError('Give another configuration.')", "cannot be used as a sweep: Give another configuration"),
-        ("from personalize_jax.errors import UserError as E; raise E('Give another.')", "used as a sweep: Give another."),
+        ("from personalize_jax.errors import UserError as E; raise E('Give it.')", "used as a sweep: Give it."),
         ("def points(config):\n    yield {}", "cannot be used as a sweep: AttributeError"),
         ("def sweep(config)\n    yield {}", "cannot be used as a sweep: SyntaxError"),
         ("def sweep():\n    yield {}", "cannot be used as a sweep: TypeError"),
