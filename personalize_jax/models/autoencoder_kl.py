@@ -17,6 +17,7 @@ from personalize_jax.errors import UserError
 from personalize_jax.models.attention import attend
 from personalize_jax.models.convolution import Conv
 from personalize_jax.models.normalization import GroupNorm
+from personalize_jax.models.published_config import check_groups, check_kinds, known_keys
 
 LOGVAR_RANGE = (-30.0, 20.0)
 _ONLY = {  # keys of the config whose other values ask for another network
@@ -222,28 +223,25 @@ class AutoencoderKL(nn.Module):
         """Build the network that a `config.json` of diffusers describes.
 
         Args:
-            config: the content of the file.
+            config: the content of the file; keys left out have diffusers' defaults.
             dtype: of the computation.
 
         Raises:
             UserError: the config asks for what is not offered.
         """
-        config = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in config.items()
-            if not key.startswith("_") and key not in _WITHOUT_EFFECT
-        }
-        levels = len(config.get("block_out_channels", cls.block_out_channels))
+        keys = cls.__dataclass_fields__.keys() - _NOT_OF_THE_CONFIG
         blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+        config = known_keys(config, {*keys, *blocks, *_ONLY, *_WITHOUT_EFFECT}, "autoencoder")
+        check_kinds(config, {key: cls.__annotations__[key] for key in keys}, "autoencoder")
+        levels = len(config.get("block_out_channels", cls.block_out_channels))
         for key, only in (_ONLY | {key: levels * names for key, names in blocks.items()}).items():
-            if (value := config.pop(key, only)) != only:
+            if (value := config.get(key, blocks.get(key, only))) != only:
                 raise UserError(
                     f"The autoencoder has {key} = {value} where only {only} can be used: give another model."
                 )
-        for key, value in config.items():
-            if key not in cls.__dataclass_fields__.keys() - _NOT_OF_THE_CONFIG:
-                raise UserError(f"The autoencoder has {key} = {value}, which is unknown: give another model.")
-        return cls(**config, dtype=dtype)
+        network = cls(**{key: value for key, value in config.items() if key in keys}, dtype=dtype)
+        check_groups(network.norm_num_groups, network.block_out_channels, "autoencoder")
+        return network
 
     @property
     def factor(self) -> int:

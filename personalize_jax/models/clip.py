@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from personalize_jax.errors import UserError
-from personalize_jax.models.clip_text import Layers, Spec, TextModel
+from personalize_jax.models.clip_text import DEFAULTS, Layers, Spec, TextModel
 
 
 class VisionEmbeddings(nn.Module):
@@ -87,7 +87,7 @@ class Clip(nn.Module):
         if config.get("model_type") != "clip":
             raise UserError(f"config.json describes a {config.get('model_type')!r}; give the folder of a CLIP model.")
         text, vision = (dict(config.get(f"{tower}_config") or {}) for tower in ("text", "vision"))
-        text = _TEXT_DEFAULTS | text
+        text = DEFAULTS | text
         vision = _VISION_DEFAULTS | vision
         return cls(
             vocab_size=text["vocab_size"],
@@ -128,17 +128,6 @@ class Clip(nn.Module):
 _NO_END = 2  # stands in the config.json of the first files, whose texts end otherwise; transformers knows it too
 
 # What transformers leaves out of a config.json: the base model's, of which openai/clip-vit-base-patch32 is one.
-_TEXT_DEFAULTS = {
-    "vocab_size": 49408,
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 77,
-    "eos_token_id": 49407,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
 _VISION_DEFAULTS = {
     "hidden_size": 768,
     "intermediate_size": 3072,

@@ -17,7 +17,21 @@ from jax.typing import DTypeLike
 from personalize_jax.errors import UserError
 from personalize_jax.models.activation import gelu
 from personalize_jax.models.attention import Implementation, attend
+from personalize_jax.models.published_config import check_kinds
 
+# What stands for a key of a text tower that its config.json leaves out: transformers' `CLIPTextConfig`.
+DEFAULTS = {
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "eos_token_id": 49407,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+_KINDS = {key: type(value) for key, value in DEFAULTS.items() if key != "eos_token_id"}  # may be a list
 _ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": gelu,
@@ -47,12 +61,18 @@ class Spec:
         """The layers that a checkpoint's `config.json` describes.
 
         Args:
-            config: as transformers writes it for a tower of CLIP.
+            config: as transformers writes it for a tower of CLIP, with its defaults.
             **others: what such a file does not tell.
 
         Raises:
-            UserError: an activation that is not supported.
+            UserError: a value of another kind, or an activation that is not supported.
         """
+        check_kinds(config, _KINDS, "CLIP")
+        if config["hidden_size"] % config["num_attention_heads"]:
+            raise UserError(
+                f"num_attention_heads is {config['num_attention_heads']} in a CLIP's config.json; give a number that "
+                f"divides its hidden_size of {config['hidden_size']}."
+            )
         activation = config["hidden_act"]
         if activation not in _ACTIVATIONS:
             known = ", ".join(_ACTIVATIONS)
@@ -205,14 +225,15 @@ class ClipTextEncoder(nn.Module):
         """Build the encoder that a checkpoint's `config.json` describes.
 
         Args:
-            config: as transformers writes it for a `CLIPTextModel`.
+            config: as transformers writes it for a `CLIPTextModel`; keys left out have its defaults.
             skip_layers: see the class. The encoder of Stable Diffusion 2.x was cut before it was published and takes 0.
             attention: see the class.
             **compute: `dtype`, `remat`.
 
         Raises:
-            UserError: an activation that is not supported, or no layer is left.
+            UserError: a value that is not supported, or no layer is left.
         """
+        config = DEFAULTS | dict(config)
         spec = Spec.from_config(config, skip_layers=skip_layers, **compute)
         if not 0 <= skip_layers < spec.num_layers:
             raise UserError(

@@ -17,9 +17,23 @@ from jax.typing import DTypeLike
 
 from personalize_jax.errors import UserError
 from personalize_jax.models.attention import Implementation
+from personalize_jax.models.published_config import check_kinds
 
 PAD_ID = 0  # in every vocabulary of T5
 _FEED_FORWARDS = ("relu", "gated-gelu")
+# What stands for a key that a config.json leaves out: transformers' `T5Config`.
+_DEFAULTS = {
+    "vocab_size": 32128,
+    "d_model": 512,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "num_layers": 6,
+    "num_heads": 8,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
+    "feed_forward_proj": "relu",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,13 +215,15 @@ class T5Encoder(nn.Module):
         """Build the encoder that a checkpoint's `config.json` describes.
 
         Args:
-            config: as transformers writes it for a `T5EncoderModel`.
+            config: as transformers writes it for a `T5EncoderModel`; keys left out have its defaults.
             max_length: see the class; IF uses 77.
             **compute: `dtype`, `remat`, `attention`.
 
         Raises:
-            UserError: MLPs that are not supported.
+            UserError: a value that is not supported.
         """
+        config = _DEFAULTS | dict(config)
+        check_kinds(config, {key: type(value) for key, value in _DEFAULTS.items()}, "T5 encoder")
         feed_forward = config["feed_forward_proj"]
         if feed_forward not in _FEED_FORWARDS:
             raise UserError(
@@ -223,8 +239,7 @@ class T5Encoder(nn.Module):
             mlp_width=config["d_ff"],
             feed_forward=feed_forward,
             num_buckets=config["relative_attention_num_buckets"],
-            # Old configurations, those of Google among them, do not have this key.
-            max_distance=config.get("relative_attention_max_distance", 128),
+            max_distance=config["relative_attention_max_distance"],
             epsilon=config["layer_norm_epsilon"],
             max_length=max_length,
             **compute,

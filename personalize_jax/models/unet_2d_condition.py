@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from personalize_jax.errors import UserError
 from personalize_jax.models.attention import Implementation, attend
 from personalize_jax.models.convolution import Conv
+from personalize_jax.models.published_config import check_choices, check_groups, check_kinds, known_keys
 from personalize_jax.models.unet_2d_blocks import (
     ACTIVATIONS,
     DOWN_BLOCKS,
@@ -220,16 +221,23 @@ class UNet2DCondition(nn.Module):
         """Build the network that a checkpoint's `config.json` describes.
 
         Args:
-            config: as diffusers writes it for a `UNet2DConditionModel`; keys left out have diffusers' defaults.
+            config: as diffusers writes it for a `UNet2DConditionModel`, whose defaults keys left out have.
             **compute: `dtype`, `remat`, `attention`.
 
         Raises:
-            UserError: a key or value that is not supported.
+            UserError: a value that is not supported.
         """
-        given = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items() if not key.startswith("_")}
         keys = cls.__dataclass_fields__.keys() - _NOT_CONFIGURED
+        given = known_keys(config, keys | _SUPPORTED.keys() | set(_IGNORED), "U-Net")
+        width = given.get("cross_attention_dim")
+        if isinstance(width, tuple) and width == width[:1] * len(width) != ():
+            given["cross_attention_dim"] = width[0]
+        check_kinds(given, {key: cls.__annotations__[key] for key in keys}, "U-Net")
+        check_choices(given, _SUPPORTED, "U-Net")
         _check_config(given, keys)
-        return cls(**{key: value for key, value in given.items() if key in keys}, **compute)
+        network = cls(**{key: value for key, value in given.items() if key in keys}, **compute)
+        check_groups(network.norm_num_groups, network.block_out_channels, "U-Net")
+        return network
 
     @property
     def text_width(self) -> int:
@@ -380,17 +388,10 @@ def _at(value: Any, level: int) -> Any:
 
 
 def _check_config(config: Mapping[str, Any], keys: Collection[str]) -> None:
-    for key in config.keys() - keys - _SUPPORTED.keys() - set(_IGNORED):
-        raise UserError(f"{key} is {config[key]!r} in the U-Net's config.json; this key is not supported.")
-    for key in config.keys() & _SUPPORTED.keys():
-        value, supported = config[key], _SUPPORTED[key]
-        for one in value if key.endswith("block_types") else (value,):
-            if one not in supported:
-                choices = ", ".join(map(str, supported))
-                raise UserError(f"{key} has {one!r} in the U-Net's config.json; supported are {choices}.")
+    if config.get("encoder_hid_dim_type") is not None and config.get("encoder_hid_dim") is None:
+        raise UserError("encoder_hid_dim is missing from the U-Net's config.json, which has an encoder_hid_dim_type.")
     levels = len(config.get("block_out_channels", UNet2DCondition.block_out_channels))
     for key in keys:
         value = config.get(key, getattr(UNet2DCondition, key))
-        if isinstance(value, tuple) and (len(value) != levels or key == "cross_attention_dim"):
-            expected = "one number" if key == "cross_attention_dim" else f"{levels} values, one for each level"
-            raise UserError(f"{key} is {value} in the U-Net's config.json; expected {expected}.")
+        if isinstance(value, tuple) and len(value) != levels:
+            raise UserError(f"{key} is {value} in the U-Net's config.json; expected {levels} values, one a level.")

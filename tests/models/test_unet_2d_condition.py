@@ -264,8 +264,9 @@ def test_the_kernel_of_attention_is_the_one_asked_for(config):
         {"dropout": 0.1},
         {"cross_attention_dim": [8, 16, 32, 32]},
         {"attention_head_dim": [5, 10]},
-        {"name": "unet"},
-        {"invented_later": 1},
+        {"mid_block_type": None},
+        {"norm_num_groups": None},
+        {"layers_per_block": 0},
     ],
     ids=str,
 )
