@@ -122,4 +122,4 @@ def requested_machine(arguments: flags.FlagValues) -> Machine:
 
 
 if __name__ == "__main__":
-    command.run(main, define_flags, required=("name", "type", "zone"))
+    command.run(main, define_flags, required=("name", "type", "zone"), takes_words=True)

@@ -6,8 +6,10 @@ saving, and the same command goes on.
 
 import contextlib
 import ctypes
+import functools
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import jax
 from absl import app, flags
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from personalize_jax import hosts, interruption
@@ -22,13 +25,19 @@ from personalize_jax.errors import UserError
 from personalize_jax.files import reason
 
 
-def run(main: Callable[[list[str]], None], define_flags: Callable[[], None], required: Sequence[str]) -> None:
+def run(
+    main: Callable[[list[str]], None],
+    define_flags: Callable[[], None],
+    required: Sequence[str],
+    takes_words: bool = False,
+) -> None:
     """Run a command: `UserError` and failures to write end it with one sentence and exit status 2, signals with 75.
 
     Args:
-        main: the command.
+        main: the command, called with its name and the words beside its flags.
         define_flags: defines its flags; a function, so that importing a command's module defines none.
         required: names of the flags that must be given.
+        takes_words: whether words beside the flags mean something to it; otherwise they are refused.
     """
 
     def guarded(argv: list[str]) -> None:
@@ -47,7 +56,7 @@ def run(main: Callable[[list[str]], None], define_flags: Callable[[], None], req
 
     define_flags()
     flags.mark_flags_as_required(required)
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=functools.partial(_parse, takes_words=takes_words))
 
 
 def define_multihost() -> None:
@@ -100,10 +109,22 @@ def steps_bar(description: str, total: int) -> Iterator[Callable[[int, dict[str,
             bar.close()
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """As absl does, but with one sentence where a configuration refuses its argument, or lacks a `--config.` key."""
+def expand_home(config: ConfigDict) -> None:
+    """Put the home folder in place of a leading "~" in all values of a configuration."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            expand_home(value)
+        elif (expanded := _expanded(value)) != value:
+            config[key] = expanded
+
+
+def _parse(argv: list[str], takes_words: bool) -> list[str]:
+    """As absl does, but with one sentence for what cannot be used, and with "~" for the home folder.
+
+    Shells expand "~" in `--workdir ~/rex`, but not in `--workdir=~/rex`.
+    """
     try:
-        return flags.FLAGS(argv)
+        words = flags.FLAGS(argv)
     except flags.Error as error:
         *before, last = str(error).strip().splitlines()
         if before and not last.startswith("ValueError: "):  # by which configurations refuse their arguments
@@ -111,6 +132,31 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(_fail(last.removeprefix("ValueError: ")))
     except (AttributeError, KeyError) as error:
         sys.exit(_fail(f"A --config flag names a key that the configuration lacks: {_one_line(error)}"))
+    if words[1:] and not takes_words:
+        sys.exit(_fail(_left_over(words[1:])))
+    for flag in [flags.FLAGS[name] for name in flags.FLAGS if "." not in name]:  # --config.key=value is in --config
+        if isinstance(flag.value, ConfigDict):
+            expand_home(flag.value)
+        elif (expanded := _expanded(flag.value)) != flag.value:
+            flag.value = expanded
+    return words
+
+
+def _left_over(words: Sequence[str]) -> str:
+    """A sentence about words that no flag takes."""
+    named = f"{words[0]!r} and {words[1]!r}" if len(words) == 2 else repr(words[0])
+    named += f" and {len(words) - 1} more" * (len(words) > 2)
+    several = [name for name in flags.FLAGS if isinstance(flags.FLAGS[name], flags.MultiFlag)]
+    repeated = "".join(f", and --{name} once for each" for name in several)
+    verb = "stands" if len(words) == 1 else "stand"
+    return f"{named} {verb} beside the flags and would be ignored; write values with spaces in quotes{repeated}."
+
+
+def _expanded(value: object) -> object:
+    """A value, or each of several, with the home folder in place of a leading "~"."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_expanded, value))
+    return os.path.expanduser(value) if isinstance(value, str) and re.match(r"~(/|$)", value) else value
 
 
 def _report_unraisable(unraisable: Any) -> None:

@@ -143,6 +143,7 @@ def test_required_flags_are_named(tmp_path):
         (["--prompt=a dog"], "Give either --workdir"),
         (["--prompt=a [V] dog", "--pipeline={pretrained}"], "knows no [V]"),
         (["--prompt=a dog", "--workdir={photos}"], "holds no personalised pipeline; run"),
+        (["--pipeline={pretrained}", "--prompt", "a", "red", "dog"], "'red' and 'dog' stand beside the flags"),
     ],
 )
 def test_samples_that_cannot_be_drawn(pretrained, photos, tmp_path, flags, sentence):

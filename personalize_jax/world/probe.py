@@ -24,11 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 from jax import Array
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from personalize_jax import command
 from personalize_jax.errors import UserError
 from personalize_jax.files import write_text
 from personalize_jax.metrics.world import IDENTITY, Reading, accuracy, is_subject
@@ -333,8 +334,15 @@ def _shuffled(n: int, num_batches: int) -> Iterator[np.ndarray]:
         rows = rows[BATCH_SIZE:]
 
 
-def main(output: Path, data_dir: Path) -> None:
+def define_flags() -> None:
+    """The command line."""
+    flags.DEFINE_string("output", None, "Folder of checkpoints, weights and accuracies.")
+    flags.DEFINE_string("data_dir", "runs/data", "Folder of the rendered world.")
+
+
+def main(_: list[str]) -> None:
     """Render or read the data, train, measure, save."""
+    output, data_dir = Path(flags.FLAGS.output), Path(flags.FLAGS.data_dir)
     checkpoints = Checkpoints(output / "checkpoints")
     params = train(dataset_builder.load(RENDER_RESOLUTION, "train", TRAIN_COUNT, data_dir), checkpoints=checkpoints)
     checkpoints.close()
@@ -343,6 +351,4 @@ def main(output: Path, data_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    _OUTPUT = flags.DEFINE_string("output", None, "Folder of checkpoints, weights and accuracies.", required=True)
-    _DATA_DIR = flags.DEFINE_string("data_dir", "runs/data", "Folder of the rendered world.")
-    app.run(lambda _: main(Path(_OUTPUT.value), Path(_DATA_DIR.value)))
+    command.run(main, define_flags, required=("output",))

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
-from absl import app, flags
+from absl import flags
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from personalize_jax import command
 from personalize_jax.world.captions import caption_variants, ordinary_words
 from personalize_jax.world.scene import Scene, sample_subjects, sample_views
 
@@ -22,8 +23,6 @@ VOCABULARY_SIZE = 4096
 NUM_CAPTIONS = 40_000
 WORD_REPEATS = 2_000  # of the most frequent word; the r-th occurs 1/r as often, every word at least twice
 SEED = 0
-
-_OUTPUT = flags.DEFINE_string("output", None, "The tokenizer.json to write.", required=True)
 
 
 def train_vocabulary() -> Tokenizer:
@@ -62,12 +61,17 @@ def _sentences() -> Iterator[str]:
         yield from [word] * max(2, WORD_REPEATS // rank)
 
 
+def define_flags() -> None:
+    """The command line."""
+    flags.DEFINE_string("output", None, "The tokenizer.json to write.")
+
+
 def main(_: list[str]) -> None:
     """Write the vocabulary."""
-    output = Path(_OUTPUT.value)
+    output = Path(flags.FLAGS.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(json.loads(train_vocabulary().to_str()), ensure_ascii=False, indent=None))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main, define_flags, required=("output",))
