@@ -8,6 +8,7 @@ tokenizer/                            files of transformers
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +17,15 @@ from personalize_jax.errors import UserError
 from personalize_jax.files import replacing
 from personalize_jax.pipeline import hub
 
+logger = logging.getLogger(__name__)
+
 INDEX = "model_index.json"
 NETWORKS = {  # components with weights, and the classes that can be used
     "text_encoder": ("CLIPTextModel", "T5EncoderModel"),
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
 }
+MODEL_TYPES = {"CLIPTextModel": "clip_text_model", "T5EncoderModel": "t5"}  # how transformers tells them apart
 SCHEDULERS = ("scheduler", "image_noising_scheduler")
 COMPONENTS = (*NETWORKS, *SCHEDULERS, "tokenizer")
 
@@ -62,7 +66,8 @@ class Components:
         folder: where it lies.
         pipeline: the class, a key of `PIPELINES`.
         classes: of each component that is present, among `COMPONENTS`.
-        configs: content of the configuration of each network and scheduler that is present.
+        configs: content of the configuration of each network and scheduler that is present, with the class that the
+            index names.
     """
 
     folder: Path
@@ -104,7 +109,7 @@ def resolve(source: str | Path) -> Path:
 
 
 def read_components(folder: Path) -> Components:
-    """Read a pipeline's index and the configurations of its components.
+    """Read a pipeline's index and the configurations of its components; other components count for nothing.
 
     Args:
         folder: with a `model_index.json`.
@@ -112,20 +117,24 @@ def read_components(folder: Path) -> Components:
     Raises:
         UserError: no such folder, a pipeline or component that cannot be used, a file missing or damaged.
     """
-    index = _read_json(folder / INDEX)
+    index = read_json(folder / INDEX)
     pipeline = str(index.get("_class_name"))
     if pipeline not in PIPELINES:
         raise UserError(f"{folder} holds a {pipeline}; give one of {', '.join(PIPELINES)}.")
     layout = PIPELINES[pipeline]
-    classes = {
-        name: _checked_class(folder, name, value[-1])
-        for name, value in index.items()
-        if isinstance(value, list) and value[-1:] != [None] and name not in layout.unused
-    }
-    for name in layout.needed:
-        if name not in classes:
+    pairs = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    named = {name: value for name, value in pairs.items() if None not in value}  # which marks an absent one
+    # Names become paths, so that only known ones pass; those that begin with an underscore are no components.
+    for name in sorted(named.keys() - {*layout.needed, *layout.optional, *layout.unused}):
+        if not name.startswith("_"):
+            logger.warning("%s has a component %r, of which a %s knows nothing; it is ignored.", folder, name, pipeline)
+    classes = {}
+    for name in (*layout.needed, *layout.optional):
+        if name in named:
+            classes[name] = _checked_class(folder, name, named[name][-1])
+        elif name in layout.needed:
             raise UserError(f"{folder} has no {name}, which a {pipeline} needs; save the pipeline with it.")
-    configs = {name: _read_json(_config_file(folder, name)) for name in classes if name != "tokenizer"}
+    configs = {name: _read_config(folder, name, classes[name]) for name in classes if name != "tokenizer"}
     components = Components(folder, pipeline, classes, configs)
     if components.tokenizer is not None and not components.tokenizer.is_dir():
         raise UserError(f"{folder} has no folder tokenizer; give a complete pipeline.")
@@ -133,13 +142,22 @@ def read_components(folder: Path) -> Components:
 
 
 def _checked_class(folder: Path, name: str, class_name: Any) -> str:
-    # Names become paths, so that only known ones pass.
-    if name not in COMPONENTS:
-        raise UserError(f"{folder} has a component {name!r}; those that can be used are {', '.join(COMPONENTS)}.")
     usable = NETWORKS.get(name, (class_name,))
     if class_name not in usable:
         raise UserError(f"{folder} has the {name} {class_name}; give a pipeline with {' or '.join(usable)}.")
     return str(class_name)
+
+
+def _read_config(folder: Path, name: str, class_name: str) -> dict[str, Any]:
+    """A component's configuration as its class in the index reads it, whatever class has written it."""
+    config = read_json(_config_file(folder, name))
+    if name in SCHEDULERS:
+        return config | {"_class_name": class_name}
+    if class_name not in MODEL_TYPES:
+        return config
+    if config.get("model_type") == "clip" and isinstance(config.get("text_config"), dict):  # of both towers
+        config = config["text_config"]
+    return config | {"model_type": MODEL_TYPES[class_name]}
 
 
 def write_model_index(folder: Path, pipeline: str, classes: Mapping[str, str]) -> None:
@@ -182,7 +200,12 @@ def _config_file(folder: Path, name: str) -> Path:
     )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a file of a pipeline holds.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds something else.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -12,6 +12,7 @@ A pipeline's `spec` is plain data: the configurations that lie in its folders.
 """
 
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -38,13 +39,21 @@ from personalize_jax.pipeline.diffusers_folder import (
     SCHEDULERS,
     Components,
     read_components,
+    read_json,
     resolve,
     write_component_config,
     write_model_index,
 )
-from personalize_jax.pipeline.scheduler_config import read_scheduler, with_variance
+from personalize_jax.pipeline.scheduler_config import (
+    for_latents,
+    read_scheduler,
+    warn_of_another_sampler,
+    with_variance,
+)
 from personalize_jax.pipeline.stage import Sampling, Stage
 from personalize_jax.pipeline.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 TEXT_ENCODERS = {"clip_text_model": ClipTextEncoder, "t5": T5Encoder}
 DIFFUSERS_FILE, TRANSFORMERS_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
@@ -88,7 +97,26 @@ class Architecture(NamedTuple):
         """Shapes of all parameters as they lie in memory, by the names that `Pipeline.params` has; nothing is computed.
 
         Pretrained parameters are rounded as the networks round them: half the memory, and the same results.
+
+        Raises:
+            UserError: no networks can be built of such sizes.
         """
+        try:
+            params = self._shapes()
+        except UserError:
+            raise
+        except Exception as error:  # sizes that do not fit each other come to light in whatever computes with them
+            raise UserError(
+                f"The configurations' sizes do not fit each other ({str(error).splitlines()[0]}); "
+                "give a model as it was published."
+            ) from error
+        shapes = {
+            path: jax.ShapeDtypeStruct(leaf.shape, self.text_encoder.dtype if _ROUNDED.fullmatch(path) else leaf.dtype)
+            for path, leaf in flatten(params).items()
+        }
+        return unflatten(shapes)
+
+    def _shapes(self) -> Params:
         tokens = jnp.zeros((1, self.text_encoder.max_length), jnp.int32)
         key = jax.random.key(0)
         params = {"text_encoder": jax.eval_shape(self.text_encoder.init, key, tokens)["params"]}
@@ -97,11 +125,7 @@ class Architecture(NamedTuple):
         if self.codec is not None:
             x = jnp.zeros((1, *[self.stages[0].resolution] * 2, 3))
             params["codec"] = jax.eval_shape(self.codec.init, key, x)["params"]
-        shapes = {
-            path: jax.ShapeDtypeStruct(leaf.shape, self.text_encoder.dtype if _ROUNDED.fullmatch(path) else leaf.dtype)
-            for path, leaf in flatten(params).items()
-        }
-        return unflatten(shapes)
+        return params
 
 
 def architecture(spec: Mapping[str, Any], platform: str | None = None, **compute: Any) -> Architecture:
@@ -127,7 +151,14 @@ def architecture(spec: Mapping[str, Any], platform: str | None = None, **compute
     if kind not in TEXT_ENCODERS:
         known = " or ".join(TEXT_ENCODERS)
         raise UserError(f"The text encoder's model_type is {kind!r}; give a pipeline with {known}.")
-    return Architecture(TEXT_ENCODERS[kind].from_config(spec["text_encoder"], **compute), tuple(stages), codec)
+    text_encoder = TEXT_ENCODERS[kind].from_config(spec["text_encoder"], **compute)
+    for stage in stages:
+        if stage.network.text_width != text_encoder.width:
+            raise UserError(
+                f"The text encoder's embeddings are {text_encoder.width} wide, and the {stage.name} U-Net takes "
+                f"{stage.network.text_width}; give the text encoder that it was trained with."
+            )
+    return Architecture(text_encoder, tuple(stages), codec)
 
 
 def stage_of(
@@ -151,9 +182,15 @@ def stage_of(
             f"{spec['class']} cannot be {'the first' if before is None else 'this later'} stage; "
             "give one base pipeline, and a super-resolution pipeline after it if there is one."
         )
-    unet, scheduler = spec["unet"], read_scheduler(spec["scheduler"])
+    network, scheduler = UNet2DCondition.from_config(spec["unet"], **compute), read_scheduler(spec["scheduler"])
     factor = 1 if codec is None else codec.factor
-    channels = unet["in_channels"] // (2 if enlarges else 1)
+    channels = _denoised_channels(network, spec["class"], codec)
+    learned_variance = network.out_channels == 2 * channels
+    if scheduler.variance == "learned_range" and not learned_variance:
+        raise UserError(
+            "The scheduler's variance_type is 'learned_range', and the U-Net's out_channels have no second half that "
+            "tells the variance; give a model whose files fit each other."
+        )
     sampling = Sampling(
         scheduler.sampler,
         family.num_steps,
@@ -165,8 +202,8 @@ def stage_of(
     )
     return Stage(
         name=family.stage,
-        network=UNet2DCondition.from_config(unet, **compute),
-        resolution=unet["sample_size"] * factor,
+        network=network,
+        resolution=_side(spec["unet"]) * factor,
         low_resolution=before.resolution if enlarges else None,
         schedule=scheduler.schedule,
         augmentation=_augmentation(spec) if enlarges else scheduler.schedule,
@@ -176,8 +213,39 @@ def stage_of(
         factor=factor,
         spacing=scheduler.spacing,
         corners=enlarges,
-        learned_variance=unet["out_channels"] == 2 * channels,
+        learned_variance=learned_variance,
     )
+
+
+def _denoised_channels(network: UNet2DCondition, pipeline: str, codec: AutoencoderKL | None) -> int:
+    """Channels of what a U-Net denoises, after checking that it is of the kind that its pipeline's class takes."""
+    enlarges = FAMILIES[pipeline].stage == "super_resolution"
+    channels = 3
+    if pipeline == "StableDiffusionPipeline":
+        channels = network.in_channels if codec is None else codec.latent_channels
+    given = 2 * channels if enlarges else channels
+    if network.in_channels != given or network.out_channels not in (channels, 2 * channels):
+        raise UserError(
+            f"The U-Net of a {pipeline} takes {given} channels and gives {channels}, or twice that with learned "
+            f"variances; this one has in_channels {network.in_channels} and out_channels {network.out_channels}. Give "
+            "a text-to-image model: inpainting, depth and upscaling are not supported."
+        )
+    if network.class_embed_type is not None and not enlarges:
+        raise UserError(
+            f"The U-Net has class_embed_type {network.class_embed_type!r}, which a {pipeline} has no input for; give a "
+            "text-to-image model."
+        )
+    return channels
+
+
+def _side(unet: Mapping[str, Any]) -> int:
+    """Side of what a U-Net denoises."""
+    size = unet.get("sample_size")
+    sides = set(size) if isinstance(size, list | tuple) and size and all(isinstance(s, int) for s in size) else {size}
+    side = sides.pop()
+    if sides or not isinstance(side, int) or isinstance(side, bool) or side < 1:
+        raise UserError(f"sample_size is {size!r} in the U-Net's config.json; expected the side of a square.")
+    return side
 
 
 def _augmentation(spec: Mapping[str, Any]) -> Schedule:
@@ -212,6 +280,10 @@ def load_public(
     if built.codec is not None:
         wanted["codec"] = (first.folder / "vae", "autoencoder")
 
+    clean = clean_caption if text_encoder == "t5" else None
+    tokenizer = Tokenizer.from_folder(first.tokenizer, built.text_encoder.max_length, clean)
+    tokenizer.check_rows(built.text_encoder.vocab_size)
+
     def read(name: str, dtype: DTypeLike | None = None) -> Params:
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), abstract[name])
         folder, network = wanted[name]
@@ -221,8 +293,6 @@ def load_public(
     in_full = {}
     if jnp.dtype(built.text_encoder.dtype) != jnp.float32:
         in_full = {name: partial(read, name, jnp.float32) for name in wanted}
-    clean = clean_caption if text_encoder == "t5" else None
-    tokenizer = Tokenizer.from_folder(first.tokenizer, built.text_encoder.max_length, clean)
     return Pipeline(tokenizer, built.text_encoder, built.stages, params, spec, built.codec, in_full)
 
 
@@ -297,6 +367,26 @@ def spec_of(found: Sequence[Components]) -> dict[str, Any]:
 
 def _stage_spec(components: Components) -> dict[str, Any]:
     configs = {name: config for name, config in components.configs.items() if name in ("unet", *SCHEDULERS)}
+    if components.pipeline == "StableDiffusionPipeline":
+        configs |= {"unet": _mended(configs["unet"]), "scheduler": for_latents(configs["scheduler"])}
+    warn_of_another_sampler(configs["scheduler"])
     ours = components.folder / OURS
-    sampling = json.loads(ours.read_text()) if ours.is_file() else {}
-    return {"class": components.pipeline, **configs, **sampling}
+    sampling = read_json(ours).get("sampling", {}) if ours.is_file() else {}
+    if not isinstance(sampling, dict) or sampling.keys() - set(Sampling._fields):
+        raise UserError(
+            f"{ours} has the sampling {sampling!r}; give {', '.join(Sampling._fields)}, or remove the file."
+        )
+    return {"class": components.pipeline, **configs} | ({"sampling": sampling} if sampling else {})
+
+
+def _mended(unet: Mapping[str, Any]) -> dict[str, Any]:
+    """A U-Net's configuration as diffusers' `StableDiffusionPipeline` mends those of models of 512 pixels.
+
+    What diffusers before 0.9 converted says 32 of them where it says anything.
+    """
+    version = re.match(r"(\d+)\.(\d+)", str(unet.get("_diffusers_version")))
+    size = unet.get("sample_size")
+    if version is None or tuple(map(int, version.groups())) >= (0, 9) or not isinstance(size, int) or size >= 64:
+        return dict(unet)
+    logger.warning("The U-Net's sample_size is %s; 64 is taken, as by diffusers for models before its 0.9.", size)
+    return {**unet, "sample_size": 64}

@@ -5,6 +5,7 @@ nothing, as there. Nor do facts of solvers that are not ours, such as `solver_or
 only tells which of our samplers comes nearest.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args
 
@@ -21,6 +22,8 @@ from personalize_jax.diffusion.schedule import (
     squaredcos_betas,
 )
 from personalize_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 VARIANCES: dict[str, Variance] = {
@@ -53,6 +56,18 @@ class SchedulerSpec(NamedTuple):
     sampler: str
 
 
+class _Class(NamedTuple):
+    """A scheduler class of diffusers.
+
+    Attributes:
+        sampler: which of ours comes nearest.
+        defaults: what its keys mean where the file leaves them out, beside `_COMMON`.
+    """
+
+    sampler: str
+    defaults: dict[str, Any]
+
+
 # What a key means where the file leaves it out: for every class, then for those classes alone that know the key.
 _COMMON = {
     "num_train_timesteps": 1000,
@@ -61,29 +76,46 @@ _COMMON = {
     "beta_schedule": "linear",
     "trained_betas": None,
     "prediction_type": "epsilon",
-    "steps_offset": 0,
 }
 _CLIPPING = {"clip_sample": True, "clip_sample_range": 1.0}
+_NO_CLIPPING = {"clip_sample": False, "clip_sample_range": 1.0}
 _THRESHOLDING = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
 _ZERO_SNR = {"rescale_betas_zero_snr": False}
 _FINAL_SIGMA = {"final_sigmas_type": "zero"}
-_LEADING, _LINSPACE = {"timestep_spacing": "leading"}, {"timestep_spacing": "linspace"}
-_CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
-    "DDPMScheduler": (
-        "ancestral",
-        _LEADING | _CLIPPING | _THRESHOLDING | _ZERO_SNR | {"variance_type": "fixed_small"},
+_LATENT_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+_FLOW = {"use_flow_sigmas": False}
+_LEADING, _LINSPACE = ({"timestep_spacing": kind, "steps_offset": 0} for kind in ("leading", "linspace"))
+_DDPM = _LEADING | _CLIPPING | _THRESHOLDING | _ZERO_SNR | {"variance_type": "fixed_small"}
+_DDIM = _LEADING | _CLIPPING | _THRESHOLDING | _ZERO_SNR | {"set_alpha_to_one": True}
+_CONSISTENCY = _DDIM | _NO_CLIPPING | _LATENT_BETAS | {"beta_schedule": "scaled_linear"}
+_CLASSES = {
+    "DDPMScheduler": _Class("ancestral", _DDPM),
+    "DDPMParallelScheduler": _Class("ancestral", _DDPM),
+    "DDIMScheduler": _Class("ddim", _DDIM),
+    "DDIMParallelScheduler": _Class("ddim", _DDIM),
+    "PNDMScheduler": _Class("ddim", _LEADING | {"set_alpha_to_one": False}),
+    "LMSDiscreteScheduler": _Class("ddim", _LINSPACE),
+    "EulerDiscreteScheduler": _Class("ddim", _LINSPACE | _ZERO_SNR | _FINAL_SIGMA | {"timestep_type": "discrete"}),
+    "EulerAncestralDiscreteScheduler": _Class("ancestral", _LINSPACE | _ZERO_SNR),
+    "KDPM2AncestralDiscreteScheduler": _Class("ancestral", _LINSPACE | _LATENT_BETAS),
+    "LCMScheduler": _Class("ddim", _CONSISTENCY),
+    "TCDScheduler": _Class("ddim", _CONSISTENCY),
+    "HeunDiscreteScheduler": _Class("dpm_solver_pp", _LINSPACE | _LATENT_BETAS | _NO_CLIPPING),
+    "KDPM2DiscreteScheduler": _Class("dpm_solver_pp", _LINSPACE | _LATENT_BETAS),
+    "DPMSolverSDEScheduler": _Class("dpm_solver_pp", _LINSPACE | _LATENT_BETAS),
+    "DPMSolverSinglestepScheduler": _Class("dpm_solver_pp", _THRESHOLDING | _FINAL_SIGMA | _FLOW),
+    "DPMSolverMultistepScheduler": _Class(
+        "dpm_solver_pp", _LINSPACE | _THRESHOLDING | _ZERO_SNR | _FINAL_SIGMA | _FLOW
     ),
-    "DDIMScheduler": ("ddim", _LEADING | _CLIPPING | _THRESHOLDING | _ZERO_SNR | {"set_alpha_to_one": True}),
-    "PNDMScheduler": ("ddim", _LEADING | {"set_alpha_to_one": False}),
-    "LMSDiscreteScheduler": ("ddim", _LINSPACE),
-    "EulerDiscreteScheduler": ("ddim", _LINSPACE | _ZERO_SNR | _FINAL_SIGMA),
-    "EulerAncestralDiscreteScheduler": ("ancestral", _LINSPACE | _ZERO_SNR),
-    "DPMSolverMultistepScheduler": ("dpm_solver_pp", _LINSPACE | _THRESHOLDING | _ZERO_SNR | _FINAL_SIGMA),
-    "UniPCMultistepScheduler": ("dpm_solver_pp", _LINSPACE | _THRESHOLDING | _ZERO_SNR | _FINAL_SIGMA),
+    "UniPCMultistepScheduler": _Class("dpm_solver_pp", _LINSPACE | _THRESHOLDING | _ZERO_SNR | _FINAL_SIGMA | _FLOW),
+    "DEISMultistepScheduler": _Class("dpm_solver_pp", _LINSPACE | _THRESHOLDING | _FLOW),
+    "SASolverScheduler": _Class("dpm_solver_pp", _LINSPACE | _THRESHOLDING | _FLOW),
 }
+# Whose steps ours are; of the other classes the sampler is another method's.
+_SAME_STEPS = ("DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler")
 # What a class does that does not know the key.
-_ABSENT = {"clip_sample": False, "set_alpha_to_one": True, "variance_type": "fixed_small"}
-_ABSENT |= _THRESHOLDING | _ZERO_SNR | _FINAL_SIGMA
+_ABSENT = {"clip_sample": False, "set_alpha_to_one": True, "variance_type": "fixed_small", "timestep_type": "discrete"}
+_ABSENT |= _THRESHOLDING | _ZERO_SNR | _FINAL_SIGMA | _FLOW | _LINSPACE
 
 
 def read_scheduler(config: Mapping[str, Any]) -> SchedulerSpec:
@@ -98,15 +130,19 @@ def read_scheduler(config: Mapping[str, Any]) -> SchedulerSpec:
     Raises:
         UserError: the class or a value is unknown or cannot be used.
     """
-    sampler, own = _choose("_class_name", config.get("_class_name"), _CLASSES)
-    known = _COMMON | own
-    facts = _ABSENT | known | {key: value for key, value in config.items() if key in known}
+    facts = _ABSENT | _known(config)
     prediction = _choose("prediction_type", facts["prediction_type"], PREDICTIONS)
     if facts["rescale_betas_zero_snr"] and prediction == "eps":
         raise UserError(
             "The scheduler has rescale_betas_zero_snr with prediction_type 'epsilon', which says nothing where only "
             "noise is left; give a model that predicts v_prediction or sample."
         )
+    for key in ("use_flow_sigmas", "timestep_type"):
+        if facts[key] != _ABSENT[key]:
+            raise UserError(
+                f"The scheduler's {key} is {facts[key]!r}, which makes another process of it than diffusion by betas; "
+                f"give a model where it is {_ABSENT[key]!r}."
+            )
     _choose("timestep_spacing", facts["timestep_spacing"], dict.fromkeys(get_args(SpacingKind)))
     ends_clean = facts["set_alpha_to_one"] and facts["final_sigmas_type"] == "zero"
     percentile, threshold_max = _threshold(facts)
@@ -117,8 +153,68 @@ def read_scheduler(config: Mapping[str, Any]) -> SchedulerSpec:
         threshold_percentile=percentile,
         threshold_max=threshold_max,
         variance=_choose("variance_type", facts["variance_type"], VARIANCES),
-        sampler=sampler,
+        sampler=_class_of(config).sampler,
     )
+
+
+def for_latents(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler file's dict as diffusers' `StableDiffusionPipeline` mends those of old models.
+
+    Latents are not clipped, and times begin at index 1; a warning says where the file had it otherwise.
+
+    Args:
+        config: the content of `scheduler_config.json`.
+
+    Raises:
+        UserError: the class cannot be used.
+    """
+    known, mended = _known(config), dict(config)
+    for key, value in {"steps_offset": 1, "clip_sample": False}.items():
+        if key in known and known[key] != value:
+            logger.warning(
+                "The scheduler's %s is %r; %r is taken, as diffusers does for latents.", key, known[key], value
+            )
+            mended[key] = value
+    return mended
+
+
+def warn_of_another_sampler(config: Mapping[str, Any]) -> None:
+    """Say so where pictures will be drawn by another method than the scheduler file names.
+
+    Args:
+        config: the content of `scheduler_config.json`.
+
+    Raises:
+        UserError: the class cannot be used.
+    """
+    name, sampler = config.get("_class_name"), _class_of(config).sampler
+    if name not in _SAME_STEPS:
+        logger.warning("Pictures are drawn by %s, of our samplers the nearest to the pipeline's %s.", sampler, name)
+
+
+def _class_of(config: Mapping[str, Any]) -> _Class:
+    name = config.get("_class_name")
+    if not isinstance(name, str) or name not in _CLASSES:
+        raise UserError(
+            f"The scheduler's _class_name is {name!r}, which is unknown or of another process than diffusion by betas; "
+            f"give a model whose scheduler is one of {', '.join(_CLASSES)}."
+        )
+    return _CLASSES[name]
+
+
+def _known(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the file says, or means by saying nothing, of the keys that its class knows."""
+    known = _COMMON | _class_of(config).defaults
+    for key, default in known.items():
+        value = config.get(key, default)
+        if default is not None and (isinstance(default, bool) != isinstance(value, bool) or not _alike(value, default)):
+            raise UserError(f"The scheduler's {key} is {value!r}; give a value such as {default!r}.")
+        known[key] = value
+    return known
+
+
+def _alike(value: Any, default: Any) -> bool:
+    return isinstance(value, int | float) if isinstance(default, float) else isinstance(value, type(default))
 
 
 def with_variance(config: Mapping[str, Any], variance_type: str) -> dict[str, Any]:
@@ -137,8 +233,12 @@ def with_variance(config: Mapping[str, Any], variance_type: str) -> dict[str, An
 
 def _schedule(facts: Mapping[str, Any]) -> Schedule:
     n, ends = facts["num_train_timesteps"], (facts["beta_start"], facts["beta_end"])
-    if facts["trained_betas"] is not None:
-        betas = np.asarray(facts["trained_betas"])
+    if n < 1:
+        raise UserError(f"The scheduler's num_train_timesteps is {n}; give a number such as 1000.")
+    if (trained := facts["trained_betas"]) is not None:
+        if not isinstance(trained, list) or not all(isinstance(beta, float) for beta in trained):
+            raise UserError(f"The scheduler's trained_betas are {trained!r}; give a list of numbers between 0 and 1.")
+        betas = np.asarray(trained)
         if len(betas) != n:
             raise UserError(f"The scheduler has {len(betas)} trained_betas for num_train_timesteps {n}; give {n}.")
     else:
@@ -148,6 +248,8 @@ def _schedule(facts: Mapping[str, Any]) -> Schedule:
             "squaredcos_cap_v2": lambda: squaredcos_betas(n),
         }
         betas = _choose("beta_schedule", facts["beta_schedule"], kinds)()
+    if not np.all((betas > 0) & (betas < 1)):
+        raise UserError(f"The scheduler's betas run from {betas[0]} to {betas[-1]}; give numbers between 0 and 1.")
     if facts["rescale_betas_zero_snr"]:
         betas = rescale_zero_terminal_snr(betas)
     return discrete(betas)
@@ -165,6 +267,6 @@ def _threshold(facts: Mapping[str, Any]) -> tuple[float, float | None]:
 
 
 def _choose(key: str, given: Any, choices: Mapping[Any, Any]) -> Any:
-    if given not in choices:
+    if not isinstance(given, str) or given not in choices:
         raise UserError(f"The scheduler's {key} is {given!r}; give one of {', '.join(choices)}.")
     return choices[given]

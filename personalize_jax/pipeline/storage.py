@@ -62,6 +62,7 @@ def load_pipeline(
     text_encoder = TextEncoder(**spec["text_encoder"])
     counts = np.array(json.loads((folder / "token_counts.json").read_text()), np.int64)
     tokenizer = Tokenizer.read(folder / "tokenizer.json", text_encoder.max_length, counts)
+    tokenizer.check_rows(text_encoder.vocab_size)
     stages = tuple(Stage.from_spec(stage) for stage in spec["stages"])
     params = {name: load_params(folder / f"{name}.safetensors") for name in ["text_encoder", *(s.name for s in stages)]}
     return Pipeline(tokenizer, text_encoder, stages, params, spec)

@@ -97,6 +97,22 @@ class Tokenizer:
         """Whether the vocabulary is T5's, whose ids the paper names."""
         return isinstance(self.backend, T5Tokenizer)
 
+    def check_rows(self, rows: int) -> None:
+        """Refuse a text encoder whose table has no row for some of the tokens; it may well have more.
+
+        Args:
+            rows: of the text encoder's table of embeddings.
+
+        Raises:
+            UserError: there are ids beyond the table.
+        """
+        token, highest = max(self.backend.get_vocab().items(), key=lambda item: item[1])
+        if highest >= rows:
+            raise UserError(
+                f"The tokenizer has the token {token!r} with id {highest}, and the text encoder's table has {rows} "
+                "rows; give the tokenizer that the text encoder was trained with, or a table with a row for each token."
+            )
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, cleaned, without special tokens."""
         return self._encode_batch([text])[0]

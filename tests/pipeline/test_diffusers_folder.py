@@ -124,15 +124,45 @@ def test_names_pipelines_that_cannot_be_used(name, stable_diffusion):
         ({"unet": ["diffusers", "UNetMotionModel"]}, "unet UNetMotionModel"),
         ({"vae": ["diffusers", "AutoencoderTiny"]}, "vae AutoencoderTiny"),
         ({"vae": [None, None]}, "no vae"),
-        ({"../outside": ["diffusers", "AutoencoderKL"]}, r"\.\./outside"),
-        ({"transformer": ["diffusers", "SD3Transformer2DModel"]}, "transformer"),
-        ({"image_noising_scheduler": ["diffusers", "DDPMScheduler"]}, "image_noising_scheduler"),
+        ({"vae": [None, "AutoencoderKL"]}, "no vae"),
+        ({"unet": []}, "no unet"),
+        ({"unet": ["diffusers", ["UNet2DConditionModel"]]}, "unet"),
     ],
 )
 def test_names_components_that_cannot_be_used(changes, words, stable_diffusion):
     change_index(stable_diffusion, **changes)
     with pytest.raises(UserError, match=words):
         read_components(stable_diffusion)
+
+
+@pytest.mark.parametrize("name", ["../outside", "transformer", "image_noising_scheduler"])
+def test_a_component_that_the_pipeline_does_not_know_is_ignored_with_a_warning(name, stable_diffusion, caplog):
+    before = read_components(stable_diffusion)
+    change_index(stable_diffusion, **{name: ["diffusers", "AutoencoderKL"]})
+    assert read_components(stable_diffusion) == before
+    assert f"component {name!r}" in caplog.text
+    assert (
+        diffusers.StableDiffusionPipeline.from_pretrained(stable_diffusion).components.keys() >= before.classes.keys()
+    )
+
+
+def test_names_that_begin_with_an_underscore_are_no_components(stable_diffusion, caplog):
+    before = read_components(stable_diffusion)
+    change_index(stable_diffusion, _ignore_files=["unet/diffusion_pytorch_model.bin"], _note=["diffusers", "Note"])
+    assert read_components(stable_diffusion) == before and not caplog.records
+
+
+def test_components_are_of_the_classes_that_the_index_names(stable_diffusion):
+    """As in diffusers, where a scheduler's or text encoder's file may be another class's."""
+    text_encoder = stable_diffusion / "text_encoder" / "config.json"
+    config = json.loads(text_encoder.read_text())
+    text_encoder.write_text(json.dumps({"model_type": "clip", "text_config": config, "vision_config": {}}))
+    change_index(stable_diffusion, scheduler=["diffusers", "EulerDiscreteScheduler"])
+    components = read_components(stable_diffusion)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(stable_diffusion)
+    assert components.configs["scheduler"]["_class_name"] == type(theirs.scheduler).__name__
+    assert components.configs["text_encoder"] == {**config, "model_type": "clip_text_model"}
+    assert theirs.text_encoder.config.hidden_size == config["hidden_size"]
 
 
 def test_the_safety_checker_counts_for_nothing(stable_diffusion):

@@ -12,7 +12,12 @@ from personalize_jax.diffusion.prediction import to_x0_eps
 from personalize_jax.diffusion.samplers import Spacing, ancestral, ddim, timesteps
 from personalize_jax.diffusion.schedule import discrete, scaled_linear_betas, squaredcos_betas
 from personalize_jax.errors import UserError
-from personalize_jax.pipeline.scheduler_config import read_scheduler, with_variance
+from personalize_jax.pipeline.scheduler_config import (
+    for_latents,
+    read_scheduler,
+    warn_of_another_sampler,
+    with_variance,
+)
 
 # As Stable Diffusion 1.5, 2.1 (768) and DeepFloyd IF publish them.
 SD15 = {
@@ -55,6 +60,27 @@ CLASSES = [
     "EulerAncestralDiscreteScheduler",
     "DPMSolverMultistepScheduler",
     "UniPCMultistepScheduler",
+    "DDPMParallelScheduler",
+    "DDIMParallelScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "SASolverScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+]
+OTHER_PROCESSES = [  # that diffusers may load in a Stable Diffusion pipeline, or whose names look alike
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "EDMEulerScheduler",
+    "IPNDMScheduler",
+    "DDIMInverseScheduler",
+    "CogVideoXDDIMScheduler",
+    "UnCLIPScheduler",
+    "VQDiffusionScheduler",
 ]
 N_STEPS, SHAPE = 10, (2, 3, 4, 4)
 
@@ -70,6 +96,8 @@ def build(diffusers):
     """The same scheduler, theirs and ours."""
 
     def build(name, **config):
+        if name == "DPMSolverSDEScheduler":
+            pytest.importorskip("torchsde")
         return getattr(diffusers, name)(**config), read_scheduler({"_class_name": name, **config})
 
     return build
@@ -120,7 +148,9 @@ def assert_ddim_agrees(reference, spec, eta=0.0):
 @pytest.mark.parametrize("name", CLASSES)
 def test_defaults_are_those_of_the_class(name, build):
     reference, spec = build(name)
-    assert spec.spacing.kind == reference.config.timestep_spacing
+    assert spec.spacing.kind == reference.config.get("timestep_spacing", "linspace")
+    np.testing.assert_allclose(spec.schedule.alpha(np.arange(1, 1001) / 1000) ** 2, reference.alphas_cumprod, atol=1e-6)
+    assert (spec.threshold_max is not None) == bool(reference.config.get("clip_sample"))
     assert spec.schedule == read_scheduler({"_class_name": name, **reference.config}).schedule
     assert spec == read_scheduler({"_class_name": name, **reference.config})
 
@@ -227,6 +257,46 @@ def test_deepfloyd_if_is_read():
     assert read_scheduler({**IF, "thresholding": False}).threshold_max == 1
 
 
+def test_every_class_that_is_compatible_in_diffusers_is_read_or_of_another_process(diffusers):
+    compatible = {kind.__name__ for kind in diffusers.DDIMScheduler().compatibles}
+    assert compatible - {"EDMEulerScheduler"} <= set(CLASSES)
+
+
+@pytest.mark.parametrize("name", OTHER_PROCESSES)
+def test_another_process_is_refused_by_its_name(name, diffusers):
+    assert hasattr(diffusers, name)
+    with pytest.raises(UserError, match=f"'{name}'.*another process.*give"):
+        read_scheduler({"_class_name": name})
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_for_latents_a_file_means_what_their_pipeline_makes_of_it(name, build, diffusers, caplog):
+    """Steps offset and clipping, given, left out, or otherwise."""
+    first, _ = build(name)
+    knows_offset = "steps_offset" in first.config
+    for given in ({}, {"steps_offset": 0}, {"clip_sample": True}, {"steps_offset": 1, "clip_sample": False}):
+        caplog.clear()
+        absent = dict.fromkeys(("vae", "text_encoder", "tokenizer", "unet", "safety_checker", "feature_extractor"))
+        scheduler = getattr(diffusers, name).from_config(given)
+        theirs = diffusers.StableDiffusionPipeline(**absent, scheduler=scheduler, requires_safety_checker=False)
+        mended = for_latents({"_class_name": name, **given})
+        spec, config = read_scheduler(mended), theirs.scheduler.config
+        assert spec.threshold_max is None
+        assert spec.spacing.offset == int(knows_offset)
+        assert read_scheduler({"_class_name": name, **config}) == spec
+        assert ("steps_offset is 0" in caplog.text) == (mended.get("steps_offset") != given.get("steps_offset"))
+        assert ("clip_sample is True" in caplog.text) == (mended.get("clip_sample") != given.get("clip_sample"))
+
+
+def test_a_sampler_that_is_not_the_files_own_is_said(caplog):
+    for name in CLASSES:
+        caplog.clear()
+        warn_of_another_sampler({"_class_name": name})
+        same = name.removesuffix("Scheduler").removesuffix("Parallel") in ("DDPM", "DDIM")
+        assert bool(caplog.records) != same
+        assert same or f"nearest to the pipeline's {name}" in caplog.text
+
+
 def test_each_class_has_its_sampler():
     samplers = {name: read_scheduler({"_class_name": name}).sampler for name in CLASSES}
     assert samplers["DDPMScheduler"] == samplers["EulerAncestralDiscreteScheduler"] == "ancestral"
@@ -266,6 +336,17 @@ def test_the_variance_can_be_switched():
         ({"timestep_spacing": "karras"}, "timestep_spacing is 'karras'"),
         ({"clip_sample_range": 2.0}, "clip_sample_range is 2.0"),
         ({"trained_betas": [0.1, 0.2]}, "2 trained_betas"),
+        ({"trained_betas": "many"}, "trained_betas are 'many'"),
+        ({"trained_betas": [[0.1]]}, "trained_betas are [[0.1]]"),
+        ({"beta_schedule": ["linear"]}, "beta_schedule is ['linear']"),
+        ({"beta_schedule": "linear", "beta_end": 2}, "betas run from 0.0001 to 2"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps is 0"),
+        ({"num_train_timesteps": "many"}, "num_train_timesteps is 'many'"),
+        ({"steps_offset": True}, "steps_offset is True"),
+        ({"clip_sample": "no"}, "clip_sample is 'no'"),
+        ({"beta_end": None}, "beta_end is None"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas is True"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type is 'continuous'"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
     ],
 )
