@@ -3,11 +3,11 @@
 python -m personalize_jax.personalize --config=configs/deepfloyd_if.py:XL --images=photos/ --class_noun=dog \
     --workdir=runs/rex
 
-The weights are those of the hub's DeepFloyd organisation, which asks for its licence to be accepted there first;
-folders of them on disk serve as well: --config.pretrained="('IF-I-XL-v1.0', 'IF-II-L-v1.0')". The paper's settings:
-1000 steps, learning rate 1e-5, lambda 1, about 1000 class images. It tells neither batch size nor optimiser, nor how
-the super-resolution model was trained: those are ours. Not run on the real weights yet. By `personalize_jax.plan`, XL
-takes 3.3 of a chip's 16 GiB on a v5e-64.
+The weights are those of the hub's DeepFloyd organisation, which asks for its licence to be accepted there first, and
+for a login (`hf auth login`, or HF_TOKEN); folders of them on disk serve as well:
+--config.pretrained="('IF-I-XL-v1.0', 'IF-II-L-v1.0')". The paper's settings: 1000 steps, learning rate 1e-5, lambda 1,
+about 1000 class images. It tells neither batch size nor optimiser, nor how the super-resolution model was trained:
+those are ours. Not run on the real weights yet. By `personalize_jax.plan`, XL takes 3.3 of a chip's 16 GiB on a v5e-64.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ from configs import common, methods
 SUPER_RESOLUTION = {"M": "M", "L": "L", "XL": "L"}
 
 
-def get_config(size_and_method: str) -> ConfigDict:
+def get_config(size_and_method: str = "") -> ConfigDict:
     """Both stages tuned with prior preservation, each on its own inputs; or another method.
 
     Args:
@@ -26,7 +26,9 @@ def get_config(size_and_method: str) -> ConfigDict:
     """
     size, _, method = size_and_method.partition(":")
     if size not in SUPER_RESOLUTION:
-        raise ValueError(f"The size is {size!r}; give one of {', '.join(SUPER_RESOLUTION)}.")
+        raise ValueError(
+            f"The size is {size!r}; give one of {', '.join(SUPER_RESOLUTION)} after a colon, as in deepfloyd_if.py:M."
+        )
     config = common.public((f"DeepFloyd/IF-I-{size}-v1.0", f"DeepFloyd/IF-II-{SUPER_RESOLUTION[size]}-v1.0"))
     config.tune = ("base", "super_resolution")
     config.subject.frequency = "sentencepiece"

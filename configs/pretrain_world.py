@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from configs import common
 
 
-def get_config(stage: str) -> ConfigDict:
+def get_config(stage: str = "") -> ConfigDict:
     """Configuration of one stage's pretraining.
 
     Args:
@@ -63,5 +63,7 @@ def get_config(stage: str) -> ConfigDict:
         config.training.optimizer.learning_rate = 1e-3
         config.training.optimizer.decay_steps = 1_500
     else:
-        raise ValueError(f"The stage is {stage!r}; give base or super_resolution.")
+        raise ValueError(
+            f"The stage is {stage!r}; give base or super_resolution after a colon, as in pretrain_world.py:base."
+        )
     return config.lock()

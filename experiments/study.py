@@ -29,7 +29,7 @@ from personalize_jax.personalization import SubjectPhotos, class_knowledge, load
 from personalize_jax.personalized import Personalized, load_personalized
 from personalize_jax.pipeline import Pipeline
 from personalize_jax.report import Panel
-from personalize_jax.scoring import Judges, load_judges, read_rows, summary, write_rows
+from personalize_jax.scoring import Judges, find_judges, load_judges, read_rows, summary, write_rows
 from personalize_jax.showcase import sheets
 from personalize_jax.subject.class_noun import determine
 from personalize_jax.subject.identifier import PLACEHOLDER
@@ -103,6 +103,7 @@ def run(make_study: Callable[[ConfigDict], Study]) -> None:
         workdir, destinations = Path(arguments.workdir), tracking.asked_for()
         destinations.of(workdir)  # which refuses what is not installed, before identifiers are given out
         config = quick(arguments.config) if arguments.quick else arguments.config
+        find_judges(config.evaluation)
         study = with_arms(make_study(config), arguments.arms)
         count = arguments.num_subjects or (QUICK_SUBJECTS if arguments.quick else study.num_subjects)
         benchmark = load_benchmark(arguments.benchmark)

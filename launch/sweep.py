@@ -36,6 +36,7 @@ from personalize_jax.benchmark.prompts import LIVE_CLASSES, read_prompts
 from personalize_jax.benchmark.subjects import BenchmarkSubject
 from personalize_jax.configuration import changed
 from personalize_jax.errors import UserError
+from personalize_jax.metrics.encoders import label
 from personalize_jax.metrics.table import estimates
 from personalize_jax.personalization import class_knowledge, load_subject
 from personalize_jax.pipeline.storage import write_text
@@ -217,7 +218,7 @@ def check_metric(metric: str, config: ConfigDict) -> None:
     Raises:
         UserError: there is no such metric.
     """
-    further = [name.rpartition("/")[2] for name in config.evaluation.clips[1:]]
+    further = [label(source) for source in config.evaluation.clips[1:]]
     known = [*PAPER_METRICS, *(f"{of} ({clip})" for clip in further for of in ("CLIP-I", "CLIP-T"))]
     if config.evaluation.probe:
         known += [*SUBJECT_METRICS, *CLASS_METRICS]

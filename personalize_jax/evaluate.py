@@ -29,7 +29,7 @@ from personalize_jax.metrics.table import Row, comma_separated, estimates, trans
 from personalize_jax.personalization import load_pretrained
 from personalize_jax.personalized import load_personalized
 from personalize_jax.pipeline import Pipeline
-from personalize_jax.scoring import Judges, load_judges, score, summary, write_rows
+from personalize_jax.scoring import Judges, find_judges, load_judges, score, summary, write_rows
 
 
 def define_flags() -> None:
@@ -79,14 +79,18 @@ def of_runs(runs: Mapping[Path, ConfigDict], config: ConfigDict | None) -> list[
         runs: by run directory, the configuration of each.
         config: whose `evaluation` keys to use; None for the run's own.
     """
+    settings_of = {}
+    for workdir, ran in runs.items():
+        if (settings := (config or ran).get("evaluation")) is None:
+            raise UserError(f"{workdir} was begun without `evaluation` keys in its configuration; give --config.")
+        find_judges(settings)
+        settings_of[workdir] = settings
     rows: list[Row] = []
     judges: dict[str, Judges] = {}  # by what they are loaded from, so that the runs share them
     pretrained: dict[str, Pipeline] = {}
     for workdir, ran in runs.items():
         tuned = load_personalized(workdir)
-        settings = (config or ran).get("evaluation")
-        if settings is None:
-            raise UserError(f"{workdir} was begun without `evaluation` keys in its configuration; give --config.")
+        settings = settings_of[workdir]
         prompts = read_prompts(settings.prompts, tuned.subject.class_noun.noun)
         count = len(prompts) * settings.images_per_prompt + 2 * settings.class_samples
         if (reads := settings.to_json()) not in judges:

@@ -19,6 +19,10 @@ from personalize_jax.metrics.encoders import (
     ClipEncoder,
     ImageEncoder,
     cosine_distance,
+    find_clip,
+    find_dino,
+    find_lpips,
+    label,
     load_clip,
     load_dino,
     load_lpips,
@@ -64,16 +68,33 @@ class Picture(NamedTuple):
     pixels: np.ndarray
 
 
+def find_judges(settings: ConfigDict) -> None:
+    """See that what `load_judges` reads is there, after downloading it if need be: before anything else is begun.
+
+    Raises:
+        UserError: a model that is not there or cannot be used, none for CLIP, or two that have the same name.
+    """
+    if not settings.clips:
+        raise UserError('config.evaluation.clips is empty; name one CLIP at least, such as ("world",).')
+    names = [label(source) for source in settings.clips]
+    if len(set(names)) < len(names):
+        raise UserError(f"config.evaluation.clips has two CLIPs of one name among {', '.join(names)}; rename a folder.")
+    find_dino(settings.dino)
+    for source in settings.clips:
+        find_clip(source)
+    if settings.lpips:
+        find_lpips(settings.lpips)
+
+
 def load_judges(settings: ConfigDict) -> Judges:
     """Read what a configuration's `evaluation` keys name: hub names, folders, or "world".
 
     Raises:
-        UserError: a model that is not there, or none for CLIP.
+        UserError: see `find_judges`.
     """
-    if not settings.clips:
-        raise UserError('config.evaluation.clips is empty; name one CLIP at least, such as ("world",).')
+    find_judges(settings)
     dino = load_dino(settings.dino)
-    clips = {name.rpartition("/")[2]: load_clip(name) for name in settings.clips}
+    clips = {label(source): load_clip(source) for source in settings.clips}
     distance = load_lpips(settings.lpips) if settings.lpips else cosine_distance(dino)
     return Judges(dino, clips, distance, Probe.load() if settings.probe else None)
 

@@ -1,8 +1,13 @@
 """The command, as it is typed."""
 
+import importlib
+
 import numpy as np
 import pytest
 
+from personalize_jax import manifest
+from personalize_jax.configuration import changed
+from personalize_jax.errors import UserError
 from personalize_jax.personalization import load_subject, personalize
 from personalize_jax.pictures import save_png
 from personalize_jax.pipeline import load_pipeline, save_pipeline
@@ -77,6 +82,16 @@ def test_a_run_is_drawn_from_scored_and_then_only_read(folder, run, tmp_path):
     again = evaluate(tmp_path, *flags)
     assert again.output == finished.output
     assert pictures == {file: file.stat().st_mtime_ns for file in (run / "evaluation").rglob("*.png")}
+
+
+def test_encoders_of_all_runs_are_found_before_any_picture_is_drawn(run, monkeypatch):
+    command = importlib.import_module("personalize_jax.evaluate")
+    good = manifest.read_config(run)
+    monkeypatch.setattr(command, "evaluate", lambda *_, **__: pytest.fail("drawing was begun"))
+    for key, value in (("dino", "nowhere"), ("clips", ("world", "nowhere")), ("lpips", "nowhere")):
+        bad = changed(good, **{f"evaluation__{key}": value})
+        with pytest.raises(UserError, match="'nowhere' is no"):
+            command.of_runs({run: good, run.parent / "other": bad}, None)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from configs import world
 from personalize_jax.errors import UserError
-from personalize_jax.scoring import Picture, read_rows, score, summary, write_rows
+from personalize_jax.scoring import Picture, load_judges, read_rows, score, summary, write_rows
 from personalize_jax.world.exact import truth_of
 from personalize_jax.world.photos import heldout_subject
 from personalize_jax.world.probe import Probe
@@ -61,6 +62,16 @@ def test_prompts_are_read_without_the_identifier():
     several = judges()
     scores_of(drawn("red", prompt="a [V] dog in the snow"), several)
     assert several.clips["first"].texts_seen == ["a dog in the snow"]
+
+
+def test_clips_are_told_apart_by_their_names():
+    settings = world.get_config().evaluation.copy_and_resolve_references()
+    settings.clips = ("some/clip", "other/clip@refs/pr/1")
+    with pytest.raises(UserError, match="has two CLIPs of one name among clip, clip"):
+        load_judges(settings)
+    settings.clips = ()
+    with pytest.raises(UserError, match="clips is empty"):
+        load_judges(settings)
 
 
 def test_photos_are_needed():

@@ -15,7 +15,7 @@ from personalize_jax.pipeline import save_pipeline
 from personalize_jax.scoring import read_rows, summary
 from personalize_jax.subject.registry import Registry
 from personalize_jax.training.tracking import Destinations
-from tests import event_files, tiny, tiny_world
+from tests import event_files, processes, tiny, tiny_world
 
 NOUNS = ("dog", "cat", "car")
 NAMES = (
@@ -152,3 +152,10 @@ def test_another_configuration_needs_another_directory(folder, config, subjects)
     manifest.record_config(config, folder / "another" / "alone" / subjects[0].name)
     with pytest.raises(UserError, match="begun with another configuration"):
         study.conduct(made, other, load_pretrained(other), subjects[:1], NOUNS, folder / "another")
+
+
+def test_encoders_are_looked_for_before_anything_is_begun(folder, tmp_path):
+    flags = [f"--config=tests/tiny_world.py:{folder / 'tiny'}", "--config.evaluation.dino=nowhere", "--quick"]
+    finished = processes.command(tmp_path, "experiments.num_images", *flags, f"--workdir={tmp_path / 'runs'}")
+    assert finished.status == 2 and "'nowhere' is no encoder" in finished.error, finished
+    assert not (tmp_path / "runs").exists()

