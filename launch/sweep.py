@@ -15,6 +15,7 @@ only read. The same command given in several places that share the folder shares
 """
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -44,6 +45,7 @@ from personalize_jax.scoring import summary
 from personalize_jax.subject.class_noun import determine
 from personalize_jax.subject.images import list_images, read_image
 from personalize_jax.training import tracking
+from personalize_jax.training.optimizer import same_learning_rates
 
 DONE, STOPPED = "done", "stopped early"
 
@@ -202,7 +204,8 @@ def check_rungs(given: Sequence[str], keep: float, points: Sequence[Point]) -> l
             raise UserError(f"The sweep overrides {STEPS}, which --rungs do, too; leave one of them out.")
         if "base" not in point.config.tune:
             raise UserError("--rungs are steps of the base model, which config.tune leaves out; leave them out, too.")
-        if training.optimizer.decay_steps:
+        climbs = itertools.pairwise(rungs)
+        if not all(same_learning_rates(training.optimizer, rung, rung, longer) for rung, longer in climbs):
             raise UserError(
                 f"The learning rate falls over the last {training.optimizer.decay_steps} steps, and a training whose "
                 "rate has fallen cannot be prolonged; with --rungs give --config.training.optimizer.decay_steps=0."

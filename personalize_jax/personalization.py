@@ -31,7 +31,7 @@ from personalize_jax.subject.images import SubjectImage, load_images
 from personalize_jax.subject.registry import reserve_identifier
 from personalize_jax.training import sharding
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
-from personalize_jax.training.loop import averaged, train, trained_params
+from personalize_jax.training.loop import averaged, check_length, train, trained_params
 from personalize_jax.training.prior import class_images, prior_sampling
 from personalize_jax.training.program import mesh_of
 from personalize_jax.training.step import TrainState
@@ -146,8 +146,8 @@ def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir
     the run is then no longer done.
 
     Raises:
-        UserError: the configuration cannot be used, or the directory belongs to another one, to another subject or to
-            other pretrained weights.
+        UserError: the configuration cannot be used, the directory belongs to another one, to another subject or to
+            other pretrained weights, or a stage cannot be tuned for that number of steps any more.
     """
     configuration.check(pipeline, config)
     hosts.check_shared(workdir)
@@ -158,6 +158,10 @@ def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir
         )
     if (workdir / "subject" / MANIFEST).exists():
         _check_same(read_dataset(workdir / "subject"), photos, workdir)
+    recorded = manifest.read(workdir).get("config", {})
+    for name, training in stage_trainings(config).items():
+        before = recorded.get(configuration.TRAININGS[name], {}).get("num_steps", training.num_steps)
+        check_length(workdir / name, training, before)
     may_change = ["subject.registry"]
     may_change += [f"{part}.num_steps" for part in ("training", "super_resolution_training")]
     may_change += [f"evaluation.{key}" for key in configuration.EVALUATION]

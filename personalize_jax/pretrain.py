@@ -24,7 +24,7 @@ from personalize_jax.pipeline import Pipeline, Stage, Tokenizer, load_pipeline, 
 from personalize_jax.pipeline.storage import ASSETS
 from personalize_jax.training import tracking
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
-from personalize_jax.training.loop import train, trained_params
+from personalize_jax.training.loop import check_length, train, trained_params
 from personalize_jax.training.tracking import JSONL_ONLY, Tracking
 from personalize_jax.world import dataset_builder
 
@@ -148,6 +148,9 @@ def main(_: list[str]) -> None:
     config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
     tracked = tracking.asked_for().of(workdir)
     hosts.check_shared(workdir)
+    recorded = manifest.read(workdir).get("config", {})
+    before = recorded.get("training", {}).get("num_steps", config.training.num_steps)
+    check_length(workdir, config.training, before)
     manifest.record_config(config, workdir, may_change=["training.num_steps"])
     wanted = config.dataset.resolution, "train", config.dataset.count, flags.FLAGS.data_dir
     load = functools.cache(lambda: dataset_builder.load(*wanted))

@@ -116,10 +116,12 @@ def test_one_process_goes_on_from_what_two_have_saved(runs, pretrained, photos, 
     for f in ("run", "registry.json"):
         source = runs[0].parent / f
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / f)
-    workdir = personalize(tmp_path, pretrained, photos, "--config.training.num_steps=8", processes_of=(2,))
-    steps = [json.loads(line)["step"] for line in (workdir / "base" / "metrics.jsonl").read_text().splitlines()]
+    flag = "--config.super_resolution_training.num_steps=8"
+    workdir = personalize(tmp_path, pretrained, photos, flag, processes_of=(2,))
+    log = workdir / "super_resolution" / "metrics.jsonl"
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == sorted(set(steps)) and steps[-1] == 8
-    assert int(loop.latest(workdir / "base").step) == 8
+    assert int(loop.latest(workdir / "super_resolution").step) == 8
 
 
 @pytest.mark.slow

@@ -302,6 +302,9 @@ def test_a_run_directory_refuses_another_configuration_or_subject(run, pretraine
     assert "different: class_images.count" in refusal(run, pretrained, photos, class_images__count=5)
     assert "other images" in refusal(run, pretrained, others)
     assert "begun with a dog, not a cat" in refusal(run, pretrained, photos, noun="cat")
+    assert "done 6 of 6 steps, and the learning rate falls" in refusal(run, pretrained, photos, training__num_steps=8)
+    fewer = {"super_resolution_training__num_steps": 5}
+    assert "has done 6 steps already, more than num_steps=5" in refusal(run, pretrained, photos, **fewer)
     assert contents(run) == before
 
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -56,6 +57,16 @@ def test_what_is_exported_is_the_average_of_what_was_trained(base):
     moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), pipeline.params, start.params)
     assert moved["base"]["head"]["kernel"] > 0 and moved["text_encoder"]["tokens"]["embedding"] > 0
     assert [json.loads(line)["step"] for line in (directory / "metrics.jsonl").open()] == [1, 2, 3, 4]
+
+
+def test_fewer_steps_than_are_done_are_refused_before_anything_is_rendered(base, tmp_path):
+    workdir = shutil.copytree(base[0], tmp_path / "run")
+    manifest.record_config(config("base"), workdir)
+    before = (workdir / "manifest.json").read_bytes()
+    flags = ["--config=tests/tiny_pretraining.py:base", f"--data_dir={tmp_path / 'data'}", f"--workdir={workdir}"]
+    finished = processes.command(tmp_path, "personalize_jax.pretrain", *flags, "--config.training.num_steps=2")
+    assert finished.status == 2 and "has done 4 steps already" in finished.error
+    assert (workdir / "manifest.json").read_bytes() == before and not (tmp_path / "data").exists()
 
 
 def test_training_goes_on_from_given_weights(base, tmp_path):

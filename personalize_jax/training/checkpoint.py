@@ -1,9 +1,13 @@
 """Checkpoints of the train state, written by orbax."""
 
 import contextlib
+import errno
 import functools
+import json
 import logging
 import os
+import re
+import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,11 +31,21 @@ _TYPES = ocp.type_handlers.create_type_handler_registry(
     (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)),
 )
 
+_DAMAGED = "damaged-"  # before the step in the name of a checkpoint that was set aside
+
+# With which damage shows; and the statuses of tensorstore's by which the storage is to blame.
+_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, FileNotFoundError)
+_PASSING = (
+    *("UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED"),
+    *("PERMISSION_DENIED", "UNAUTHENTICATED"),
+)
+
 
 class Checkpoints:
     """The last few train states of one stage, in one directory.
 
-    A checkpoint appears under its final name only when it is complete.
+    A checkpoint appears under its final name only when it is complete. One that is damaged is set aside under another
+    name: left in place it would keep its step, and every step before it, from being saved again.
     """
 
     def __init__(self, directory: Path, keep: int = 2, read_only: bool = False) -> None:
@@ -51,20 +65,24 @@ class Checkpoints:
         # Not orbax's own read_only, which warns of itself.
         writable = not self._read_only
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep, create=writable, cleanup_tmp_directories=writable
+            max_to_keep=self._keep,
+            create=writable,
+            cleanup_tmp_directories=writable,
+            lightweight_initialize=True,  # without when and how each was made: that may be damaged, and none is needed
         )
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_TYPES)  # also tells what a checkpoint holds
-        try:
-            return ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
-        except (ValueError, TypeError, KeyError) as error:
-            # Orbax reads when and how each checkpoint was made, and fails if it cannot; checkpoints are whole without.
-            logger.warning("Metadata in %s cannot be read (%s) and are left out.", self.directory, _reason(error))
-            for file in self.directory.glob("*/_CHECKPOINT_METADATA"):
-                file.unlink()
-            return ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
+        return ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
+
+    def steps(self) -> list[int]:
+        """The steps after which there is a checkpoint, in order."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(folder.name) for folder in self.directory.iterdir() if folder.name.isdecimal())
 
     def save(self, step: int, state: Any) -> None:
-        """Write in the background; the state may be donated as soon as this returns.
+        """Write in the background, once the numbers are on this host; the state may be donated as soon as this returns.
+
+        What is waited for takes a second or two for each gigabyte: the checksum is taken of every byte, too.
 
         Raises:
             UserError: the checkpoint before could not be written.
@@ -76,29 +94,38 @@ class Checkpoints:
     def restore(self, abstract_state: Any | None) -> Any | None:
         """The latest state that can be read, or None without any.
 
-        A damaged checkpoint is passed over with a warning, and deleted once an older one has been read: left in place
-        it would keep its step, and every step before it, from being saved again.
+        A damaged checkpoint is passed over with a warning, and set aside once an older one has been read.
 
         Args:
             abstract_state: shapes, dtypes and shardings of the state; None for a nested dict as it was saved.
 
         Raises:
-            UserError: there are checkpoints, but none can be read.
+            UserError: there are checkpoints, and all are damaged.
+            OSError: one cannot be read now, though it may be sound; everything is left as it is.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = self.steps()[::-1]
         for i, step in enumerate(steps):
-            reason = "another process cannot"
-            try:
-                state = self._read(step, abstract_state)
-            except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
-                state, reason = None, _reason(error)
+            state, reason = None, "another process cannot"
+
+            def read(step: int = step) -> None:
+                nonlocal state, reason
+                try:
+                    state = self._read(step, abstract_state)
+                except Exception as error:
+                    if (of_system := _system_error(error, self.directory / str(step))) is not None:
+                        raise of_system from error
+                    if not isinstance(_first_cause(error), _DAMAGE):
+                        raise
+                    reason = _reason(_first_cause(error))
+
+            hosts.each_does(read)
             if hosts.in_all([state is not None]) == [False]:
                 logger.warning(
                     "Checkpoint %d in %s cannot be read (%s); trying the one before.", step, self.directory, reason
                 )
             else:
-                for damaged in steps[: 0 if self._read_only else i]:
-                    self._manager.delete(damaged)
+                if i > 0 and not self._read_only:
+                    self._set_aside(steps[:i])
                 return state
         if steps:
             raise UserError(
@@ -115,10 +142,30 @@ class Checkpoints:
             )
         placed = ocp.checkpoint_utils.construct_restore_args(abstract_state)
         state = self._manager.restore(step, args=ocp.args.PyTreeRestore(abstract_state, restore_args=placed))
-        known = (self._manager.metadata(step).custom_metadata or {}).get("checksum")
+        known = self._known_checksum(step)
         if known is not None and (found := checksum(state)) is not None and found != known:
             raise ValueError(f"its checksum is {found} in place of {known}")
         return state
+
+    def _known_checksum(self, step: int) -> int | None:
+        file = self.directory / str(step) / "_CHECKPOINT_METADATA"
+        try:
+            return json.loads(file.read_text())["custom_metadata"]["checksum"]
+        except (FileNotFoundError, ValueError, LookupError, TypeError) as error:
+            logger.warning("%s is damaged (%s): the checkpoint is taken without its checksum.", file, _reason(error))
+            return None
+
+    def _set_aside(self, damaged: list[int]) -> None:
+        """Rename damaged checkpoints; the latest stays under that name, for whoever wants to see to it."""
+
+        def rename() -> None:
+            for step in sorted(damaged):
+                for before in self.directory.glob(f"{_DAMAGED}*"):
+                    shutil.rmtree(before)
+                (self.directory / str(step)).rename(self.directory / f"{_DAMAGED}{step}")
+
+        hosts.first_does(rename)
+        self._manager.reload()
 
     def close(self) -> None:
         """Wait for what is being written.
@@ -160,7 +207,32 @@ def checksum(state: Any) -> int | None:
     return crc
 
 
-def _reason(error: Exception) -> str:
+def _first_cause(error: Exception) -> BaseException:
+    return error if error.__cause__ is None else _first_cause(error.__cause__)
+
+
+def _system_error(error: Exception, folder: Path) -> OSError | None:
+    """The error of the system or of the storage for which a checkpoint could not be read, if that was why.
+
+    What tensorstore raises is a ValueError for all reasons, whose message begins with a status and holds the number of
+    the system's error if there was one.
+
+    Args:
+        error: as it was raised.
+        folder: of the checkpoint, to be named.
+    """
+    cause = _first_cause(error)
+    number = cause.errno if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError) else None
+    if found := re.search(r"os_error_code='(\d+)'", str(cause)):
+        number = int(found[1])
+    if number is not None:
+        return OSError(number, os.strerror(number), str(folder))
+    if str(cause).startswith(_PASSING):
+        return OSError(errno.EIO, _reason(cause), str(folder))
+    return None
+
+
+def _reason(error: BaseException) -> str:
     text = f"{type(error).__name__}: {error}"
     full = [reason for number in FULL if (reason := os.strerror(number)) in text]  # amid much else
     return full[0] if full else text.splitlines()[0][:200]

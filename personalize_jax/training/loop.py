@@ -10,11 +10,13 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from personalize_jax import hosts, interruption
+from personalize_jax.errors import UserError
 from personalize_jax.models.params import Params
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Stage
 from personalize_jax.training.checkpoint import Checkpoints
 from personalize_jax.training.examples import Examples
+from personalize_jax.training.optimizer import same_learning_rates
 from personalize_jax.training.program import build, mesh_of
 from personalize_jax.training.step import TrainState
 from personalize_jax.training.tracking import JSONL_ONLY, Tracking, TrainingLog, Work, check_finite
@@ -96,7 +98,7 @@ def train(
         The state after `config.num_steps`.
 
     Raises:
-        UserError: the loss is not finite, or the configuration does not fit.
+        UserError: the loss is not finite, the configuration does not fit, or more steps are done than it asks for.
         Stopped: on request, after saving.
     """
     with contextlib.ExitStack() as opened:
@@ -104,6 +106,7 @@ def train(
         training = prepare(stage, text_encoder, pretrained, examples, config, seed, checkpoints, identifier, in_full)
         state = training.state
         step = saved = int(state.step)
+        _check_not_shorter(directory, step, config.num_steps)
         log = opened.enter_context(contextlib.closing(TrainingLog(directory, step, tracking)))
         progress(step, log.latest)
         metrics: dict[str, Array] = {}
@@ -130,6 +133,35 @@ def train(
                 saved = step
             progress(step, log.latest)
     return state
+
+
+def check_length(directory: Path, config: ConfigDict, before: int) -> None:
+    """Refuse another number of steps for a training that would then be none that has run without a break.
+
+    Args:
+        directory: of the training, as given to `train`, begun or not.
+        config: its keys, with the number of steps that is asked for.
+        before: the number of steps that has been asked for so far.
+
+    Raises:
+        UserError: more steps are done already, or their learning rates would have been others.
+    """
+    done = max(Checkpoints(directory / "checkpoints", read_only=True).steps(), default=0)
+    _check_not_shorter(directory, done, config.num_steps)
+    if not same_learning_rates(config.optimizer, done, before, config.num_steps):
+        raise UserError(
+            f"{directory} has done {done} of {before} steps, and the learning rate falls over the last "
+            f"{config.optimizer.decay_steps}: with num_steps={config.num_steps} those steps would have had another; "
+            f"give num_steps={before}, or another --workdir."
+        )
+
+
+def _check_not_shorter(directory: Path, done: int, num_steps: int) -> None:
+    if done > num_steps:
+        raise UserError(
+            f"{directory} has done {done} steps already, more than num_steps={num_steps}; give num_steps={done} or "
+            "more, or another --workdir."
+        )
 
 
 def latest(directory: Path) -> TrainState | None:

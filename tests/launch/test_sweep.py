@@ -235,7 +235,7 @@ def test_the_folder_of_another_sweep_is_refused(config, subjects, tmp_path):
         (["20", "10"], {}, "that increase"),
         (["0", "10"], {}, "that increase"),
         (["10", "15"], {"training__steps_per_dispatch": 10}, "has 15; give multiples of 10"),
-        (["10"], {"training__optimizer__decay_steps": 5}, "decay_steps=0"),
+        (["10", "20"], {"training__optimizer__decay_steps": 5}, "decay_steps=0"),
         (["10"], {"tune": ("super_resolution",)}, "leaves out"),
     ],
 )

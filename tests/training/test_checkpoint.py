@@ -45,6 +45,10 @@ def damage(directory, step):
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+def contents(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def test_an_empty_directory_has_no_state(tmp_path):
     assert restore(tmp_path) is None
 
@@ -89,10 +93,55 @@ def test_altered_numbers_are_not_taken_for_the_saved_ones(tmp_path, caplog, coun
     assert "Checkpoint 6" in caplog.text
 
 
-def test_damaged_metadata_cost_nothing(tmp_path):
+@pytest.mark.parametrize(("old", "new"), [("init_timestamp", "init_timestomp"), ("}", ""), ("checksum", "chucksum")])
+def test_damaged_metadata_cost_nothing(tmp_path, old, new):
     save(tmp_path, 3, 6)
     file = tmp_path / "6" / "_CHECKPOINT_METADATA"
-    file.write_text(file.read_text().replace("init_timestamp", "init_timestomp"))
+    file.write_text(file.read_text().replace(old, new))
+    before = sorted(tmp_path.rglob("*"))
+    assert restore(tmp_path).step == 6
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of reads that were under way
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "default/manifest.ocdbt", "default/d"])
+def test_a_file_that_cannot_be_read_for_now_costs_nothing(tmp_path, name):
+    """A link to itself, which the system refuses to open."""
+    save(tmp_path, 3, 6)
+    file = tmp_path / "6" / name
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(file)
+    before = sorted(tmp_path.rglob("*"))
+    for read_only in (False, True):
+        with (
+            contextlib.closing(Checkpoints(tmp_path, read_only=read_only)) as checkpoints,
+            pytest.raises(OSError, match="Too many levels of symbolic links"),
+        ):
+            checkpoints.restore(abstract(state_at(0)))
+    assert sorted(tmp_path.rglob("*")) == before
+    file.unlink()
+    (tmp_path / "elsewhere").rename(file)
+    assert restore(tmp_path).step == 6
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (ValueError("UNAVAILABLE: Error reading gs://bucket/6: try again"), "6 .*UNAVAILABLE"),
+        (MemoryError("not enough"), "not enough"),
+    ],
+)
+def test_what_is_no_damage_is_raised_and_nothing_set_aside(tmp_path, monkeypatch, error, raised):
+    save(tmp_path, 3, 6)
+
+    def refuse(*_, **__):
+        raise Exception("wrapped") from error  # as orbax does
+
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "restore", refuse)
+        with pytest.raises(Exception, match="wrapped|/6") as found:
+            checkpoints.restore(abstract(state_at(0)))
+    assert isinstance(found.value, OSError) == isinstance(error, ValueError)
     assert restore(tmp_path).step == 6
 
 
@@ -100,6 +149,7 @@ def test_who_only_reads_leaves_everything_to_the_run_that_may_still_be_going(tmp
     save(tmp_path, 3, 6)
     damage(tmp_path, 6)
     (tmp_path / "9.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "3" / "_CHECKPOINT_METADATA").write_text("{}")
     before = sorted(tmp_path.rglob("*"))
     reader = Checkpoints(tmp_path, read_only=True)
     assert reader.restore(abstract(state_at(0))).step == 3
@@ -115,19 +165,27 @@ def test_a_checksum_tells_every_bit_and_every_place_whatever_holds_the_arrays():
     assert checksum(tree) == checksum(same) == checksum(jax.tree.map(np.asarray, tree))
     others = [tree | {"a": tree["a"].at[1, 2].set(np.nextafter(np.float32(5), np.float32(6)))}]
     others += [tree | {"a": tree["a"][:, ::-1]}, tree | {"b": {"0": jnp.int32(2), "1": jnp.bfloat16(2)}}]
-    assert len({checksum(other) for other in [tree, *others]}) == 4
+    others += [{"b": tree["b"], "c": tree["a"]}, tree | {"b": {"1": jnp.int32(1), "0": jnp.bfloat16(2)}}]
+    assert len({checksum(other) for other in [tree, *others]}) == 6
+    alike = {"a": jnp.zeros(3), "b": jnp.ones(3)}
+    assert checksum(alike) != checksum({"a": alike["b"], "b": alike["a"]})
 
 
-def test_after_a_fall_back_the_damaged_step_can_be_saved_again(tmp_path):
-    save(tmp_path, 3, 6)
-    damage(tmp_path, 6)
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.restore(abstract(state_at(0)))
-    for step in (5, 6):
-        checkpoints.save(step, state_at(step))
-    checkpoints.close()
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["5", "6"]
-    assert restore(tmp_path).step == 6
+def test_after_a_fall_back_the_damaged_step_can_be_saved_again_and_one_is_set_aside(tmp_path):
+    save(tmp_path, 3)
+    for last in (6, 7):
+        save(tmp_path, last)
+        damage(tmp_path, last)
+        damaged = contents(tmp_path / str(last))
+        checkpoints = Checkpoints(tmp_path)
+        assert checkpoints.restore(abstract(state_at(0))).step == {6: 3, 7: 6}[last]
+        assert [p.name for p in tmp_path.glob("damaged*")] == [f"damaged-{last}"]  # no more than the latest
+        assert contents(tmp_path / f"damaged-{last}") == damaged
+        for step in (5, 6) if last == 6 else (7,):
+            checkpoints.save(step, state_at(step))
+        checkpoints.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["6", "7", "damaged-7"]
+    assert restore(tmp_path).step == 7
 
 
 def test_when_nothing_can_be_read_the_user_is_told_and_nothing_is_deleted(tmp_path):

@@ -115,6 +115,24 @@ def test_more_steps_prolong_a_finished_training(tmp_path):
     assert_equal(prolonged, train_linear(tmp_path / "b", num_steps=8))
 
 
+def test_fewer_steps_than_are_done_are_refused(tmp_path):
+    state = train_linear(tmp_path)
+    with pytest.raises(UserError, match=r"has done 6 steps already, more than num_steps=5; give num_steps=6 or more"):
+        train_linear(tmp_path, no_steps(), num_steps=5)
+    assert_equal(train_linear(tmp_path, no_steps()), state)
+
+
+def test_a_length_is_refused_that_would_be_none_of_one_training(tmp_path):
+    decayed = tiny.training(optimizer__decay_steps=4, num_steps=8)
+    loop.check_length(tmp_path, decayed, 6)  # not yet begun
+    train_linear(tmp_path)
+    with pytest.raises(UserError, match=r"done 6 of 6 steps.*falls over the last 4: with num_steps=8.*num_steps=6"):
+        loop.check_length(tmp_path, decayed, 6)
+    loop.check_length(tmp_path, tiny.training(num_steps=8), 6)
+    with pytest.raises(UserError, match="has done 6 steps already"):
+        loop.check_length(tmp_path, tiny.training(num_steps=5), 6)
+
+
 def test_a_rounded_first_moment_stays_rounded_over_a_resume(tmp_path):
     """Half of the steps in each of two calls."""
     rounded = {"optimizer__moment_dtype": "bfloat16", "optimizer__learning_rate": 0.1}
@@ -223,7 +241,7 @@ def test_a_diverged_training_stops_and_keeps_its_last_finite_checkpoint(tmp_path
     train_linear(tmp_path, num_steps=2)
     with pytest.raises(UserError, match="learning_rate"):
         train_linear(tmp_path, num_steps=50, log_every=log_every, optimizer__learning_rate=1e30, checkpoint_every=1)
-    state = train_linear(tmp_path, no_steps(), num_steps=1)
+    state = train_linear(tmp_path, no_steps(), num_steps=3)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from personalize_jax.training.optimizer import make_optimizer
+from personalize_jax.training.optimizer import make_optimizer, same_learning_rates
 from tests import tiny
 
 
@@ -36,6 +36,25 @@ def test_more_steps_change_nothing_before_the_decay():
     np.testing.assert_array_equal(path(5, **changes)[:4], path(9, **changes)[:4])
 
 
+@pytest.mark.parametrize(
+    ("decay", "num_done", "before", "after", "same"),
+    [
+        (0, 10, 10, 20, True),
+        (4, 7, 10, 20, True),  # the first step of a decay still has the full rate
+        (4, 8, 10, 20, False),
+        (4, 10, 10, 20, False),
+        (4, 7, 20, 10, True),
+        (4, 8, 20, 10, False),
+        (4, 10, 10, 10, True),
+        (100, 1, 10, 20, False),  # a decay that is longer than the training
+        (100, 0, 10, 20, True),
+    ],
+)
+def test_steps_of_a_decay_that_is_put_off_would_have_had_other_rates(decay, num_done, before, after, same):
+    config = tiny.training(optimizer__learning_rate=0.1, optimizer__warmup_steps=2, optimizer__decay_steps=decay)
+    assert same_learning_rates(config.optimizer, num_done, before, after) == same
+
+
 def test_gradients_are_clipped_by_their_norm():
     optimizer = make_optimizer(tiny.training(optimizer__clip_norm=1.0).optimizer, 10)
     params = {"a": jnp.zeros(3), "b": jnp.zeros(4)}
@@ -47,6 +66,23 @@ def test_gradients_are_clipped_by_their_norm():
     np.testing.assert_allclose(first["a"], second["a"], rtol=1e-5)
     norm = optax.global_norm(first)
     assert norm == pytest.approx(0.1, rel=1e-4)  # (1 - b1) times a unit gradient
+
+
+def test_moments_are_means_of_gradients_and_of_their_squares():
+    optimizer = make_optimizer(tiny.training(optimizer__b1=0.7, optimizer__b2=0.9).optimizer, 10)
+    gradient, params = {"a": jnp.array([0.3, -0.2])}, {"a": jnp.zeros(2)}
+    state = optimizer.update(gradient, optimizer.init(params), params)[1]
+    mu, nu = (optax.tree_utils.tree_get(state, name)["a"] for name in ("mu", "nu"))
+    np.testing.assert_allclose(mu, 0.3 * gradient["a"], rtol=1e-5)
+    np.testing.assert_allclose(nu, 0.1 * gradient["a"] ** 2, rtol=1e-5)
+
+
+def test_weights_decay_by_their_share_of_the_learning_rate():
+    changes = {"optimizer__learning_rate": 0.1, "optimizer__weight_decay": 0.5}
+    optimizer = make_optimizer(tiny.training(**changes).optimizer, 10)
+    params = {"a": jnp.array([2.0, -3.0])}
+    updates, _ = optimizer.update({"a": jnp.zeros(2)}, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["a"], -0.1 * 0.5 * params["a"], rtol=1e-6)
 
 
 def fitted(moment_dtype, num_steps=300):
@@ -83,7 +119,12 @@ def test_a_first_moment_in_bfloat16_takes_half_the_bytes_and_fits_as_well():
     assert rounded["slope"].dtype == jnp.float32
 
 
-def test_a_second_moment_in_bfloat16_would_stall():
-    """Why it is not offered: what a step takes away is less than half of the least difference."""
-    nu, b2 = jnp.asarray(1.0, jnp.bfloat16), 0.999
-    assert (nu.astype(jnp.float32) * b2).astype(jnp.bfloat16) == nu
+def test_the_second_moment_falls_again_where_the_first_is_rounded():
+    """By b2 a step, which bfloat16 would round to nothing."""
+    optimizer = make_optimizer(tiny.training(optimizer__moment_dtype="bfloat16", optimizer__b2=0.999).optimizer, 10)
+    params = {"slope": jnp.zeros(1)}
+    state = optimizer.init(params)
+    for gradient in (1.0, 0.0, 0.0):
+        _, state = optimizer.update({"slope": jnp.full(1, gradient)}, state, params)
+    _, nu = moments(state)
+    np.testing.assert_allclose(nu, (1 - 0.999) * 0.999**2, rtol=1e-4)
