@@ -24,7 +24,7 @@ from personalize_jax.personalized import load_personalized
 from personalize_jax.pipeline import load_pipeline
 from personalize_jax.training.examples import draw_batch
 from personalize_jax.training.losses import Objective, personalization_loss
-from tests import tiny_public
+from tests import published_folders, tiny_public
 
 PHOTOS = Path(__file__).parents[1] / ".." / "shared" / "dreambooth" / "dataset"
 LORA = {"lora.rank": 2, "trainable": ((".*", False),)}
@@ -64,6 +64,15 @@ def save_sd(folder, prediction="epsilon"):
     return str(folder / "sd")
 
 
+def save_published_sd(folder, name):
+    return str(published_folders.write(name, folder / name, side=8))
+
+
+def save_published_if(folder):
+    sides = {"IF-I-M": 8, "IF-II-M": 16}
+    return tuple(str(published_folders.write(name, folder / name, side)) for name, side in sides.items())
+
+
 def loss_on_fixed_batch(pipeline, subject, stage, config):
     """The subject's half of the loss, for always the same pictures, times and noise."""
     examples = with_embeddings(pipeline, stage_examples(pipeline, stage, subject.images_NHWC, subject.labels))
@@ -88,6 +97,15 @@ CASES = {
         LORA,
     ),
     "deepfloyd_if": ("dog", save_if, deepfloyd_if.get_config("M"), {"weighting": "min_snr", "microbatches": 2}),
+    "published 1.5": ("dog", lambda f: save_published_sd(f, "sd-1.5"), stable_diffusion.get_config("1.5"), {}),
+    "published 2.1": ("dog", lambda f: save_published_sd(f, "sd-2.1"), stable_diffusion.get_config("2.1"), {}),
+    "published 2.1-base": (
+        "dog",
+        lambda f: save_published_sd(f, "sd-2.1-base"),
+        stable_diffusion.get_config("2.1-base"),
+        {},
+    ),
+    "published IF": ("dog", save_published_if, deepfloyd_if.get_config("M"), {}),
     "deepfloyd_if_bound": ("backpack", save_if, deepfloyd_if.get_config("XL"), {"vlb_weight": 1.0, "ema_decay": 0.9}),
 }
 
@@ -135,6 +153,9 @@ def theirs_read_it(pipeline, folder, adapters):
     for stage in pipeline.stages:
         target = folder if len(pipeline.stages) == 1 else folder / stage.name
         theirs = diffusers.DiffusionPipeline.from_pretrained(target)
+        assert json.loads((target / "model_index.json").read_text())["_class_name"] == type(theirs).__name__
+        if theirs.tokenizer is not None:
+            assert theirs.tokenizer("a dog").input_ids == pipeline.tokenizer.backend("a dog").input_ids
         rng = np.random.default_rng(0)
         channels = stage.channels * (1 if stage.low_resolution is None else 2)
         x = rng.normal(size=(2, *stage.shape[:2], channels)).astype(np.float32)
