@@ -32,6 +32,9 @@ SSH_FLAGS = ("--ssh-flag=-oConnectTimeout=15", "--ssh-flag=-oServerAliveInterval
 SCP_FLAGS = ("--scp-flag=-oConnectTimeout=15", "--scp-flag=-oServerAliveInterval=15")
 
 
+WORKER_SIZE = 8  # what a type counts, chips or cores, of the largest machine of one worker; larger ones have several
+
+
 class GcloudError(Exception):
     """A gcloud command failed.
 

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,9 @@ class MachineLost(Exception):
 class Launch:
     """A program's run on a machine, and on those that take its place."""
 
-    def __init__(self, machine: Machine, program: Program, archive: Path, folder: Path, poll: float) -> None:
+    def __init__(
+        self, machine: Machine, program: Program, archive: Path, folder: Path, poll: float, token: str = ""
+    ) -> None:
         """A launch.
 
         Args:
@@ -38,12 +41,14 @@ class Launch:
             archive: of the code.
             folder: for the logs.
             poll: seconds between two looks.
+            token: for the Hugging Face hub, if the program needs one.
         """
         self.machine = machine
         self.program = program
         self.archive = archive
         self.folder = folder
         self.poll = 0.0 if machine.dry_run else poll
+        self.token = token
         self.digest = worker.digest(program.command)
 
     def run(self, max_restarts: int, keep: bool) -> int:
@@ -164,8 +169,21 @@ class Launch:
         self._say(f"copying {self.archive} and installing.")
         self._reaching(lambda: self.machine.copy_to(self.archive, worker.ARCHIVE), SETUP_TRIES)
         self._ssh(worker.install(payload.jax_version()), SETUP_TRIES)
+        if self.token:
+            self._bring_token()
         for bucket in self.program.buckets:
             self._ssh(worker.mount(bucket), SETUP_TRIES)
+
+    def _bring_token(self) -> None:
+        """Copy the token as a file that nobody else can read: command lines are seen by others, and logged."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(worker.TOKEN)  # where whoever pastes a dry run's commands has to put it
+            if not self.machine.dry_run:
+                file = Path(folder) / worker.TOKEN
+                file.touch(mode=0o600)
+                file.write_text(self.token)
+            self._reaching(lambda: self.machine.copy_to(file, worker.TOKEN), SETUP_TRIES)
+        self._ssh(worker.keep_token(), SETUP_TRIES)
 
     def _watch(self, log: Path) -> int:
         """Show the log of worker 0 until the program has ended; its exit status."""
@@ -206,9 +224,11 @@ class Launch:
         self._say(f"logs are in {folder}.")
 
     def _forget(self) -> None:
-        """So that the same command runs again on a kept machine."""
+        """So that the same command runs again on a kept machine, and no token stays there."""
         try:
             self._ssh(worker.stop(), SETUP_TRIES)
+            if self.token:
+                self._ssh(worker.forget_token(), SETUP_TRIES)
         except (GcloudError, MachineLost) as error:
             self._say(f"the program could not be cleared away: {error}")
 

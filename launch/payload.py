@@ -1,5 +1,6 @@
 """What is run on a machine: the user's command, and the code and files that it needs there."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -11,9 +12,16 @@ from typing import NamedTuple
 from launch.worker import BUCKETS
 from personalize_jax.errors import UserError
 from personalize_jax.files import replacing
+from personalize_jax.pipeline import hub
+from personalize_jax.pipeline.storage import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
 OUTPUT_FLAGS = ("workdir", "out", "output")  # by which the project's commands are told where to write
+INPUT_FLAGS = ("images", "photos", "prompts", "sweep", "config")  # and what to read
+MODEL_FLAGS = ("pipeline", "config.pretrained")  # likewise, which may also be names on the hub
+COMMANDS = ("personalize_jax", "experiments", "launch")  # packages of the project's commands
+GATED = "DeepFloyd/"  # how names begin on the hub of which the licence must be accepted
+GATED_CONFIG = "configs/deepfloyd_if.py"  # which names them
 
 _BUCKET = re.compile(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(?![a-z0-9._-])")
 
@@ -26,7 +34,8 @@ class Program(NamedTuple):
         buckets: names of those that it uses.
         workdir: its --workdir, or None.
         local_outputs: paths that it writes on the machine's own disk.
-        inputs: paths on this computer that it names.
+        inputs: paths on this computer that it names, whether they are there or not.
+        hub_names: what it reads from the Hugging Face hub, as far as that is said.
     """
 
     command: list[str]
@@ -34,6 +43,23 @@ class Program(NamedTuple):
     workdir: str | None
     local_outputs: list[str]
     inputs: list[str]
+    hub_names: list[str]
+
+    @property
+    def module(self) -> str | None:
+        """The project's module that it runs by `python -m`, if it does."""
+        return _module(self.command)
+
+    @property
+    def takes_multihost(self) -> bool:
+        """Whether that module can be one process of several."""
+        return "define_multihost()" in _module_file(self.module).read_text()
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether it reads models that ask for a licence, and so for an access token."""
+        named = any(name.startswith(GATED) for name in self.hub_names)
+        return named or (GATED_CONFIG in self.inputs and _value(self.command, "config.pretrained") is None)
 
 
 def read_command(command: Sequence[str]) -> Program:
@@ -58,7 +84,20 @@ def read_command(command: Sequence[str]) -> Program:
     local = [path for path in outputs.values() if not path.startswith(f"{BUCKETS}/")]
     values = [word.partition("=")[2] if word.startswith("-") else word for word in mounted[1:]]
     inputs = [value for value in values if value and value not in outputs.values() and os.path.exists(ROOT / value)]
-    return Program(mounted, buckets, outputs.get("workdir"), local, inputs)
+    told, names = _told_inputs(mounted) if _module(mounted) else ([], [])
+    inputs = list(dict.fromkeys([*inputs, *told]))
+    return Program(mounted, buckets, outputs.get("workdir"), local, inputs, names)
+
+
+def _told_inputs(command: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What one of the project's commands is told to read: paths outside buckets, and names on the hub."""
+    paths = [re.sub(r"(?<=\.py):.*", "", value) for value in _values(command, INPUT_FLAGS)]
+    given = _values(command, MODEL_FLAGS)
+    models = [model for value in given for model in re.findall(r"['\"]([^'\"]*)['\"]", value) or [value]]
+    models = [model for model in models if model not in EMBEDDED]
+    names = [model for model in models if hub.is_name(model) and not os.path.exists(ROOT / model)]
+    paths += [model for model in models if model not in names]
+    return [path for path in paths if not path.startswith(f"{BUCKETS}/")], names
 
 
 def project_files(extra: Sequence[str]) -> list[str]:
@@ -86,17 +125,21 @@ def project_files(extra: Sequence[str]) -> list[str]:
 
 
 def check_inputs(program: Program, files: Sequence[str]) -> None:
-    """See that what the command names is copied, before a machine is paid for that lacks it.
+    """See that what the command names is there and copied, before a machine is paid for that lacks it.
 
     Raises:
         UserError: it is not.
     """
+    if program.module is not None and not _module_file(program.module).is_file():
+        raise UserError(f"There is no command {program.module} in {ROOT}; correct what follows -m.")
     for path in program.inputs:
         if PurePath(path).is_absolute():
             raise UserError(
                 f"{path} is on this computer only; name it relative to the project's folder {ROOT}, or put it into a "
                 "bucket."
             )
+        if not os.path.exists(ROOT / path):
+            raise UserError(f"{path!r} is not in the project's folder {ROOT}; put it there, or into a bucket.")
         if not any(PurePath(file).is_relative_to(path) for file in files):
             raise UserError(f"{path} would not be copied, as git ignores it or it is elsewhere; add --copy={path}.")
 
@@ -115,10 +158,24 @@ def jax_version() -> str:
 
 
 def _value(command: Sequence[str], flag: str) -> str | None:
-    """The value of a flag, as `--flag=value` or `--flag value`; the last one counts."""
-    found = None
+    """The value of a flag; the last one counts."""
+    return next(reversed(_values(command, [flag])), None)
+
+
+def _values(command: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """The values of flags, as `--flag=value` or `--flag value`."""
+    found = []
     for i, word in enumerate(command):
         name, equals, value = word.lstrip("-").partition("=")
-        if word.startswith("-") and name == flag:
-            found = value if equals else next(iter(command[i + 1 :]), None)
+        if word.startswith("-") and name in wanted:
+            found += [value] if equals else command[i + 1 : i + 2]
     return found
+
+
+def _module(command: Sequence[str]) -> str | None:
+    named = [name for dash, name in itertools.pairwise(command) if dash == "-m"]
+    return next((name for name in named if name.partition(".")[0] in COMMANDS), None)
+
+
+def _module_file(name: str) -> Path:
+    return ROOT / f"{name.replace('.', '/')}.py"

@@ -8,11 +8,15 @@ The machine is a queued resource. Once it is there, it gets the code and its env
 command, apart from the connection, so that it goes on where that drops. If the machine is preempted, or the command
 stops itself (exit status 75) or leaves its run unfinished, all is done again, and the run resumes from its checkpoints.
 
+Where HF_TOKEN is set here, for models that ask for their licence, it is copied to the workers as the file of a login,
+and never stands on a command line.
+
 The machine is deleted at the end, whether the program is done, failed, or could not be run. It is kept with --keep;
 and where this command is interrupted (Ctrl-C) or breaks itself, when it says how to watch the run again, by the same
 command, and how to delete the machine.
 """
 
+import os
 import re
 import shutil
 import signal
@@ -22,7 +26,7 @@ from pathlib import Path
 from absl import flags
 
 from launch import payload, worker
-from launch.gcloud import RUNTIME_VERSIONS, Machine
+from launch.gcloud import RUNTIME_VERSIONS, WORKER_SIZE, Machine
 from launch.lifecycle import Launch
 from personalize_jax import command
 from personalize_jax.errors import UserError
@@ -81,11 +85,38 @@ def prepare(arguments: flags.FlagValues, command_line: list[str]) -> Launch:
         print(f"{program.local_outputs[0]} is on the machine's own disk: a preemption loses it.", file=sys.stderr)
     files = payload.project_files(arguments.copy)
     payload.check_inputs(program, files)
+    check_workers(program, machine.accelerator_type)
+    token = os.environ.get("HF_TOKEN", "")
+    if program.is_gated and not token:
+        raise UserError(
+            "DeepFloyd IF asks for its licence: accept it on the Hugging Face hub, and set HF_TOKEN here to an access "
+            "token, which is brought to the machine; or give a bucket's folder by --config.pretrained."
+        )
+    for name in program.hub_names:
+        print(f"{name} is no folder here; it is taken for a name on the Hugging Face hub.", file=sys.stderr)
     if not machine.dry_run and shutil.which("gcloud") is None:
         raise UserError("gcloud was not found; install it from https://cloud.google.com/sdk/docs/install.")
     folder = Path(arguments.logs) / machine.name
     payload.pack(files, archive := folder / worker.ARCHIVE)
-    return Launch(machine, program, archive, folder, arguments.poll)
+    return Launch(machine, program, archive, folder, arguments.poll, token)
+
+
+def check_workers(program: payload.Program, accelerator_type: str) -> None:
+    """See that on several workers the project's command is one program.
+
+    Raises:
+        UserError: each would run on its own.
+    """
+    if program.module is None or int(accelerator_type.rpartition("-")[2]) <= WORKER_SIZE:
+        return
+    if not program.takes_multihost:
+        generation = accelerator_type.partition("-")[0]
+        raise UserError(
+            f"{program.module} runs on one worker, and a {accelerator_type} has several; give --type={generation}-"
+            f"{WORKER_SIZE} or smaller."
+        )
+    if not {"--multihost", "--multihost=true", "--multihost=True", "--multihost=1"} & set(program.command):
+        raise UserError(f"A {accelerator_type} has several workers; add --multihost to the command after --.")
 
 
 def requested_machine(arguments: flags.FlagValues) -> Machine:

@@ -16,12 +16,14 @@ from collections.abc import Sequence
 CODE = "personalize_jax"
 ARCHIVE = "code.tar.gz"
 LOG = "launch/log"
+TOKEN = "hf_token"  # as it is copied, before it lies where the Hugging Face hub's own login puts it
 BUCKETS = "/gcs"  # where Vertex AI mounts them, too
 
 ABSENT = "absent"  # no program was started
 RUNNING = "running"
 LOST = "lost"  # it has ended without a status: killed, or the worker was started anew
 
+_LOGIN = ".cache/huggingface"
 _UV = "0.13.9"
 _PYTHON = "3.12"  # the images' own is too old
 _ALIVE = 'kill -0 -- "-$(cat pid)" 2>/dev/null'
@@ -63,6 +65,16 @@ def mount(bucket: str) -> str:
         "gcsfuse --implicit-dirs --rename-dir-limit=1000000 "
         f"--metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 {bucket} {folder}; }}; }}"
     )
+
+
+def keep_token() -> str:
+    """Put an access token for the Hugging Face hub where its library looks for one, for nobody else to read."""
+    return f"umask 077 && mkdir -p {_LOGIN} && {{ [ ! -e {TOKEN} ] || mv {TOKEN} {_LOGIN}/token; }}"
+
+
+def forget_token() -> str:
+    """Delete it."""
+    return f"rm -f {TOKEN} {_LOGIN}/token"
 
 
 def start(command: Sequence[str]) -> str:

@@ -3,6 +3,7 @@ import pytest
 
 from configs import world
 from personalize_jax.errors import UserError
+from personalize_jax.metrics.table import Row
 from personalize_jax.scoring import Picture, load_judges, read_rows, score, summary, write_rows
 from personalize_jax.world.exact import truth_of
 from personalize_jax.world.photos import heldout_subject
@@ -72,6 +73,15 @@ def test_clips_are_told_apart_by_their_names():
     settings.clips = ()
     with pytest.raises(UserError, match="clips is empty"):
         load_judges(settings)
+
+
+def test_diversity_kept_is_the_share_of_the_class_as_it_was_before():
+    after, before = ["red", "blue"] * 2, ["red", "blue", "green", "gray"]
+    rows = [Row("rex", "class", "a dog", 0, "0.png", {"colours": colour}) for colour in after]
+    rows += [Row("rex", "class before", "a dog", 0, "1.png", {"colours before": colour}) for colour in before]
+    assert summary(rows)["rex"] == pytest.approx({"colours": 1, "colours before": 2, "diversity kept": 0.5})
+    uniform = [row._replace(scores={name: "red" for name in row.scores}) for row in rows]
+    assert "diversity kept" not in summary(uniform)["rex"]  # there was none
 
 
 def test_photos_are_needed():

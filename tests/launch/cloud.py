@@ -53,12 +53,12 @@ class Cloud:
         """The program of the project; it is started as `bash program.sh`."""
         (self.project / "program.sh").write_text(text)
 
-    def launch(self, *command, keep=False, max_restarts=3, name="rex", dry_run=False):
+    def launch(self, *command, keep=False, max_restarts=3, name="rex", dry_run=False, token=""):
         """The exit status of a launch."""
         machine = Machine(name, "v5litepod-16", "us-west4-a", None, "v2-alpha-tpuv5-lite", True, dry_run)
         program = payload.read_command(command or ("bash", "program.sh"))
         payload.pack(payload.project_files([]), archive := self.logs / "code.tar.gz")
-        return Launch(machine, program, archive, self.logs, 0.001).run(max_restarts, keep)
+        return Launch(machine, program, archive, self.logs, 0.001, token).run(max_restarts, keep)
 
     def calls(self, *words):
         """The gcloud commands so far that have these words."""

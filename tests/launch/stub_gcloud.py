@@ -3,10 +3,12 @@
 $STUB_GCLOUD is a folder with `scene.json`, which says what is to happen:
 
     refusal    create fails with this text
+    refused    which calls of create do, counted from 1; all by default
     unheard    create fails, once it has been done
     waiting    states that the queued resource goes through before it is active, or that end it
     drops      which calls of ssh to worker 0 drop their connection, counted from 1
     preempted  after which calls of ssh to worker 0 the machine is preempted
+    ready      files in this folder without which such calls are not counted
 
 and, made here, `state.json`; `calls`, every command; `worker_0` and `worker_1`, the workers' home directories; `gcs`.
 """
@@ -28,6 +30,9 @@ UV = """#!/bin/bash
 if [ "$1" = venv ]; then mkdir -p .venv/bin && touch .venv/bin/activate
 else [ -e requirements.txt ] && echo "$@" > installed; fi
 """
+
+
+NOTHING = {"resource": None, "node": None, "polls": 0, "creations": 0}
 
 
 def parse():
@@ -73,15 +78,18 @@ def main():
     arguments = parse()
     scene = json.loads((FOLDER / "scene.json").read_text())
     file = FOLDER / "state.json"
-    state = json.loads(file.read_text()) if file.exists() else {"resource": None, "node": None, "polls": 0}
+    state = json.loads(file.read_text()) if file.exists() else dict(NOTHING)
     try:
         globals()[arguments.verb](arguments, scene, state)
     finally:
-        file.write_text(json.dumps(state))
+        temporary = file.with_suffix(".new")  # as whoever launches may be interrupted, and this with it
+        temporary.write_text(json.dumps(state))
+        temporary.replace(file)
 
 
 def create(arguments, scene, state):
-    if "refusal" in scene:
+    state["creations"] += 1
+    if "refusal" in scene and state["creations"] in scene.get("refused", [state["creations"]]):
         fail(1, scene["refusal"])
     if state["resource"] is not None:
         fail(1, f"ERROR: (gcloud.compute.tpus.queued-resources.create) ALREADY_EXISTS: {arguments.name}")
@@ -122,11 +130,12 @@ def delete(arguments, scene, state):
 
 def ssh(arguments, scene, state):
     need_node(state)
+    counts = arguments.worker == "0" and all((FOLDER / file).exists() for file in scene.get("ready", []))
     for home in workers(arguments.worker):
         run(home, arguments.command)
         if arguments.worker == "all" and "setsid" in arguments.command:
             run(home, arguments.command)  # as the real one does where a connection drops
-    if arguments.worker == "0":
+    if counts:
         state["polls"] += 1
         if state["polls"] in scene.get("preempted", []):
             vanish(state)

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,20 @@ import pytest
 from launch import lifecycle, payload
 from personalize_jax.errors import UserError
 from tests.launch.cloud import Cloud
+from tests.waiting import until
 
-# What a program does the first time that it is run, and what afterwards; runs are counted in the bucket, by worker.
+# What a program does the first time that it is run, and what afterwards; runs are counted in the bucket, by worker. The
+# workers wait for each other, as processes of one program do.
 IN_TURN = """
 mkdir -p "$1" && mine="$1/$(basename "$HOME")" && echo begun >> "$mine"
+until [ -e "$1/worker_0" ] && [ -e "$1/worker_1" ]; do sleep 0.02; done
 if [ "$(wc -l < "$mine")" = 1 ]; then {first}; else {later}; fi
 """
+# Until it is killed, for which it says that it is ready.
+FOREVER = 'touch "$1/ready_$(basename "$HOME")"; sleep 1000000'
+READY = [f"gcs/bucket/rex/ready_worker_{i}" for i in range(2)]
+# Until the launch has asked worker 0 so many times: calls are written down before they are answered.
+ASKED = 'until [ "$(grep -c -- --worker=0 "$STUB_GCLOUD/calls")" -ge {0} ]; do sleep 0.02; done'
 
 
 @pytest.fixture
@@ -31,7 +38,7 @@ def cloud(tmp_path, monkeypatch):
 
 def times_begun(cloud, run="rex"):
     return {
-        file.name: len(file.read_text().split()) for file in (cloud.folder / "gcs" / "bucket" / run).glob("worker_*")
+        file.name: len(file.read_text().split()) for file in (cloud.folder / "gcs" / "bucket" / run).glob("worker_?")
     }
 
 
@@ -53,7 +60,7 @@ def test_a_smooth_run(cloud, capfd):
 
 
 def test_a_failing_program_ends_all_with_its_status(cloud, capfd):
-    cloud.script('case "$HOME" in *1) echo boom >&2; exit 7;; esac; sleep 60')
+    cloud.script('case "$HOME" in *1) echo boom >&2; exit 7;; esac; sleep 1000000')
     assert cloud.launch() == 7
     assert "failed, with status 7" in capfd.readouterr().err
     assert (cloud.logs / "1" / "worker_1.log").read_text() == "boom\n"
@@ -75,8 +82,8 @@ def test_a_kept_machine_is_named_with_what_deletes_it_and_runs_again(cloud, capf
 def test_a_preempted_run_is_done_again_until_its_manifest_says_done(cloud, capfd):
     done = 'echo "{\\"done\\": true}" > "$1/manifest.json"'
     unfinished = 'echo "{\\"done\\": false}" > "$1/manifest.json"'
-    cloud.script(IN_TURN.format(first=f"{unfinished}; echo first; sleep 60", later=f"echo later; {done}"))
-    cloud.scene(preempted=[4])
+    cloud.script(IN_TURN.format(first=f"{unfinished}; echo first; {FOREVER}", later=f"echo later; {done}"))
+    cloud.scene(preempted=[1], ready=READY)
     assert cloud.launch("bash", "program.sh", "gs://bucket/rex", "--workdir=gs://bucket/rex") == 0
     captured = capfd.readouterr()
     assert captured.out == "first\nlater\n"
@@ -89,8 +96,8 @@ def test_a_preempted_run_is_done_again_until_its_manifest_says_done(cloud, capfd
 
 
 def test_a_preemption_that_the_queued_resource_has_not_noticed(cloud):
-    cloud.script(IN_TURN.format(first="sleep 60", later="true"))
-    cloud.scene(preempted=[2], left=["ACTIVE"])
+    cloud.script(IN_TURN.format(first=FOREVER, later="true"))
+    cloud.scene(preempted=[2], left=["ACTIVE"], ready=READY)
     assert cloud.launch("bash", "program.sh", "gs://bucket/rex") == 0
     assert times_begun(cloud) == {"worker_0": 2, "worker_1": 2}
     assert not cloud.exists
@@ -105,7 +112,7 @@ def test_exit_status_0_with_an_unfinished_manifest_is_not_the_end(cloud):
 
 
 def test_a_program_that_saved_and_stopped_is_begun_again_where_it_is(cloud):
-    cloud.script(IN_TURN.format(first='case "$HOME" in *0) exit 75;; esac; sleep 60', later="true"))
+    cloud.script(IN_TURN.format(first='case "$HOME" in *0) exit 75;; esac; sleep 1000000', later="true"))
     assert cloud.launch("bash", "program.sh", "gs://bucket/rex") == 0
     assert times_begun(cloud) == {"worker_0": 2, "worker_1": 2}
     assert len(cloud.calls("queued-resources", "create")) == 1
@@ -113,14 +120,16 @@ def test_a_program_that_saved_and_stopped_is_begun_again_where_it_is(cloud):
 
 
 def test_restarts_are_bounded(cloud, capfd):
-    cloud.script("exit 75")
-    assert cloud.launch(max_restarts=1) == 75
+    cloud.script(IN_TURN.format(first="exit 75", later="exit 75"))
+    assert cloud.launch("bash", "program.sh", "gs://bucket/rex", max_restarts=1) == 75
     assert "begun 2 times and is not done" in capfd.readouterr().err
+    assert times_begun(cloud) == {"worker_0": 2, "worker_1": 2}
     assert not cloud.exists
 
 
 def test_a_dropped_connection_neither_stops_nor_repeats_the_program(cloud, capfd):
-    cloud.script(IN_TURN.format(first="for i in 1 2 3 4 5; do echo $i; sleep 0.1; done", later="exit 9"))
+    waiting = ASKED.format(6)
+    cloud.script(IN_TURN.format(first=f"for i in 1 2 3; do echo $i; done; {waiting}; echo 4; echo 5", later="exit 9"))
     cloud.scene(drops=[1, 2, 4])
     assert cloud.launch("bash", "program.sh", "gs://bucket/rex") == 0
     captured = capfd.readouterr()
@@ -144,6 +153,22 @@ def test_a_machine_that_is_refused_is_the_users_error_and_leaves_nothing(cloud, 
         cloud.launch()
     assert not cloud.exists
     assert not cloud.calls("ssh")
+
+
+def test_a_machine_that_is_refused_after_a_preemption_is_asked_for_again(cloud, capfd):
+    cloud.script(IN_TURN.format(first=FOREVER, later="true"))
+    cloud.scene(preempted=[1], ready=READY, refusal="ERROR: (gcloud.create) RESOURCE_EXHAUSTED: none left", refused=[2])
+    assert cloud.launch("bash", "program.sh", "gs://bucket/rex", max_restarts=2) == 0
+    assert "rex was not given: ERROR: (gcloud.create) RESOURCE_EXHAUSTED: none left" in capfd.readouterr().err
+    assert len(cloud.calls("queued-resources", "create")) == 3
+    assert not cloud.exists
+
+
+def test_restarts_are_counted_whether_the_machine_came_or_not(cloud):
+    cloud.script(IN_TURN.format(first=FOREVER, later="true"))
+    cloud.scene(preempted=[1], ready=READY, refusal="ERROR: none left", refused=[2, 3])
+    assert cloud.launch("bash", "program.sh", "gs://bucket/rex", max_restarts=2) == 75
+    assert len(cloud.calls("queued-resources", "create")) == 3
 
 
 def test_a_machine_that_was_granted_unheard_is_used_and_deleted(cloud):
@@ -195,8 +220,7 @@ def test_interrupted_it_says_how_to_go_on_and_the_same_command_does(cloud, capfd
     log = cloud.logs / "1" / "worker_0.log"
 
     def interrupt():
-        while not (log.exists() and log.read_text()):
-            time.sleep(0.01)
+        until(lambda: log.exists() and log.read_text())
         signal.raise_signal(signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
@@ -217,6 +241,21 @@ def test_interrupted_it_says_how_to_go_on_and_the_same_command_does(cloud, capfd
     assert not cloud.exists
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_an_access_token_is_brought_by_a_file_and_stands_on_no_command_line(cloud, capfd, keep):
+    read = 'stat -c %a ~/.cache/huggingface/token; test "$(cat ~/.cache/huggingface/token)" = hf_secret'
+    cloud.script(read)
+    assert cloud.launch(token="hf_secret", keep=keep) == 0
+    assert "600\n" in capfd.readouterr().out
+    assert len(cloud.calls("scp", "hf_token")) == 1
+    assert not list(cloud.folder.glob("worker_*/.cache/huggingface/token"))
+    everything = [file for folder in (cloud.folder, cloud.logs) for file in folder.rglob("*") if file.is_file()]
+    assert not [file for file in everything if b"hf_secret" in file.read_bytes()]
+    assert cloud.launch("bash", "program.sh", token="hf_secret", dry_run=True) == 0
+    printed = capfd.readouterr().out
+    assert "scp hf_token rex:hf_token" in printed and "hf_secret" not in printed
+
+
 def test_a_program_that_was_killed_is_begun_again(cloud):
     cloud.script(IN_TURN.format(first='kill -9 -- "-$(cat ../launch/pid)"', later="true"))
     assert cloud.launch("bash", "program.sh", "gs://bucket/rex") == 0
@@ -234,8 +273,8 @@ def test_a_dry_run_runs_nothing_and_prints_what_a_smooth_run_calls(cloud, capfd)
     for line in printed:
         done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=Path(cloud.logs))
         assert done.returncode == 0 or "NOT_FOUND" in done.stderr, line
-        while "setsid" in line and not all((home / "launch" / "status").exists() for home in homes(cloud)):
-            time.sleep(0.01)
+        if "setsid" in line:
+            until(lambda: all((home / "launch" / "status").exists() for home in homes(cloud)))
     called = [line.removeprefix("gcloud ") for line in printed]
     assert cloud.calls("compute") == called
     assert not cloud.exists
@@ -251,3 +290,6 @@ def test_statuses_of_workers():
     assert lifecycle.exit_status(["3", "lost"]) == 75
     assert lifecycle.exit_status(["absent"]) == 75
     assert lifecycle.exit_status(["0", "2", "running"]) == 2
+    assert lifecycle.exit_status(["3", "2"]) == lifecycle.exit_status(["2", "3"]) == 2
+    assert lifecycle.exit_status(["0", "0", "running"]) is None
+    assert lifecycle.exit_status([]) is None

@@ -86,6 +86,50 @@ def test_inputs_that_would_not_be_copied_are_named(project, word):
     payload.check_inputs(program, payload.project_files(["photos"]))
 
 
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--images=photoz", "'photoz' is not in the project's folder"),
+        ("--config=configs/wrold.py:x", "'configs/wrold.py' is not in the project's folder"),
+        ("--config.pretrained=models/sd15/", "'models/sd15/' is not in the project's folder"),
+        ("--config.pretrained=('models/I/', 'gs://bucket/II')", "'models/I/' is not in the project's folder"),
+        ("--pipeline=../sd15", "'../sd15' is not in the project's folder"),
+        ("--images=~/photos", "'~/photos' is not in the project's folder"),
+    ],
+)
+def test_what_is_nowhere_is_refused(project, flag, sentence):
+    (project / "personalize_jax").mkdir()
+    (project / "personalize_jax" / "personalize.py").touch()
+    program = payload.read_command(["python", "-m", "personalize_jax.personalize", flag])
+    with pytest.raises(UserError, match=sentence):
+        payload.check_inputs(program, payload.project_files([]))
+    elsewhere = payload.read_command(["bash", "program.sh", flag])  # whose flags may mean anything
+    payload.check_inputs(elsewhere, payload.project_files([]))
+
+
+def test_models_of_the_hub_of_buckets_and_of_the_project_need_no_copy(project):
+    command = ["python", "-m", "personalize_jax.personalize"]
+    names = "('DeepFloyd/IF-I-M-v1.0','someone/model@refs/pr/1','gs://bucket/IF-II')"
+    program = payload.read_command([*command, f"--config.pretrained={names}", "--images=gs://bucket/photos"])
+    assert program.inputs == [] and program.hub_names == ["DeepFloyd/IF-I-M-v1.0", "someone/model@refs/pr/1"]
+    assert program.is_gated
+    program = payload.read_command([*command, "--config.pretrained=world"])
+    assert program.inputs == program.hub_names == [] and not program.is_gated
+
+
+def test_a_licence_is_asked_for_where_a_configuration_names_the_model():
+    command = ["python", "-m", "personalize_jax.personalize", "--config=configs/deepfloyd_if.py:XL"]
+    assert payload.read_command(command).is_gated
+    assert not payload.read_command([*command, "--config.pretrained=gs://bucket/if"]).is_gated
+    assert not payload.read_command([*command[:3], "--config=configs/stable_diffusion.py:1.5"]).is_gated
+
+
+def test_commands_that_are_not_there_are_refused(project):
+    program = payload.read_command(["python", "-m", "personalize_jax.personalise"])
+    with pytest.raises(UserError, match="no command personalize_jax.personalise in .*; correct what follows -m"):
+        payload.check_inputs(program, payload.project_files([]))
+
+
 def test_paths_of_this_computer_are_refused(project, tmp_path):
     program = payload.read_command(["python", f"--images={tmp_path}"])
     with pytest.raises(UserError, match="on this computer only"):

@@ -32,6 +32,11 @@ def test_it_begins_again_by_the_status_that_asks_for_it():
     assert TASK["resources"]["job_recovery"]["recover_on_exit_codes"] == [lifecycle.AGAIN]
 
 
+def test_an_access_token_is_a_secret_that_may_be_left_out():
+    assert TASK["secrets"] == {"HF_TOKEN": ""}
+    assert not any("HF_TOKEN" in part for part in (TASK["envs"], TASK["setup"], TASK["run"]))
+
+
 def test_the_image_is_the_accelerators():
     generation = re.match(r"tpu-(\w+)-\d+:1$", TASK["resources"]["accelerators"]).group(1)
     assert TASK["resources"]["accelerator_args"] == {"runtime_version": RUNTIME_VERSIONS[generation]}

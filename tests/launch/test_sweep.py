@@ -65,10 +65,11 @@ def runs(monkeypatch):
     """In place of runs: names of those that were begun, whose DINO is the learning rate. Those of `fails` end early."""
 
     class Runs:
-        begun, fails = [], {}
+        begun, fails, go_on_from = [], {}, {}
 
     def scored_run(study, arm, subject, nouns, pretrained, judges, workdir, destinations):
         Runs.begun.append(arm.name)
+        Runs.go_on_from[arm.name] = arm.goes_on_from
         if arm.name in Runs.fails:
             raise Runs.fails[arm.name]
         rows = workdir / arm.name / subject.name / "evaluation" / "rows.jsonl"
@@ -76,7 +77,7 @@ def runs(monkeypatch):
         scores = {"DINO": arm.config.training.optimizer.learning_rate}
         write_rows([Row(subject.name, "subject", "a [V] dog", 0, "0.png", scores)], rows)
 
-    Runs.begun, Runs.fails = [], {}
+    Runs.begun, Runs.fails, Runs.go_on_from = [], {}, {}
     monkeypatch.setattr(sweep_engines, "scored_run", scored_run)
     return Runs
 
@@ -145,6 +146,14 @@ def test_the_best_go_on(tmp_path, subjects, points_of, runs, monkeypatch, metric
     assert [result.point.config.training.num_steps for result in results] == steps
     assert [result.status for result in results] == ["done" if s == 8 else "stopped early" for s in steps]
     assert len(runs.begun) == sum([2, 4, 8].index(s) + 1 for s in steps)
+
+
+def test_each_rung_goes_on_from_the_one_before(tmp_path, subjects, points_of, runs):
+    points = points_of(1e-3, 1e-2)
+    conduct(points, subjects, tmp_path, rungs=[2, 4, 8], keep=0.5)
+    names = {rung: [prolonged(point, rung).name for point in points] for rung in (2, 4, 8)}
+    best = {names[4][1]: names[2][1], names[8][1]: names[4][1]}
+    assert runs.go_on_from == dict.fromkeys(names[2]) | best
 
 
 def test_a_point_that_failed_does_not_go_on(tmp_path, subjects, points_of, runs):

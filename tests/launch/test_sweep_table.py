@@ -35,6 +35,12 @@ def test_the_best_come_first_and_failures_not_at_all(results):
     assert ranked(results, "CLIP-T") == []
 
 
+@pytest.mark.parametrize("metric", ["PRES", "leakage", "is subject", "DINO", "CLIP-T", "DIV", "context"])
+def test_of_leaks_the_least_is_the_best_and_of_all_else_the_most(metric, results):
+    low, high = (results[0]._replace(metrics={metric: Estimate(v, v, v)}) for v in (0.1, 0.9))
+    assert ranked([low, high], metric)[0] == (low if metric in ("PRES", "leakage", "is subject") else high)
+
+
 def test_the_csv_has_a_row_a_point_and_every_override(results):
     rows = list(csv.DictReader(io.StringIO(comma_separated(results, num_subjects=3))))
     assert [row["point"] for row in rows] == [result.point.name for result in results]

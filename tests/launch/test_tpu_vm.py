@@ -21,6 +21,7 @@ GIVEN = {
     "poll": 0.0,
     "dry_run": True,
 }
+ROOT = payload.ROOT
 RUN = ["bash", "program.sh", "--workdir=gs://bucket/rex"]
 
 
@@ -61,6 +62,40 @@ def test_what_cannot_be_is_refused_in_one_sentence(prepare, changes, message):
     assert str(error.value).count("\n") == 0
 
 
+@pytest.mark.parametrize("accelerator", ["v5litepod-16", "v6e-16", "v4-16", "v5p-128", "v3-32"])
+def test_on_several_workers_a_command_must_be_one_program(prepare, monkeypatch, accelerator):
+    monkeypatch.setattr(payload, "ROOT", ROOT)
+    command = ["python", "-m", "personalize_jax.pretrain", "--workdir=gs://bucket/rex"]
+    with pytest.raises(UserError, match=f"A {accelerator} has several workers; add --multihost"):
+        prepare(command, type=accelerator)
+    prepare([*command, "--multihost"], type=accelerator)
+    generation = accelerator.partition("-")[0]
+    prepare(command, type=f"{generation}-8")
+    alone = ["python", "-m", "experiments.num_images", "--workdir=gs://bucket/rex"]
+    with pytest.raises(UserError, match=f"experiments.num_images runs on one worker, .* give --type={generation}-8"):
+        prepare(alone, type=accelerator)
+    prepare(alone, type=f"{generation}-8")
+    prepare(RUN, type=accelerator)  # what it does is not known
+
+
+def test_models_with_a_licence_need_a_token_which_is_brought_along(prepare, monkeypatch):
+    monkeypatch.setattr(payload, "ROOT", ROOT)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    command = ["python", "-m", "personalize_jax.personalize", "--config=configs/deepfloyd_if.py:M"]
+    command += ["--workdir=gs://bucket/rex", "--multihost"]
+    with pytest.raises(UserError, match="asks for its licence: accept it .* set HF_TOKEN here"):
+        prepare(command)
+    prepare([*command, "--config.pretrained=gs://bucket/if"])
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert prepare(command).token == "hf_secret"
+
+
+def test_a_folder_that_may_be_a_name_on_the_hub_is_pointed_out(prepare, monkeypatch, capsys):
+    monkeypatch.setattr(payload, "ROOT", ROOT)
+    prepare(["python", "-m", "personalize_jax.sample", "--pipeline=models/sd15", "--out=gs://bucket/o", "--multihost"])
+    assert "models/sd15 is no folder here; it is taken for a name" in capsys.readouterr().err
+
+
 def test_gcloud_is_needed_except_for_a_dry_run(prepare, monkeypatch, tmp_path):
     git = tmp_path / "git_only"
     git.mkdir()
@@ -90,7 +125,7 @@ def test_the_command_in_a_dry_run(tmp_path):
     images = "--images=personalize_jax/assets/world/subject"
     program = ["python", "-m", "personalize_jax.personalize", "--config=configs/world.py", images]
     done = subprocess.run(
-        [sys.executable, "-m", "launch.tpu_vm", *flags, "--", *program, "--workdir=gs://bucket/rex"],
+        [sys.executable, "-m", "launch.tpu_vm", *flags, "--", *program, "--workdir=gs://bucket/rex", "--multihost"],
         cwd=payload.ROOT,
         capture_output=True,
         text=True,

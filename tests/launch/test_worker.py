@@ -14,13 +14,15 @@ def bash(script, home):
     [
         worker.install("1.2.3"),
         worker.mount("bucket"),
+        worker.keep_token(),
+        worker.forget_token(),
         worker.start(["echo", "it's; $HOME"]),
         worker.stop(),
         worker.status(),
         worker.new_log(7),
         worker.manifest("it's"),
     ],
-    ids=["install", "mount", "start", "stop", "status", "new_log", "manifest"],
+    ids=["install", "mount", "keep_token", "forget_token", "start", "stop", "status", "new_log", "manifest"],
 )
 def test_scripts_are_bash_of_one_line(script):
     subprocess.run(["bash", "-n", "-c", script], check=True)

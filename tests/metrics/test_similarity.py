@@ -86,6 +86,11 @@ def test_interval_holds_the_mean_and_narrows_with_subjects():
     assert interval([0.3]) == interval([0.3, 0.3]) == (0.3, 0.3, 0.3)
 
 
+def test_interval_lies_between_quantiles_of_resampled_means():
+    """Of four values 0, 0, 0, 1, resampled sums are binomial: 0 with .32, at most 2 with .949, at most 3 with .996."""
+    assert interval([0.0, 0.0, 0.0, 1.0]) == (0.25, 0.0, 0.75)
+
+
 def test_too_few_pictures_are_refused():
     nothing, one = units(0), units(1)
     with pytest.raises(ValueError, match="at least one picture"):

@@ -50,7 +50,7 @@ def test_subjects_count_alike_however_many_pictures_they_have():
 
 def test_differences_are_taken_subject_by_subject():
     a = {f"s{i}": {"DINO": i / 10 + 0.05} for i in range(10)}
-    b = {f"s{i}": {"DINO": i / 10} for i in range(5, 15)}
+    b = {f"s{i}": {"DINO": i / 10} for i in reversed(range(5, 15))}
     estimate = difference(a, b, "DINO")
     assert estimate == pytest.approx((0.05, 0.05, 0.05))  # though the subjects differ widely among themselves
     with pytest.raises(ValueError, match="No subject has 'PRES'"):
@@ -68,7 +68,7 @@ def test_tables_hold_what_was_estimated():
     ]
     assert transposed(table).splitlines()[2:] == ["| DINO | .500 (.400 to .610) |  |", "| PRES | 1.000 |  |"]
     lines = list(csv.DictReader(comma_separated(table).splitlines()))
-    assert [(line["row"], line["metric"], float(line["high"])) for line in lines] == [
-        ("with", "DINO", 0.61),
-        ("with", "PRES", 1.0),
+    assert [(line["row"], line["metric"], line["mean"], line["low"], line["high"]) for line in lines] == [
+        ("with", "DINO", "0.5", "0.4", "0.61"),
+        ("with", "PRES", "1.0", "1.0", "1.0"),
     ]

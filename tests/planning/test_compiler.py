@@ -94,7 +94,5 @@ def test_a_process_of_its_own_answers_or_says_why_it_cannot():
 
 def test_asked_to_stop_it_does_not_wait_for_the_compiler(monkeypatch):
     monkeypatch.setattr(interruption, "requested", lambda: True)
-    began = time.monotonic()
     with pytest.raises(interruption.Stopped):
-        compiler.apart(time.sleep, 600)
-    assert time.monotonic() - began < 60
+        compiler.apart(time.sleep, 10**6)

@@ -59,6 +59,20 @@ def test_what_lies_in_a_loop_is_told(mesh):
     assert inside and all(e.group == 4 and e.bytes == 4 * 256 * 256 for e in inside)
 
 
+def test_what_is_only_started_is_counted_by_its_result():
+    """An exchange that runs beside other work is given with its operand when it starts, and once more when it ends."""
+    start = "%start = (f32[256,256]{1,0}, f32[1024,256]{1,0}) all-gather-start(%p), channel_id=1"
+    program = (
+        "HloModule program\n\n"
+        "ENTRY %main (p: f32[256,256]) -> f32[1024,256] {\n"
+        "  %p = f32[256,256]{1,0} parameter(0)\n"
+        f"  {start}, replica_groups=[1,4]<=[4], dimensions={{0}}\n"
+        "  ROOT %done = f32[1024,256]{1,0} all-gather-done(%start), channel_id=1\n"
+        "}\n"
+    )
+    assert collectives(program) == [Collective("all-gather", 4 * 1024 * 256, 4, False)]
+
+
 def test_one_device_exchanges_nothing():
     compiled = jax.jit(lambda x: x @ x).lower(jnp.ones((4, 4))).compile()
     assert collectives(compiled.as_text()) == []

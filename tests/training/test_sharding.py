@@ -97,7 +97,7 @@ def eight_devices(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("eight_devices")
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-m", "tests.training.worker", "use_eight_devices", str(directory), *asked]
-    subprocess.run(command, cwd=ROOT, env=environment, timeout=600, check=True)
+    subprocess.run(command, cwd=ROOT, env=environment, timeout=1800, check=True)
     return directory
 
 
