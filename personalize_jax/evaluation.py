@@ -18,8 +18,9 @@ from personalize_jax.files import write_text
 from personalize_jax.metrics.similarity import DEFINITIONS
 from personalize_jax.metrics.table import Row
 from personalize_jax.personalized import Personalized
-from personalize_jax.pictures import draw_missing, file_name
+from personalize_jax.pictures import file_name
 from personalize_jax.pipeline import Pipeline
+from personalize_jax.pipeline.kept import draw_kept
 from personalize_jax.scoring import Judges, Picture, Truth, read_rows, score, write_rows
 from personalize_jax.subject.identifier import PLACEHOLDER, substitute
 from personalize_jax.subject.images import list_images, read_image
@@ -122,34 +123,6 @@ def draw(
         Picture(role, prompt, seed, file.relative_to(folder).as_posix(), pixels)
         for (prompt, seed), file, pixels in zip(jobs, files, found, strict=True)
     ]
-
-
-def draw_kept(
-    pipeline: Pipeline,
-    weights: str,
-    texts: Sequence[str],
-    seeds: Sequence[int],
-    files: Sequence[Path],
-    batch_size: int,
-    progress: Callable[[int], object] = lambda pictures: None,
-) -> list[np.ndarray]:
-    """A pipeline's pictures, of its last stage, drawn where they are missing or of other weights.
-
-    Args:
-        pipeline: the cascade, or its first stages.
-        weights: the whole cascade's fingerprint, kept with every picture.
-        texts: what each picture is of.
-        seeds: one a picture.
-        files: where each of them lies.
-        batch_size: pictures drawn at once, and kept before the next ones.
-        progress: called with the number of pictures found or drawn.
-    """
-    wanted = [{"prompt": t, "seed": str(s), "weights": weights} for t, s in zip(texts, seeds, strict=True)]
-
-    def sample(rows: list[int]) -> np.ndarray:
-        return pipeline.sample([texts[i] for i in rows], [seeds[i] for i in rows], batch_size)[-1]
-
-    return draw_missing(sample, files, wanted, batch_size, progress)
 
 
 def read_pictures(images: Path, prompts: Path, photos: Path) -> dict[str, list[Picture]]:

@@ -130,6 +130,22 @@ def whole(array: Any) -> np.ndarray:
     return np.asarray(array)
 
 
+def gathered(tree: Any) -> Any:
+    """Arrays on the host of process 0, wherever their parts lie; None in the other processes.
+
+    An array at a time is whole on every host, and no longer than it takes.
+
+    Args:
+        tree: pytree of arrays.
+    """
+
+    def gather(array: Any) -> np.ndarray | None:
+        array = whole(array)
+        return array if is_first() else None
+
+    return jax.tree.map(gather, tree)
+
+
 def put(tree: Any, sharding: Sharding | None) -> Any:
     """`jax.device_put` of arrays of which every process has the same copy, or its part.
 
@@ -175,6 +191,6 @@ def check_shared(folder: Path) -> None:
     first_does(lambda: file.unlink(missing_ok=True))
     if not seen:
         raise UserError(
-            f"{folder} is not the same folder on all {jax.process_count()} hosts; give a --workdir on a file system "
+            f"{folder} is not the same folder on all {jax.process_count()} hosts; give one on a file system "
             "that they share, such as a mounted bucket."
         )

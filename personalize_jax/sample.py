@@ -4,19 +4,22 @@
     python -m personalize_jax.sample --pipeline=world --prompt="a red teapot on the beach" --out=out/
 
 Picture i of a prompt has seed `--seed` + i; the same prompt and seed give the same file on the same machine; on
-a CPU, with as many cores.
+a CPU, with as many cores. Each batch is written once it is drawn, and what `--out` holds already of the same weights,
+prompt and seed is not drawn again; with other weights it is replaced.
 """
 
 from pathlib import Path
 
+import jax
 from absl import flags
 from tqdm import tqdm
 
 from personalize_jax import command, hosts
 from personalize_jax.errors import UserError
 from personalize_jax.personalized import load_personalized
-from personalize_jax.pictures import file_name, save_png
+from personalize_jax.pictures import file_name
 from personalize_jax.pipeline import load_pipeline
+from personalize_jax.pipeline.kept import draw_kept
 from personalize_jax.subject.identifier import PLACEHOLDER, substitute, warn_without_placeholder
 
 
@@ -47,20 +50,16 @@ def main(_: list[str]) -> None:
         if any(PLACEHOLDER in prompt for prompt in prompts):
             raise UserError(f"A pretrained pipeline knows no {PLACEHOLDER}; leave it out or give --workdir.")
     out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
-    jobs = [(prompt, arguments.seed + i) for prompt in prompts for i in range(arguments.num_images)]
-    with tqdm(total=len(jobs) * len(pipeline.stages), desc="sampling", unit="img") as bar:
-        pictures = pipeline.sample(
-            [substitute(prompt, identifier) for prompt, _ in jobs],
-            [seed for _, seed in jobs],
-            arguments.batch_size,
-            progress=bar.update,
-        )[-1]
-    for picture, (prompt, seed) in zip(pictures, jobs, strict=True):
-        file = out / file_name(prompt, seed)
-        if hosts.is_first():
-            save_png(picture, file, {"prompt": substitute(prompt, identifier), "seed": str(seed)})
-            print(file)
+    hosts.check_shared(out)
+    seeds = range(arguments.seed, arguments.seed + arguments.num_images)
+    jobs = [(prompt, seed) for prompt in dict.fromkeys(prompts) for seed in seeds]
+    texts = [substitute(prompt, identifier) for prompt, _ in jobs]
+    files = [out / file_name(prompt, seed) for prompt, seed in jobs]
+    batch_size = arguments.batch_size + -arguments.batch_size % jax.device_count()  # which share a batch
+    with tqdm(total=len(jobs), desc="sampling", unit="img") as bar:
+        draw_kept(pipeline, pipeline.fingerprint, texts, [seed for _, seed in jobs], files, batch_size, bar.update)
+    if hosts.is_first():
+        print(*files, sep="\n")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 from personalize_jax import hosts, personalization
 from personalize_jax.configuration import num_steps
-from personalize_jax.evaluation import draw_kept
 from personalize_jax.files import replacing, write_text
 from personalize_jax.manifest import phase, phase_times
 from personalize_jax.metrics import world as world_metrics
 from personalize_jax.personalized import Personalized
 from personalize_jax.pictures import file_name
 from personalize_jax.pipeline import Pipeline
+from personalize_jax.pipeline.kept import draw_kept
 from personalize_jax.report import Panel, gallery, read_metrics, report_html
 from personalize_jax.subject.identifier import substitute
 from personalize_jax.training.tracking import JSONL_ONLY, Tracking
@@ -199,6 +199,6 @@ def _draw(
     config: ConfigDict,
     title: str,
 ) -> np.ndarray:
-    """`evaluation.draw_kept` with a progress bar."""
+    """`pipeline.kept.draw_kept` with a progress bar."""
     with tqdm(total=len(files), desc=title, unit="img") as bar:
         return np.stack(draw_kept(pipeline, weights, texts, seeds, files, config.report.batch_size, bar.update))

@@ -91,7 +91,7 @@ DEATHS = {
 }
 
 
-def stop_drawing_class_images():
+def stop_saving_the_second_picture():
     signal_in_call(signal.SIGTERM, pictures, "save_png", 2)
 
 
@@ -101,6 +101,6 @@ def stop_tuning_base():
 
 # After each, the phase that was not finished, and what is there: what was being done, and nothing of what comes next.
 STOPS = {
-    stop_drawing_class_images: ("class images", "class_images/base/00002.png", "class_images/base/00003.png"),
+    stop_saving_the_second_picture: ("class images", "class_images/base/00002.png", "class_images/base/00003.png"),
     stop_tuning_base: ("tuning base", "base/checkpoints/4", "base/checkpoints/6"),
 }

@@ -7,11 +7,15 @@ import sys
 import zlib
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from PIL import Image
 
 from personalize_jax.pictures import read_png
+from personalize_jax.pipeline import load_pipeline, save_pipeline
 from tests import processes
+from tests.deaths import stop_saving_the_second_picture
 
 ROOT = Path(__file__).parent.parent
 
@@ -160,12 +164,41 @@ def test_pictures_are_those_of_their_seeds_however_many_are_drawn(pretrained, tm
     assert several.status == 0 and len(several.output.splitlines()) == 6
     file = tmp_path / "out" / "a-cat-0002.png"
     drawn = file.read_bytes()
-    assert read_png(file)[1] == {"prompt": "a cat", "seed": "2"}
+    weights = load_pipeline(pretrained).fingerprint
+    assert read_png(file)[1] == {"prompt": "a cat", "seed": "2", "weights": weights}
     file.unlink()
     alone = processes.command(
         tmp_path, "personalize_jax.sample", *flags, "--prompt=a cat", "--num_images=1", "--seed=2"
     )
     assert alone.output.split() == [str(file)] and file.read_bytes() == drawn
+
+
+def test_sampling_that_was_stopped_goes_on_with_the_pictures_that_are_missing(pretrained, tmp_path):
+    def sample(out, pipeline=pretrained, before=None):
+        flags = [f"--pipeline={pipeline}", "--batch_size=2", f"--out={out}", "--prompt=a dog", "--num_images=3"]
+        return processes.command(tmp_path, "personalize_jax.sample", *flags, "--prompt=a cat", before=before)
+
+    def contents():
+        return {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in (tmp_path / "out").iterdir()}
+
+    assert sample(tmp_path / "out", before=stop_saving_the_second_picture).status == 75
+    stopped = contents()
+    assert len(stopped) == 2  # the batch under way
+    finished = sample(tmp_path / "out")
+    assert finished.output.splitlines() == [
+        str(tmp_path / "out" / f"a-{noun}-{seed:04d}.png") for noun in ("dog", "cat") for seed in range(3)
+    ]
+    after = contents()
+    assert len(after) == 6 and stopped.items() <= after.items()
+    assert sample(tmp_path / "anew").status == 0
+    assert {f.name: f.read_bytes() for f in (tmp_path / "anew").iterdir()} == {n: c for n, (c, _) in after.items()}
+
+    other = load_pipeline(pretrained)
+    other = other.replace_params(base=jax.tree.map(lambda a: a / 2, other.params["base"]))
+    save_pipeline(other, tmp_path / "other", np.float32)
+    assert sample(tmp_path / "out", tmp_path / "other").status == 0
+    replaced = contents()
+    assert replaced.keys() == after.keys() and all(replaced[name][0] != content for name, (content, _) in after.items())
 
 
 def test_a_pipeline_cut_short_is_named(pretrained, tmp_path):

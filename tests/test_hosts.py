@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import socket
+import weakref
 
 import jax
 import numpy as np
@@ -205,6 +206,29 @@ def test_one_process_alone_is_all_of_them(tmp_path):
 
 def raise_sentence():
     raise UserError("a sentence")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_gathered_arrays_are_kept_by_process_0_alone_and_the_others_hold_one_at_a_time(monkeypatch, first):
+    class Whole(np.ndarray):
+        """Like an array that had its parts on several hosts, and the memory of its own."""
+
+    alive = []
+
+    def whole(array):
+        assert first or not any(reference() is not None for reference in alive)
+        found = np.array(array).view(Whole)
+        alive.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(hosts, "whole", whole)
+    monkeypatch.setattr(hosts, "is_first", lambda: first)
+    tree = {"a": np.arange(3.0), "b": {"c": np.ones(2)}}
+    gathered = hosts.gathered(tree)
+    if first:
+        jax.tree.map(np.testing.assert_array_equal, gathered, tree)
+    else:
+        assert not jax.tree.leaves(gathered) and len(alive) == 2
 
 
 def test_a_key_is_put_like_any_array():

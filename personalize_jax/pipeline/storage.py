@@ -85,7 +85,7 @@ def save_pipeline(pipeline: Pipeline, folder: Path, dtype: Any = jnp.float16) ->
         UserError: a file cannot be written.
     """
     if jax.process_count() > 1:  # which hold parts of it
-        params = {name: jax.tree.map(hosts.whole, pipeline.params_in_full(name)) for name in pipeline.params}
+        params = {name: hosts.gathered(pipeline.params_in_full(name)) for name in pipeline.params}
         pipeline = pipeline.replace_params(**params)
     write = save_public if pipeline.is_public else _save_own
     hosts.first_does(lambda: write(pipeline, folder, dtype))
