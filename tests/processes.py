@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,13 @@ class Finished(NamedTuple):
     status: int
     output: str
     error: str
+
+
+def free_address():
+    """Host and port at which several processes can find each other."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
 
 
 def start(function, *arguments):

@@ -4,7 +4,6 @@ import functools
 import json
 import re
 import shutil
-import socket
 import weakref
 
 import jax
@@ -21,16 +20,10 @@ from tests import processes
 PICTURES = ("class_images", "samples", "class_samples", "evaluation")
 
 
-def free_address():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return f"localhost:{free.getsockname()[1]}"
-
-
 def run(folder, module, *arguments, processes_of=(4,)):
     """A command as so many processes as there are numbers of devices; their output."""
     several = len(processes_of) > 1
-    shared = ["--multihost", f"--coordinator={free_address()}", f"--num_processes={len(processes_of)}"]
+    shared = ["--multihost", f"--coordinator={processes.free_address()}", f"--num_processes={len(processes_of)}"]
     started, files = [], []
     for i, devices in enumerate(processes_of):
         of_one = [*arguments, *(shared if several else []), *([f"--process_id={i}"] if several else [])]

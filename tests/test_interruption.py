@@ -1,6 +1,5 @@
 import os
 import signal
-import socket
 import time
 
 import pytest
@@ -52,9 +51,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
     ],
 )
 def test_processes_of_one_program_stop_at_the_same_step_though_one_was_signalled(tmp_path, number, count, alone):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        coordinator = f"localhost:{free.getsockname()[1]}"
+    coordinator = processes.free_address()
     together = [processes.start(be_preempted, i, count, coordinator, tmp_path, alone) for i in range(count)]
     going = {"alone_0"} if alone == 2000 else {f"together_{i}" for i in range(count)}
     try:

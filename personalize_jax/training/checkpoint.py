@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from personalize_jax import hosts
 from personalize_jax.errors import UserError
@@ -89,7 +90,7 @@ class Checkpoints:
         """
         with self._writing():
             args = ocp.args.PyTreeSave(state)
-            self._manager.save(step, args=args, custom_metadata={"checksum": checksum(state)})
+            self._manager.save(step, args=args, custom_metadata=_checksums(state))
 
     def restore(self, abstract_state: Any | None) -> Any | None:
         """The latest state that can be read, or None without any.
@@ -142,18 +143,16 @@ class Checkpoints:
             )
         placed = ocp.checkpoint_utils.construct_restore_args(abstract_state)
         state = self._manager.restore(step, args=ocp.args.PyTreeRestore(abstract_state, restore_args=placed))
-        known = self._known_checksum(step)
-        if known is not None and (found := checksum(state)) is not None and found != known:
-            raise ValueError(f"its checksum is {found} in place of {known}")
+        _check_numbers(state, self._known_checksums(step))
         return state
 
-    def _known_checksum(self, step: int) -> int | None:
+    def _known_checksums(self, step: int) -> dict[str, Any]:
         file = self.directory / str(step) / "_CHECKPOINT_METADATA"
         try:
-            return json.loads(file.read_text())["custom_metadata"]["checksum"]
+            return {"checksum": None, "checksums": None} | json.loads(file.read_text())["custom_metadata"]
         except (FileNotFoundError, ValueError, LookupError, TypeError) as error:
             logger.warning("%s is damaged (%s): the checkpoint is taken without its checksum.", file, _reason(error))
-            return None
+            return {"checksum": None, "checksums": None}
 
     def _set_aside(self, damaged: list[int]) -> None:
         """Rename damaged checkpoints; the latest stays under that name, for whoever wants to see to it."""
@@ -196,15 +195,56 @@ def checksum(state: Any) -> int | None:
     It depends on neither the devices that the arrays lie on nor the kinds of containers that hold them. None where
     other processes hold a part of them.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    arrays = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    arrays = _by_name(state)
     if not all(a.is_fully_addressable for a in arrays.values() if isinstance(a, jax.Array)):
         return None
     crc = 0
     for name in sorted(arrays):
-        content = np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8)
-        crc = zlib.crc32(content, zlib.crc32(name.encode(), crc))
+        crc = zlib.crc32(_bytes_of(arrays[name]), zlib.crc32(name.encode(), crc))
     return crc
+
+
+def checksum_of_parts(state: Any) -> tuple[int, int]:
+    """The same for those parts of a state that this process holds, after a number that says which parts those are."""
+    place, crc = 0, 0
+    for name, array in sorted(_by_name(state).items()):
+        shards = array.addressable_shards if isinstance(array, jax.Array) else []
+        parts = {str(shard.index): shard.data for shard in shards}  # what is on several devices counts once
+        for index in sorted(parts):
+            place = zlib.crc32(f"{name} {index}".encode(), place)
+            crc = zlib.crc32(_bytes_of(parts[index]), crc)
+    return place, crc
+
+
+def _checksums(state: Any) -> dict[str, Any]:
+    """What is kept with a checkpoint: its checksum, or of several processes that of each one's parts."""
+    if jax.process_count() == 1:
+        return {"checksum": checksum(state)}
+    of_all = multihost_utils.process_allgather(np.array(checksum_of_parts(state), np.uint32))
+    return {"checksums": of_all.tolist()}
+
+
+def _check_numbers(state: Any, known: dict[str, Any]) -> None:
+    """Compare a state with what was kept with its checkpoint, if the same parts of it are on this host again.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if known["checksum"] is not None and (found := checksum(state)) not in (None, known["checksum"]):
+        raise ValueError(f"its checksum is {found} in place of {known['checksum']}")
+    if known["checksums"] is not None and len(known["checksums"]) == jax.process_count():
+        (place, found), (known_place, expected) = checksum_of_parts(state), known["checksums"][jax.process_index()]
+        if place == known_place and found != expected:
+            raise ValueError(f"the checksum of its parts on this host is {found} in place of {expected}")
+
+
+def _by_name(state: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _bytes_of(array: Any) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def _first_cause(error: Exception) -> BaseException:

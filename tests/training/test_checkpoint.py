@@ -9,8 +9,10 @@ import optax
 import pytest
 
 from personalize_jax.errors import UserError
-from personalize_jax.training.checkpoint import Checkpoints, checksum
+from personalize_jax.training.checkpoint import Checkpoints, checksum, checksum_of_parts
 from personalize_jax.training.step import init_state
+from tests import processes
+from tests.training.saving_together import alter, restore_altered
 
 
 def state_at(step, ema=True):
@@ -83,14 +85,31 @@ def test_altered_numbers_are_not_taken_for_the_saved_ones(tmp_path, caplog, coun
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
         for step, state in states.items():
             checkpoints.save(step, state)
-    file = max((f for f in (tmp_path / "6").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
-    content = np.frombuffer(file.read_bytes(), np.uint8).copy()
-    content[len(content) // 2 :][:count] ^= 4
-    file.write_bytes(content.tobytes())
+    alter(tmp_path / "6", count)
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints, caplog.at_level(logging.WARNING):
         found = checkpoints.restore(abstract(states[3]))
     np.testing.assert_array_equal(found["kernel"], states[3]["kernel"])
     assert "Checkpoint 6" in caplog.text
+
+
+def test_two_processes_that_hold_the_halves_of_a_state_notice_altered_numbers_of_one(tmp_path):
+    address = processes.free_address()
+    together = [processes.start(restore_altered, i, address, tmp_path) for i in range(2)]
+    for process in together:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in together] == [0, 0]
+    assert [(tmp_path / f"restored_{i}").read_text() for i in range(2)] == ["[3]", "[3]"]
+    assert (tmp_path / "checkpoints" / "damaged-6").is_dir()
+
+
+def test_a_checksum_of_parts_tells_every_bit_and_which_parts_they_are():
+    tree = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.int32(1)}
+    place, crc = checksum_of_parts(tree)
+    assert checksum_of_parts(jax.tree.map(jnp.array, tree)) == (place, crc)
+    other = tree | {"a": tree["a"].at[1, 2].set(np.nextafter(np.float32(5), np.float32(6)))}
+    assert checksum_of_parts(other)[0] == place and checksum_of_parts(other)[1] != crc
+    assert checksum_of_parts({"c": tree["a"], "b": tree["b"]})[0] != place
 
 
 @pytest.mark.parametrize(("old", "new"), [("init_timestamp", "init_timestomp"), ("}", ""), ("checksum", "chucksum")])
@@ -165,10 +184,8 @@ def test_a_checksum_tells_every_bit_and_every_place_whatever_holds_the_arrays():
     assert checksum(tree) == checksum(same) == checksum(jax.tree.map(np.asarray, tree))
     others = [tree | {"a": tree["a"].at[1, 2].set(np.nextafter(np.float32(5), np.float32(6)))}]
     others += [tree | {"a": tree["a"][:, ::-1]}, tree | {"b": {"0": jnp.int32(2), "1": jnp.bfloat16(2)}}]
-    others += [{"b": tree["b"], "c": tree["a"]}, tree | {"b": {"1": jnp.int32(1), "0": jnp.bfloat16(2)}}]
+    others += [{"a": tree["a"], "c": tree["b"]}, tree | {"b": {"1": tree["b"]["0"], "0": tree["b"]["1"]}}]
     assert len({checksum(other) for other in [tree, *others]}) == 6
-    alike = {"a": jnp.zeros(3), "b": jnp.ones(3)}
-    assert checksum(alike) != checksum({"a": alike["b"], "b": alike["a"]})
 
 
 def test_after_a_fall_back_the_damaged_step_can_be_saved_again_and_one_is_set_aside(tmp_path):
