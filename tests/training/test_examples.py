@@ -52,6 +52,18 @@ def test_object_pixels_weigh_more(examples):
     np.testing.assert_allclose(weight[:, 1:], 1.0)
 
 
+def test_latents_are_sampled_around_their_pictures_mean(examples):
+    mean = np.broadcast_to(np.asarray(examples.image, np.float32)[:, :2, :2], (5, 2, 2, 3))
+    std = 0.1 * (1 + mean)  # another one for each picture
+    latents = examples._replace(image=None, latent=(jnp.asarray(mean), jnp.asarray(std)))
+    batch, other = draw(latents), draw(latents, seed=1)
+    picture = np.round((np.asarray(batch.low_res[:, 0, 0, 0]) + 1) * 127.5).astype(int) - 100
+    noise = (np.asarray(batch.x) - mean[picture]) / std[picture]
+    assert noise.mean() == pytest.approx(0, abs=0.05) and noise.std() == pytest.approx(1, rel=0.05)
+    assert len(np.unique(noise.round(4))) > 0.9 * noise.size  # each element of each row has its own
+    assert not np.array_equal(batch.x, other.x)
+
+
 def test_what_a_set_lacks_its_batches_lack():
     bare = make_examples(np.zeros((1, 4, 4, 3), np.uint8), np.ones((1, 1, 3), int), NULL)
     batch = draw_batch(jax.tree.map(jnp.asarray, bare), jax.random.key(0), 2, 0.0)

@@ -3,6 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
+from diffusers.training_utils import EMAModel
 
 from personalize_jax.training.examples import Batch
 from personalize_jax.training.step import init_state, make_train_step, make_train_steps
@@ -31,15 +33,19 @@ def test_only_trained_parameters_move_and_by_their_gradient():
 
 
 def test_average_follows_closely_at_first_and_slowly_later():
+    """With the decay that diffusers' average has, from the second step on: its first one only copies."""
+    theirs = EMAModel([torch.nn.Parameter(torch.zeros(1))], decay=0.5)
     optimizer = optax.sgd(0.1)
     step = jax.jit(make_train_step(quadratic, optimizer, 0.5))
     state = init_state({"w": jnp.array(3.0)}, optimizer, ema=True, vocabulary_size=None)
-    expected = 3.0
-    for n in range(12):
+    decays = []
+    for _ in range(12):
+        before = state.ema["w"]
         state, _ = step(state, FROZEN, batch_of(), jax.random.key(0))
-        decay = min(0.5, (1 + n) / (10 + n))
-        expected = decay * expected + (1 - decay) * float(state.params["w"])
-        assert state.ema["w"] == pytest.approx(expected, rel=1e-5)
+        decays.append(float((state.ema["w"] - state.params["w"]) / (before - state.params["w"])))
+    assert decays[0] == pytest.approx(0.1, rel=1e-4)
+    np.testing.assert_allclose(decays[1:], [theirs.get_decay(n + 1) for n in range(1, 12)], rtol=1e-3)
+    assert decays[-1] == pytest.approx(0.5, rel=1e-3)
 
 
 def test_tokens_of_both_halves_are_counted():

@@ -14,9 +14,9 @@ from flax.traverse_util import flatten_dict
 
 from personalize_jax.errors import UserError
 from personalize_jax.pipeline import Stage
-from personalize_jax.training import loop, program
+from personalize_jax.training import loop, program, sharding
 from personalize_jax.training.losses import interleave, separate
-from personalize_jax.training.sharding import BATCH
+from personalize_jax.training.sharding import AXES, BATCH
 from tests import tiny
 
 # One level of a U-Net with residual blocks and attention: what takes longest is to compile it.
@@ -79,10 +79,16 @@ def use_eight_devices(directory, *meshes):
         train(directory / "refused", mesh=(8, 1, 1), batch_size=4)
     except UserError as error:
         refusal = str(error)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(8, 1, 1), ("data", "fsdp", "tensor"))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(8, 1, 1), AXES)
     half = jax.ShapeDtypeStruct((16, 4), np.float32, sharding=jax.sharding.NamedSharding(mesh, BATCH))
     joined = jax.jit(lambda a, b: separate(2 * interleave((a,), (b,))[0], 2)).lower(half, half).compile()
+    # What is stored in parts: the gradient of what is gathered of it, and a batch.
+    in_parts, rules = jax.sharding.Mesh(np.array(jax.devices()).reshape(1, 8, 1), AXES), [("", (None, "fsdp"))]
+    params = sharding.placed({"kernel": np.ones((16, 4), np.float32)}, rules, in_parts)
+    gradient = jax.jit(jax.grad(lambda p: sharding.gathered(p, rules, in_parts)["kernel"].sum()))(params)["kernel"]
+    batch = jax.jit(lambda: sharding.shard_batch(jax.numpy.ones((16, 4)), in_parts))()
     seen = {
+        "shards": {name: a.addressable_shards[0].data.shape for name, a in (("gradient", gradient), ("batch", batch))},
         "refusal": refusal,
         "refused_wrote": (directory / "refused").exists(),
         "kernel_shape": kernel.shape,
