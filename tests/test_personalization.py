@@ -1,21 +1,24 @@
+import dataclasses
 import json
 import resource
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 import personalize_jax as pj
+from personalize_jax import personalization
 from personalize_jax.configuration import changed
 from personalize_jax.errors import UserError
 from personalize_jax.personalization import begin, stage_examples, tune_again
 from personalize_jax.pictures import read_png
 from personalize_jax.training.examples import downsample_uint8
 from personalize_jax.training.prior import prior_sampling
-from tests import event_files, processes, tiny_world
+from tests import event_files, processes, tiny, tiny_world
 from tests.deaths import DEATHS, STOPS
 
 FROZEN_TEXT = (("denoiser/", True), ("text_encoder/", False))
@@ -181,6 +184,42 @@ def test_a_stage_learns_from_pictures_at_its_own_resolution(pretrained):
     np.testing.assert_array_equal(super_resolution.low_res, downsample_uint8(pictures, 8))
     np.testing.assert_array_equal(base.image, super_resolution.low_res)
     assert base.low_res is None
+
+
+def test_each_half_learns_its_own_pictures_under_its_own_caption(monkeypatch, tmp_path):
+    """Captions are embedded once, unless the text encoder is trained."""
+    pipeline, given = tiny.pipeline(), []
+    monkeypatch.setattr(personalization, "train", lambda *arguments: given.append(arguments[3]))
+    monkeypatch.setattr(personalization, "tuned_networks", lambda *arguments: None)
+    photos, drawn = (np.full((n, 16, 16, 3), value, np.uint8) for n, value in ((2, 10), (3, 200)))
+    subject = SimpleNamespace(
+        identifier=SimpleNamespace(token_ids=[5]),
+        class_noun=SimpleNamespace(noun="dog"),
+        images_NHWC=photos,
+        labels=["a red dog"] * 2,
+        class_prompt="a dog",
+    )
+    for trainable in (FROZEN_TEXT, ((".*", True),)):
+        config = tiny.training(prior__weight=1.0, trainable=trainable)
+        personalization.tune(pipeline, pipeline.stages[1], subject, {"super_resolution": drawn}, config, 0, tmp_path)
+    for half, pictures, caption in (("instance", photos, "a red dog"), ("prior", drawn, "a dog")):
+        examples = given[0][half]
+        np.testing.assert_array_equal(examples.image, pictures)
+        np.testing.assert_array_equal(examples.tokens, pipeline.tokenizer(["", caption]))
+        np.testing.assert_allclose(examples.text.embeddings, pipeline.encode(["", caption]).embeddings, atol=1e-5)
+        assert given[1][half].text is None
+
+
+@pytest.mark.parametrize(("vlb_weight", "variance"), [(0.0, "small"), (1.0, "learned_range")])
+def test_variances_that_were_not_trained_are_not_sampled_with(vlb_weight, variance):
+    pipeline = tiny.pipeline()
+    sampling = pipeline.stages[0].sampling._replace(sampler="ancestral", variance="learned_range")
+    base = dataclasses.replace(pipeline.stages[0], sampling=sampling, learned_variance=True)
+    pipeline = dataclasses.replace(pipeline, stages=(base, pipeline.stages[1]))
+    config = tiny_world.get_config("pretrained", training__vlb_weight=vlb_weight)
+    tuned = personalization.with_tuned_sampling(pipeline, config, ["base"])
+    assert tuned.stage("base").sampling.variance == variance
+    assert tuned.stage("super_resolution") == pipeline.stages[1]
 
 
 def test_the_same_command_draws_the_same_bytes(run, tmp_path):

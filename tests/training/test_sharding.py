@@ -126,6 +126,7 @@ def test_what_only_several_devices_show(eight_devices):
     seen = json.loads((eight_devices / "seen.json").read_text())
     assert "batch_size is 4 and the mesh splits it 8 ways" in seen["refusal"] and not seen["refused_wrote"]
     assert np.prod(seen["kernel_shape"]) == 4 * np.prod(seen["kernel_shard"])  # over fsdp and tensor
-    assert seen["shards"] == {"gradient": [2, 4], "batch": [2, 4]}  # an eighth of 16 rows
+    eighth, whole = [2, 4], [16, 4]
+    assert seen["shards"] == {"stored": eighth, "gathered": whole, "gradient": eighth, "batch": eighth}
     for collective in ("all-gather", "all-to-all", "all-reduce", "collective-permute"):
         assert collective not in seen["interleave"], "joining the halves moves rows between devices"

@@ -86,9 +86,11 @@ def use_eight_devices(directory, *meshes):
     in_parts, rules = jax.sharding.Mesh(np.array(jax.devices()).reshape(1, 8, 1), AXES), [("", (None, "fsdp"))]
     params = sharding.placed({"kernel": np.ones((16, 4), np.float32)}, rules, in_parts)
     gradient = jax.jit(jax.grad(lambda p: sharding.gathered(p, rules, in_parts)["kernel"].sum()))(params)["kernel"]
+    whole = jax.jit(lambda p: sharding.gathered(p, rules, in_parts))(params)["kernel"]
     batch = jax.jit(lambda: sharding.shard_batch(jax.numpy.ones((16, 4)), in_parts))()
+    arrays = {"stored": params["kernel"], "gathered": whole, "gradient": gradient, "batch": batch}
     seen = {
-        "shards": {name: a.addressable_shards[0].data.shape for name, a in (("gradient", gradient), ("batch", batch))},
+        "shards": {name: a.addressable_shards[0].data.shape for name, a in arrays.items()},
         "refusal": refusal,
         "refused_wrote": (directory / "refused").exists(),
         "kernel_shape": kernel.shape,
