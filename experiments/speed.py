@@ -23,7 +23,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from personalize_jax import command
-from personalize_jax.configuration import stage_trainings
+from personalize_jax.configuration import check_values, stage_trainings
 from personalize_jax.files import write_text
 from personalize_jax.personalization import stage_examples, with_embeddings
 from personalize_jax.pipeline import Pipeline, Stage, load_pipeline
@@ -145,6 +145,7 @@ def stage_speed(pipeline: Pipeline, stage: Stage, config: ConfigDict, rate: floa
 def main(_: list[str]) -> None:
     """Measure and print."""
     config, out = flags.FLAGS.config, Path(flags.FLAGS.out)
+    check_values(config)
     pipeline, rate = load_pipeline(config.pretrained), matmul_rate()
     results: dict[str, object] = {
         "devices": [str(device) for device in jax.devices()],

@@ -21,7 +21,7 @@ from experiments import tables
 from personalize_jax import command, manifest
 from personalize_jax.benchmark.loading import load_benchmark
 from personalize_jax.benchmark.subjects import BenchmarkSubject
-from personalize_jax.configuration import changed, num_steps
+from personalize_jax.configuration import changed, check, check_values, num_steps
 from personalize_jax.errors import UserError
 from personalize_jax.evaluation import evaluate
 from personalize_jax.metrics.table import Row
@@ -87,7 +87,9 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/world.py.")
     flags.DEFINE_string("workdir", None, "Folder for runs and tables; experiments may share it.")
     flags.DEFINE_string("benchmark", "world", 'Whose subjects: "world", "dreambooth", or a folder with its copy.')
-    flags.DEFINE_integer("num_subjects", None, "How many of them; by default as many as the experiment needs.")
+    flags.DEFINE_integer(
+        "num_subjects", None, "How many of them; by default as many as the experiment needs.", lower_bound=1
+    )
     flags.DEFINE_list("arms", None, "Which of the experiment's arms; by default all.")
     flags.DEFINE_string("part", "1/1", "Which of the subjects, such as 2/3: every third, beginning with the second.")
     flags.DEFINE_bool("delete_weights", False, "Delete a subject's weights once all arms have been scored.")
@@ -100,6 +102,7 @@ def run(make_study: Callable[[ConfigDict], Study]) -> None:
 
     def main(_: list[str]) -> None:
         arguments = flags.FLAGS
+        check_values(arguments.config)
         workdir, destinations = Path(arguments.workdir), tracking.asked_for()
         destinations.of(workdir)  # which refuses what is not installed, before identifiers are given out
         config = quick(arguments.config) if arguments.quick else arguments.config
@@ -110,6 +113,8 @@ def run(make_study: Callable[[ConfigDict], Study]) -> None:
         chosen = select(benchmark, count, arguments.part)
         nouns = tuple(dict.fromkeys(benchmark.class_nouns))
         pretrained = load_pretrained(config)
+        for arm in study.arms:
+            check(pretrained, arm.config)
         reserve_identifiers(study, pretrained, benchmark.names[:count], benchmark.class_nouns, workdir)
         how = arguments.delete_weights, destinations
         print(conduct(study, config, pretrained, chosen, nouns, workdir, *how))

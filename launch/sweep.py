@@ -35,7 +35,7 @@ from personalize_jax import command, manifest
 from personalize_jax.benchmark.loading import load_benchmark
 from personalize_jax.benchmark.prompts import LIVE_CLASSES, read_prompts
 from personalize_jax.benchmark.subjects import BenchmarkSubject
-from personalize_jax.configuration import changed
+from personalize_jax.configuration import changed, check_values
 from personalize_jax.errors import UserError
 from personalize_jax.metrics.encoders import label
 from personalize_jax.metrics.table import estimates
@@ -77,6 +77,8 @@ def main(_: list[str]) -> None:
     arguments = flags.FLAGS
     config, workdir = arguments.config, Path(arguments.workdir).absolute()
     points = read_points(Path(arguments.sweep), config)
+    for checked in (config, *(point.config for point in points)):
+        check_values(checked)
     rungs = check_rungs(arguments.rungs, arguments.keep, points)
     check_metric(arguments.metric, config)
     resources = read_resources(arguments.resources)

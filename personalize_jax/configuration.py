@@ -1,41 +1,20 @@
 """What a personalisation's configuration must hold, checked before anything is computed."""
 
-from collections.abc import Sequence
-
 from ml_collections import ConfigDict
 
+from personalize_jax import configuration_keys
+from personalize_jax.configuration_keys import TRAININGS, check_keys, rules_of_run
+from personalize_jax.diffusion.samplers import timesteps
 from personalize_jax.errors import UserError
-from personalize_jax.pipeline import Pipeline
-from personalize_jax.training.optimizer import MOMENT_DTYPES
+from personalize_jax.models.params import Params
+from personalize_jax.pipeline import Pipeline, Stage
+from personalize_jax.subject.frequency import token_frequencies
+from personalize_jax.training import sharding
+from personalize_jax.training.prior import prior_sampling
 from personalize_jax.training.program import check_sizes, mesh_of
 from personalize_jax.training.trainable import select
 
-EVALUATION = ("prompts", "images_per_prompt", "class_samples", "batch_size", "dino", "clips", "lpips", "probe")
-_OF_RUN = {
-    "": ("seed", "pretrained", "tune"),
-    "subject.": ("num_tokens", "rule", "frequency", "label", "registry", "class_threshold"),
-    "class_images.": ("count", "num_steps", "guidance_scale", "batch_size"),
-    "report.": ("contexts", "images_per_context", "class_samples", "without_prior", "batch_size"),
-    "evaluation.": EVALUATION,
-}
-_OF_TRAINING = {
-    "": (
-        *("num_steps", "batch_size", "microbatches", "steps_per_dispatch", "log_every", "checkpoint_every"),
-        *("mesh", "sharding"),
-        *("caption_dropout", "object_weight", "augmentation_levels", "weighting", "offset_noise", "vlb_weight"),
-        *("trainable", "identifier_init", "ema_decay"),
-    ),
-    "lora.": ("rank", "targets"),
-    "prior.": ("weight", "form", "caption_dropout"),
-    "optimizer.": (
-        *("learning_rate", "warmup_steps", "decay_steps", "b1", "b2", "weight_decay", "clip_norm"),
-        "moment_dtype",
-    ),
-}
-TRAININGS = {"base": "training", "super_resolution": "super_resolution_training"}
-PRIOR_FORMS = ("sampled", "frozen_prediction")
-LABELS = ("identifier_and_class", "identifier")
-IDENTIFIER_INITS = ("pretrained", "class_noun")
+EVALUATION = tuple(configuration_keys.EVALUATION)  # keys of that section
 
 
 def stage_trainings(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -48,13 +27,13 @@ def num_steps(config: ConfigDict) -> int:
     return sum(stage_trainings(config)[name].num_steps for name in config.tune)
 
 
-def keys(config: ConfigDict) -> list[str]:
-    """The dotted keys that a configuration must hold: those of the run, and of each training that it describes."""
-    parts = ["training", *(part for part in TRAININGS.values() if part in config and part != "training")]
-    of_trainings = [
-        f"{part}.{section}{key}" for part in parts for section in _OF_TRAINING for key in _OF_TRAINING[section]
-    ]
-    return [section + key for section in _OF_RUN for key in _OF_RUN[section]] + of_trainings
+def check_values(config: ConfigDict) -> None:
+    """Refuse a personalisation's configuration by itself: before anything is read, however long that takes.
+
+    Raises:
+        UserError: it lacks keys or has others, or a value makes no sense.
+    """
+    check_keys(config, rules_of_run(config))
 
 
 def check(pipeline: Pipeline, config: ConfigDict) -> None:
@@ -65,29 +44,45 @@ def check(pipeline: Pipeline, config: ConfigDict) -> None:
         config: of `configs/world.py`.
 
     Raises:
-        UserError: it lacks keys, names stages or forms of the prior that there are not, has batches that this machine's
-            devices do not divide, or its rules of what is trained do not fit.
+        UserError: see `check_values`; or it names stages that there are not, has batches that this machine's devices do
+            not divide, or does not fit the networks, the noise schedules or the vocabulary.
     """
-    if missing := [key for key in keys(config) if not _has(config, key)]:
-        raise UserError(
-            f"The configuration lacks {', '.join(missing[:5])}; configs/world.py has every key, start there."
-        )
+    check_values(config)
     trainings = stage_trainings(config)
     names = [stage.name for stage in pipeline.stages if stage.name in trainings]
     if not config.tune or len(set(config.tune) - set(names)) or len(set(config.tune)) < len(config.tune):
         raise UserError(f"config.tune is {tuple(config.tune)}; give one or more of {', '.join(names)}, each once.")
-    _check_choice("config.subject.label", config.subject.label, LABELS)
     for i, name in enumerate(config.tune):
-        _check_choice(f"The prior's form for {name}", trainings[name].prior.form, PRIOR_FORMS)
-        _check_choice(f"identifier_init for {name}", trainings[name].identifier_init, IDENTIFIER_INITS)
-        _check_choice(f"moment_dtype for {name}", trainings[name].optimizer.moment_dtype, MOMENT_DTYPES)
-        check_sizes(trainings[name], mesh_of(trainings[name]))
-        trains_text = trains_text_encoder(pipeline, name, trainings[name])  # refuses rules that do not fit, too
+        stage, training = pipeline.stage(name), trainings[name]
+        mesh = mesh_of(training)
+        check_sizes(training, mesh)
+        trains_text = trains_text_encoder(pipeline, name, training)  # refuses rules that do not fit, too
         if trains_text and i > 0:
             raise UserError(
                 f"The rules for {name} train the text encoder, which the stages tuned before it have been fitted to; "
                 f"leave that to the first stage of config.tune, {config.tune[0]}."
             )
+        sharding.shardings(_networks(pipeline, name), training.sharding, mesh)  # likewise
+        if training.vlb_weight > 0 and not stage.learned_variance:
+            raise UserError(
+                f"config.{TRAININGS[name]}.vlb_weight is {training.vlb_weight}, and the {name} network tells no "
+                "variances that it could train; give 0."
+            )
+    if any(trainings[name].prior.weight > 0 for name in config.tune):
+        _check_steps(pipeline.stages[0], config)
+
+
+def check_identifier(pipeline: Pipeline, config: ConfigDict) -> None:
+    """Refuse a rule by which no identifier could be chosen from the vocabulary of a cascade.
+
+    Raises:
+        UserError: the rule is about another vocabulary, or frequencies cannot be read.
+    """
+    rule = config.subject.rule
+    if rule == "paper" and not pipeline.tokenizer.is_t5:
+        raise UserError("config.subject.rule is paper, which is about T5's token ids; give rarest for this vocabulary.")
+    if rule in ("rarest", "frequent"):
+        token_frequencies(pipeline.tokenizer, config.subject.frequency)
 
 
 def changed(config: ConfigDict, **changes: object) -> ConfigDict:
@@ -99,18 +94,19 @@ def changed(config: ConfigDict, **changes: object) -> ConfigDict:
 
 def trains_text_encoder(pipeline: Pipeline, stage_name: str, training: ConfigDict) -> bool:
     """Whether tuning a stage changes the text encoder too, by the rules of its training."""
-    params = {"denoiser": pipeline.params[stage_name], "text_encoder": pipeline.params["text_encoder"]}
-    return "text_encoder" in select(params, training).networks
+    return "text_encoder" in select(_networks(pipeline, stage_name), training).networks
 
 
-def _check_choice(what: str, given: str, choices: Sequence[str]) -> None:
-    if given not in choices:
-        raise UserError(f"{what} is {given!r}; give one of {', '.join(choices)}.")
+def _networks(pipeline: Pipeline, stage_name: str) -> Params:
+    return {"denoiser": pipeline.params[stage_name], "text_encoder": pipeline.params["text_encoder"]}
 
 
-def _has(config: ConfigDict, dotted_key: str) -> bool:
-    for part in dotted_key.split("."):
-        if not isinstance(config, ConfigDict) or part not in config:
-            return False
-        config = config[part]
-    return True
+def _check_steps(base: Stage, config: ConfigDict) -> None:
+    """Refuse class images of more steps than the base stage's noise schedule has room for."""
+    try:
+        timesteps(prior_sampling(base, config.class_images).num_steps, base.spacing, base.schedule.num_timesteps)
+    except ValueError as error:
+        raise UserError(
+            f"config.class_images.num_steps is {config.class_images.num_steps}, more than fit the "
+            f"{base.schedule.num_timesteps} steps of the {base.name} noise schedule; give fewer."
+        ) from error

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from personalize_jax import command, hosts, manifest
 from personalize_jax.benchmark.prompts import read_prompts
+from personalize_jax.configuration_keys import EVALUATION, check_keys
 from personalize_jax.errors import UserError
 from personalize_jax.evaluation import evaluate, read_pictures
 from personalize_jax.files import write_text
@@ -55,6 +56,8 @@ def main(_: list[str]) -> None:
         raise UserError("Several runs make one table: say by --out where it goes.")
     if len({Path(workdir).name for workdir in arguments.workdir or ()}) < len(arguments.workdir or ()):
         raise UserError("Two runs have the same name, which is their subject's in the table; rename one.")
+    if arguments.config is not None:
+        check_evaluation(arguments.config)
     runs = {Path(workdir): manifest.read_config(Path(workdir)) for workdir in arguments.workdir or ()}
     out = Path(arguments.out or next(iter(runs)) / "evaluation")
     hosts.check_shared(out)
@@ -70,6 +73,17 @@ def main(_: list[str]) -> None:
             write_text(out / "table.md", text)
             write_text(out / "table.csv", comma_separated(table))
     print(f"{text}\nRows and tables: {out}")
+
+
+def check_evaluation(config: ConfigDict) -> None:
+    """Refuse `evaluation` keys that make no sense; no others are looked at.
+
+    Raises:
+        UserError: such a key, or there are none.
+    """
+    if not isinstance(config.get("evaluation"), ConfigDict):
+        raise UserError("The configuration of --config has no `evaluation` keys; configs/world.py has them all.")
+    check_keys(config.evaluation, EVALUATION, "evaluation.")
 
 
 def of_runs(runs: Mapping[Path, ConfigDict], config: ConfigDict | None) -> list[Row]:

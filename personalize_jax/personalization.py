@@ -158,6 +158,8 @@ def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir
         )
     if (workdir / "subject" / MANIFEST).exists():
         _check_same(read_dataset(workdir / "subject"), photos, workdir)
+    else:
+        configuration.check_identifier(pipeline, config)
     recorded = manifest.read(workdir).get("config", {})
     for name, training in stage_trainings(config).items():
         before = recorded.get(configuration.TRAININGS[name], {}).get("num_steps", training.num_steps)

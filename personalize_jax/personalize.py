@@ -31,6 +31,7 @@ def main(_: list[str]) -> None:
     """Personalise, then sample and report."""
     arguments = flags.FLAGS
     config, workdir = arguments.config, Path(arguments.workdir)
+    configuration.check_values(config)  # before weights are read
     tracked = tracking.asked_for().of(workdir)
     pipeline = load_pretrained(config)
     images = arguments.images[0] if len(arguments.images) == 1 else arguments.images

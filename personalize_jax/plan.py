@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from personalize_jax import command
 from personalize_jax.chips import GIB
-from personalize_jax.configuration import TRAININGS, changed, stage_trainings, trains_text_encoder
+from personalize_jax.configuration import TRAININGS, changed, check_values, stage_trainings, trains_text_encoder
 from personalize_jax.pipeline import Pipeline, load_pipeline
 from personalize_jax.pipeline.diffusers_folder import read_components
 from personalize_jax.pipeline.public import architecture, spec_of
@@ -51,6 +51,7 @@ def main(_: list[str]) -> None:
     """Compile, print tables, write JSON."""
     jax.config.update("jax_platforms", "cpu")  # chips that this machine may have are left alone
     arguments = flags.FLAGS
+    check_values(arguments.config)
     topologies = [slices.parse(text) for text in arguments.topology]
     pipeline = abstract_pipeline(arguments.config)
     plans = []

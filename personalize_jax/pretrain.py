@@ -18,6 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from personalize_jax import command, hosts, manifest
+from personalize_jax.configuration_keys import check_keys, rules_of_pretraining
 from personalize_jax.errors import UserError
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Pipeline, Stage, Tokenizer, load_pipeline, save_pipeline
@@ -25,6 +26,7 @@ from personalize_jax.pipeline.storage import ASSETS
 from personalize_jax.training import tracking
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
 from personalize_jax.training.loop import check_length, train, trained_params
+from personalize_jax.training.program import check_sizes, mesh_of
 from personalize_jax.training.tracking import JSONL_ONLY, Tracking
 from personalize_jax.world import dataset_builder
 
@@ -146,6 +148,8 @@ def define_flags() -> None:
 def main(_: list[str]) -> None:
     """Render or read the data, train, save."""
     config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
+    check_keys(config, rules_of_pretraining(config))
+    check_sizes(config.training, mesh_of(config.training))
     tracked = tracking.asked_for().of(workdir)
     hosts.check_shared(workdir)
     recorded = manifest.read(workdir).get("config", {})

@@ -1,8 +1,17 @@
+import copy
+import dataclasses
+import json
+
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 import personalize_jax as pj
-from configs import world
+from configs import deepfloyd_if, pretrain_world, stable_diffusion, world
 from personalize_jax import configuration
+from personalize_jax.configuration_keys import check_keys, rules_of_pretraining, rules_of_run
+from personalize_jax.diffusion import schedule
+from personalize_jax.diffusion.samplers import Spacing
 from personalize_jax.errors import UserError
 from tests import tiny_world
 
@@ -32,11 +41,9 @@ def test_what_ships_is_accepted(pretrained):
         ({"tune": ("decoder",)}, "give one or more of base, super_resolution"),
         ({"tune": ("base", "base")}, "each once"),
         ({"tune": ()}, "give one or more of base, super_resolution"),
-        ({"training__prior__form": "kept"}, "prior's form for base is 'kept'; give one of sampled, frozen_prediction"),
-        (
-            {"training__optimizer__moment_dtype": "float16"},
-            "moment_dtype for base is 'float16'; give one of float32, b",
-        ),
+        ({"training__prior__form": "kept"}, "prior.form is 'kept'; give one of sampled, frozen_prediction"),
+        ({"training__vlb_weight": 1.0}, "the base network tells no variances"),
+        ({"training__sharding": (("denoiser/", ()),)}, "matches no rule of config.sharding"),
         ({"training__trainable": (("denoiser/", True),)}, "matches no rule"),
         ({"training__trainable": ((".*", False),)}, "leave nothing to train"),
         ({"super_resolution_training__trainable": ((".*", True),)}, "leave that to the first stage"),
@@ -46,6 +53,32 @@ def test_what_ships_is_accepted(pretrained):
 )
 def test_what_cannot_work_is_refused(refusal, changes, sentence):
     assert sentence in refusal(**changes)
+
+
+def test_more_steps_than_a_schedule_has_are_refused(pretrained):
+    pipeline = pj.load_pipeline(pretrained)
+    discrete = schedule.discrete(np.linspace(1e-4, 0.02, 100))
+    base = dataclasses.replace(pipeline.stages[0], schedule=discrete, spacing=Spacing("leading", 1))
+    pipeline = dataclasses.replace(pipeline, stages=(base, *pipeline.stages[1:]))
+    configuration.check(pipeline, tiny_world.get_config(pretrained, class_images__num_steps=50))
+    too_many = tiny_world.get_config(pretrained, class_images__num_steps=100)
+    with pytest.raises(UserError, match="class_images.num_steps is 100, more than fit the 100 steps of the base"):
+        configuration.check(pipeline, too_many)
+    without = {"training__prior__weight": 0.0, "super_resolution_training__prior__weight": 0.0}
+    configuration.check(pipeline, configuration.changed(too_many, **without))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"subject__rule": "paper"}, "about T5's token ids"),
+        ({"subject__frequency": "nowhere.txt"}, "'nowhere.txt' were asked for"),
+        ({"subject__frequency": "bpe_rank"}, "need a BPE one"),
+    ],
+)
+def test_rules_that_find_no_identifier_are_refused(pretrained, changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        configuration.check_identifier(pj.load_pipeline(pretrained), tiny_world.get_config(pretrained, **changes))
 
 
 def test_a_cascade_without_the_stage_is_told_apart(pretrained):
@@ -65,11 +98,116 @@ def test_missing_keys_are_named(pretrained, key):
         configuration.check(pj.load_pipeline(pretrained), config)
 
 
-def test_every_key_is_asked_for():
-    def keys(tree, prefix=""):
-        for key, value in tree.items():
-            yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+# Every key of every configuration, by itself.
 
-    compared = ("methods.", "pretrained_augmentation_levels")  # what a run does not look at: other ways to tune
-    of_run = [key for key in keys(world.get_config().to_dict()) if not key.startswith(compared)]
-    assert sorted(of_run) == sorted(configuration.keys(world.get_config()))
+CONFIGURATIONS = {
+    "world": world.get_config(),
+    "stable_diffusion": stable_diffusion.get_config("1.5"),
+    "deepfloyd_if": deepfloyd_if.get_config("M"),
+    "pretrain_base": pretrain_world.get_config("base"),
+    "pretrain_super_resolution": pretrain_world.get_config("super_resolution"),
+}
+NONSENSE = (None, True, -7, float("nan"), float("inf"), "nonsense", "", "a\0b", (), ("", 1), (-3,), ((),), b"x", object)
+# What else would be nonsense, and is a value of these keys. Paths, prompts and names may be any text.
+SENSIBLE = {
+    "nonsense": ("pretrained", "registry", "frequency", "prompts", "dino", "lpips"),
+    "": ("lpips",),
+    (): ("targets",),
+    True: ("remat", "without_prior", "probe"),
+    None: ("low_resolution", "threshold_max"),
+    -7: ("shift",),
+}
+
+
+def leaves(tree, prefix=""):
+    found = {}
+    for key, value in tree.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def rules(config):
+    return rules_of_pretraining(config) if "dataset" in config else rules_of_run(config)
+
+
+def with_value(config, key, value):
+    """The configuration as a file may make it, without the checks of types that flags are under."""
+    changed = ConfigDict(copy.deepcopy(config.to_dict()), type_safe=False)
+    put(changed, key, value)
+    return changed
+
+
+def put(config, key, value):
+    *parents, last = key.split(".")
+    for parent in parents:
+        config = config[parent]
+    config[last] = value
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_every_key_has_a_rule_that_nonsense_breaks(name):
+    config, known = CONFIGURATIONS[name], rules(CONFIGURATIONS[name])
+    for key, good in leaves(config.to_dict()).items():
+        wrong = with_value(config, key, good)
+        check_keys(wrong, known)
+        for value in NONSENSE:
+            put(wrong, key, value)
+            starts_anew = (key, value) == ("pretrained", "") and name.startswith("pretrain")
+            if starts_anew or key.split(".")[-1] in SENSIBLE.get(value, ()):
+                check_keys(wrong, known)
+            else:
+                with pytest.raises(UserError, match=rf"config\.{key} is .*; give ") as refused:
+                    check_keys(wrong, known)
+                assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("seed", 2**32, "a whole number from 0 to 4294967295"),
+        ("subject.num_tokens", 4, "a whole number from 1 to 3"),
+        ("subject.rule", "rare", "one of rarest, paper, frequent, random_characters"),
+        ("class_images.count", 0, "a whole number of 1 or more"),
+        ("class_images.num_steps", 24.0, "a whole number of 1 or more"),
+        ("training.weighting", "snr", "one of none, min_snr"),
+        ("training.mesh", (1, 1), "three sizes"),
+        ("training.mesh", 2, "three sizes"),
+        ("training.mesh", (0, 1, 1), "three sizes"),
+        ("training.mesh", (1, 1, -2), "three sizes"),
+        ("training.augmentation_levels", (0.2, 0.1), "two noise levels"),
+        ("training.augmentation_levels", (0.0, 1.1), "two noise levels"),
+        ("training.augmentation_levels", 0.1, "two noise levels"),
+        ("training.trainable", (("(", True),), "pairs of a regular expression and True, False"),
+        ("training.trainable", ((".*", "rows"),), "pairs of a regular expression and True, False"),
+        ("training.sharding", (("", ("columns",)),), "axes, each once, of data, fsdp, tensor"),
+        ("training.sharding", (("", ("fsdp", "fsdp")),), "axes, each once, of data, fsdp, tensor"),
+        ("training.lora.targets", ((".*", 0),), "a number of dimensions of 1 or more"),
+        ("training.prior.weight", -1.0, "a number of at least 0"),
+        ("training.caption_dropout", 1.5, "a number of at least 0 and of at most 1"),
+        ("training.ema_decay", 1.0, "a number of at least 0 and below 1"),
+        ("training.optimizer.clip_norm", 0.0, "a number above 0"),
+        ("training.optimizer.moment_dtype", "float16", "one of float32, bfloat16"),
+        ("report.contexts", ("in the snow", " "), "one or more contexts"),
+        ("evaluation.clips", "world", "one or more folders"),
+        ("methods.lora.optimizer.learning_rate", "fast", "a number of at least 0"),
+        ("compute.dtype", "float8", "one of float32, bfloat16"),
+        ("compute.attention", "slow", "one of auto, xla, cudnn, flash, heads"),
+    ],
+)
+def test_refusals_say_what_to_give(key, value, wanted):
+    with pytest.raises(UserError, match="; give ") as refused:
+        configuration.check_values(with_value(stable_diffusion.get_config("1.5"), key, value))
+    assert f"config.{key} is {value!r}; give " in str(refused.value) and wanted in str(refused.value)
+
+
+def test_keys_that_nothing_reads_are_refused():
+    for key, hint in (("training.num_step", "did you mean config.training.num_steps"), ("xyzzy", "leave it out")):
+        with pytest.raises(UserError, match=f"config.{key} is no key that anything reads; {hint}"):
+            configuration.check_values(with_value(world.get_config(), key, 3))
+    with pytest.raises(UserError, match="lacks class_images.count"):
+        configuration.check_values(with_value(world.get_config(), "class_images", 64))
+
+
+def test_rows_of_a_manifest_are_as_good_as_what_a_file_says():
+    """Where tuples have become lists."""
+    configuration.check_values(ConfigDict(json.loads(stable_diffusion.get_config("1.5:lora").to_json())))
