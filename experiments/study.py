@@ -25,7 +25,13 @@ from personalize_jax.configuration import changed, check, check_values, num_step
 from personalize_jax.errors import UserError
 from personalize_jax.evaluation import evaluate
 from personalize_jax.metrics.table import Row
-from personalize_jax.personalization import SubjectPhotos, class_knowledge, load_pretrained, personalize, tune_again
+from personalize_jax.personalization import (
+    SubjectPhotos,
+    class_knowledge,
+    load_pretrained,
+    personalize_subject,
+    tune_again,
+)
 from personalize_jax.personalized import Personalized, load_personalized
 from personalize_jax.pipeline import Pipeline
 from personalize_jax.report import Panel
@@ -313,7 +319,7 @@ def tuned_run(
     share_class_images(folder, workdir / "class_images" / noun.replace(" ", "_"))
     if arm.goes_on_from is not None:
         take_checkpoints(workdir / arm.goes_on_from / subject.name, folder, config.tune)
-    return personalize(pretrained, SubjectPhotos(images, noun), config, folder, tracked)
+    return personalize_subject(pretrained, SubjectPhotos(images, noun), config, folder, tracked)
 
 
 def worded(prompt: str, true_noun: str, noun: str, label: str) -> str:

@@ -4,7 +4,7 @@ import personalize_jax as pj
 
 pipeline = pj.load_pipeline("world")
 subject = pj.load_subject("photos/", class_noun="dog")
-personalized = pj.personalize(pipeline, subject, config, workdir="runs/rex")
+personalized = pj.personalize_subject(pipeline, subject, config, workdir="runs/rex")
 images = personalized.sample("a [V] dog in the snow", num_images=4, seed=0)
 """
 
@@ -14,12 +14,12 @@ from importlib.metadata import distributions
 from importlib.util import find_spec
 from typing import Any
 
-# Nobody imports the command `personalize_jax.personalize`: the module would take the place of the function.
+# No function here has the name of a module: an import of the module would take the function's place.
 _HOMES = {
     "load_personalized": "personalize_jax.personalized",
     "load_pipeline": "personalize_jax.pipeline",
     "load_subject": "personalize_jax.personalization",
-    "personalize": "personalize_jax.personalization",
+    "personalize_subject": "personalize_jax.personalization",
 }
 __all__ = list(_HOMES)
 

@@ -79,7 +79,7 @@ def load_pretrained(config: ConfigDict) -> Pipeline:
     return load_pipeline(config.pretrained, place, **config.get("compute", {}))
 
 
-def personalize(
+def personalize_subject(
     pipeline: Pipeline,
     photos: SubjectPhotos,
     config: ConfigDict,
@@ -107,7 +107,7 @@ def personalize(
 def tune_cascade(
     pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path, tracking: Tracking = JSONL_ONLY
 ) -> Personalized:
-    """The phases of `personalize`, in a run directory that is claimed and whose call is recorded."""
+    """The phases of `personalize_subject`, in a run directory that is claimed and whose call is recorded."""
     with phase(workdir, "subject"):
         subject = determine_subject(pipeline, photos, config, workdir)
     trainings = stage_trainings(config)
@@ -186,7 +186,7 @@ def tune_again(
 
     Args:
         pipeline: the pretrained cascade.
-        tuned: what `personalize` made in `workdir`.
+        tuned: what `personalize_subject` made in `workdir`.
         name: of the stage; where `config.tune` leaves it out, it is the pretrained one.
         config: that run's, changed.
         workdir: of that run, for its configuration and class images.

@@ -8,7 +8,7 @@ import pytest
 from personalize_jax import manifest
 from personalize_jax.configuration import changed
 from personalize_jax.errors import UserError
-from personalize_jax.personalization import load_subject, personalize
+from personalize_jax.personalization import load_subject, personalize_subject
 from personalize_jax.pictures import save_png
 from personalize_jax.pipeline import load_pipeline, save_pipeline
 from personalize_jax.scoring import read_rows
@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 def run(folder):
     config = tiny_world.get_config(folder / "tiny", training__num_steps=3, super_resolution_training__num_steps=3)
     photos = load_subject(folder / "photos" / "rex", "dog", 32)
-    personalize(load_pipeline(str(folder / "tiny")), photos, config, folder / "run")
+    personalize_subject(load_pipeline(str(folder / "tiny")), photos, config, folder / "run")
     return folder / "run"
 
 

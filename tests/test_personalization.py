@@ -372,7 +372,7 @@ def base_only(tmp_path_factory, run, pretrained, photos):
     config = tiny_world.get_config(
         pretrained, tune=("base",), training__num_steps=2, training__prior__form="sampled", seed=4
     )
-    return workdir, pipeline, pj.personalize(pipeline, pj.load_subject(photos, "Dog", 16), config, workdir)
+    return workdir, pipeline, pj.personalize_subject(pipeline, pj.load_subject(photos, "Dog", 16), config, workdir)
 
 
 def test_one_stage_can_be_tuned_alone_with_class_images_as_targets(base_only, pretrained):
@@ -408,7 +408,7 @@ def with_text(tmp_path_factory, pretrained, photos):
         training__optimizer__decay_steps=0,
     )
     pipeline = pj.load_pipeline(pretrained)
-    return folder / "run", pipeline, pj.personalize(pipeline, photos_of(photos), config, folder / "run"), config
+    return folder / "run", pipeline, pj.personalize_subject(pipeline, photos_of(photos), config, folder / "run"), config
 
 
 def photos_of(folder):

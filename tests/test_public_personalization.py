@@ -16,7 +16,7 @@ from personalize_jax.models.params import flatten
 from personalize_jax.personalization import (
     load_pretrained,
     load_subject,
-    personalize,
+    personalize_subject,
     stage_examples,
     with_embeddings,
 )
@@ -121,7 +121,7 @@ def test_photographs_to_exported_folders(case, tmp_path):
     workdir = tmp_path / "run"
     pipeline = load_pretrained(config)
     photos = load_subject(files, subject_name, pipeline.stages[-1].resolution)
-    tuned = personalize(pipeline, photos, config, workdir)
+    tuned = personalize_subject(pipeline, photos, config, workdir)
 
     for stage in pipeline.stages:
         training = config.training if stage.name == "base" else config.super_resolution_training
@@ -188,7 +188,7 @@ def test_an_export_halfway_takes_the_last_checkpoint_and_leaves_other_stages_alo
     config.super_resolution_training.optimizer.learning_rate = float("nan")  # stops the run in its second stage
     pipeline = load_pretrained(config)
     with pytest.raises(Exception, match="not a finite|is nan"):
-        personalize(pipeline, load_subject(files, "dog", 16), config, tmp_path / "run")
+        personalize_subject(pipeline, load_subject(files, "dog", 16), config, tmp_path / "run")
     assert export(pipeline, config, tmp_path / "run", tmp_path / "out") == {"base": 12}
     again = load_pipeline(tmp_path / "out")
     for path, value in flatten(pipeline.params["super_resolution"]).items():
@@ -203,7 +203,7 @@ def test_an_inverted_text_is_a_row_of_the_exported_table(tmp_path):
     """Textual Inversion of Stable Diffusion: transformers reads the table, of which one row has moved."""
     config = small(stable_diffusion.get_config("1.5:textual_inversion"), save_sd(tmp_path), tmp_path)
     pipeline = load_pretrained(config)
-    tuned = personalize(pipeline, load_subject(photos_of("dog"), "dog", 64), config, tmp_path / "run")
+    tuned = personalize_subject(pipeline, load_subject(photos_of("dog"), "dog", 64), config, tmp_path / "run")
     before, after = (
         transformers.CLIPTextModel.from_pretrained(folder / "text_encoder").get_input_embeddings().weight.detach()
         for folder in (tmp_path / "sd", tmp_path / "run" / "pipeline")

@@ -82,7 +82,7 @@ def test_what_was_scored_is_only_read(folder, config, subjects, monkeypatch):
     made = importlib.import_module("experiments.prior_preservation").make_study(config)
     made = study.with_arms(made, [arm.name for arm in made.arms[:2]])
     text = study.conduct(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "runs")
-    monkeypatch.setattr(study, "personalize", None)
+    monkeypatch.setattr(study, "personalize_subject", None)
     monkeypatch.setattr(study, "evaluate", None)
     assert study.conduct(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "runs") == text
 
