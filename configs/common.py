@@ -134,7 +134,7 @@ def public(pretrained: str | tuple[str, ...]) -> ConfigDict:
                 "dino": "timm/vit_small_patch16_224.dino",  # on the hub, or a folder
                 "clips": ("openai/clip-vit-base-patch32@refs/pr/66", "openai/clip-vit-large-patch14"),
                 "lpips": "models/lpips",  # a folder: see metrics/encoders.py; "" measures DIV by DINO's cosine
-                "probe": False,  # exact scores, on the rendered world only
+                "probe": False,  # whether pictures are of the rendered world: see configs/world.py
             },
         }
     )

@@ -56,7 +56,7 @@ def get_config(method: str = methods.DREAMBOOTH) -> ConfigDict:
                 "dino": "world",  # or a folder, or a name on the hub
                 "clips": ("world",),
                 "lpips": "",  # a folder; without one DIV is measured by DINO's cosine
-                "probe": True,  # exact scores, on the rendered world
+                "probe": True,  # pictures are of the rendered world: its classes are known, and scores exact
             },
         }
     )

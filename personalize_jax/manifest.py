@@ -2,6 +2,7 @@
 
 config    the configuration
 seeds     of what is drawn by chance: one, or the first and the last
+subject   what it is called, by which identifier, and what prompts have in that name's place
 data      hashes of what came from outside: photos, pretrained weights
 phases    {name: {"seconds": ..., "done": ...}}, over all calls
 calls     those that began or resumed the run, each with arguments, versions, git revision, devices, phase and status:
@@ -88,6 +89,18 @@ def record_config(config: ConfigDict, workdir: Path, may_change: Sequence[str] =
             )
     workdir.mkdir(parents=True, exist_ok=True)
     _update(workdir, config=new, done=False)
+
+
+def record_subject(workdir: Path, name: str, identifier: str, in_prompts: str) -> None:
+    """Tell what the subject is called.
+
+    Args:
+        workdir: run directory.
+        name: such as "a tar dog".
+        identifier: the rare word in it.
+        in_prompts: what prompts have for the name, such as "a [V] dog".
+    """
+    _update(workdir, subject={"name": name, "identifier": identifier, "in prompts": in_prompts})
 
 
 @contextlib.contextmanager

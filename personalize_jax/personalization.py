@@ -110,6 +110,7 @@ def tune_cascade(
     """The phases of `personalize_subject`, in a run directory that is claimed and whose call is recorded."""
     with phase(workdir, "subject"):
         subject = determine_subject(pipeline, photos, config, workdir)
+    manifest.record_subject(workdir, subject.labels[0], subject.identifier.text, f"a {subject.phrase}")
     trainings = stage_trainings(config)
     drawn = {}
     if with_prior := [name for name in config.tune if trainings[name].prior.weight > 0]:
@@ -234,8 +235,8 @@ def _write_subject(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict
 
 
 def class_knowledge(config: ConfigDict) -> tuple[Classifier | None, Sequence[str] | None]:
-    """The classifier that comes with a pretrained cascade, and the class nouns that the cascade knows."""
-    if config.pretrained != "world":
+    """The classifier of the rendered world and its class nouns, if a configuration says that pictures are of it."""
+    if not config.evaluation.probe:
         return None, None
     from personalize_jax.world.probe import Probe
     from personalize_jax.world.scene import CLASSES

@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from personalize_jax import command, configuration, manifest, showcase
 from personalize_jax.personalization import begin, load_pretrained, load_subject, made_from, tune_again, tune_cascade
+from personalize_jax.subject.dataset import read_dataset
 from personalize_jax.training import tracking
 
 
@@ -36,6 +37,7 @@ def main(_: list[str]) -> None:
     pipeline = load_pretrained(config)
     images = arguments.images[0] if len(arguments.images) == 1 else arguments.images
     photos = load_subject(images, arguments.class_noun, pipeline.stages[-1].resolution)
+    showcase.check(pipeline, config)
     begin(pipeline, photos, config, workdir)
     if manifest.read(workdir).get("done") and (workdir / "report.html").exists():
         print("All is done; nothing is left to do.")
@@ -49,6 +51,8 @@ def main(_: list[str]) -> None:
                 directory = workdir / f"{base}_without_prior"
                 compared = tune_again(pipeline, personalized, base, without, workdir, directory, tracked).pipeline
             showcase.show(pipeline, personalized, compared, config, workdir, tracked)
+    told = showcase.usage(read_dataset(workdir / "subject"), workdir, config.report.contexts[0])
+    print(f'The subject is "{told["name"]}", by the identifier {told["identifier"]}:\n  {told["to draw it"]}')
     print(f"Pictures: {workdir / 'gallery.png'}\nReport:   {workdir / 'report.html'}")
 
 

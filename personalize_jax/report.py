@@ -72,6 +72,7 @@ def report_html(
     scores: Mapping[str, tuple[float | str, str]],
     times: Mapping[str, float],
     facts: Mapping[str, object],
+    subject: Mapping[str, object] | None = None,
 ) -> str:
     """One self-contained HTML page: pictures, loss curves and styles are part of it, and it asks for nothing else.
 
@@ -82,9 +83,11 @@ def report_html(
         scores: (value, what it means) by name of the metric.
         times: seconds by phase, in order.
         facts: values by name; mappings and sequences are shown as JSON, which unfolds if it is long.
+        subject: likewise, what comes first: who is shown, and how to draw them.
     """
     total = {"Total": sum(times.values())} if len(times) > 1 else {}
     sections = [
+        ("The subject", _table((name, _fact(value)) for name, value in (subject or {}).items())),
         *((heading, "".join(map(_figure, group))) for heading, group in _groups(panels)),
         ("Scores", _table((name, _number(value), escape(meaning)) for name, (value, meaning) in scores.items())),
         ("Loss curves", "".join(_curve_figure(name, rows) for name, rows in curves.items())),

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from personalize_jax import hosts, personalization
 from personalize_jax.configuration import num_steps
+from personalize_jax.errors import UserError
 from personalize_jax.files import replacing, write_text
 from personalize_jax.manifest import phase, phase_times
 from personalize_jax.metrics import world as world_metrics
@@ -20,9 +22,10 @@ from personalize_jax.pictures import file_name
 from personalize_jax.pipeline import Pipeline
 from personalize_jax.pipeline.kept import draw_kept
 from personalize_jax.report import Panel, gallery, read_metrics, report_html
-from personalize_jax.subject.identifier import substitute
+from personalize_jax.subject.dataset import SubjectDataset
+from personalize_jax.subject.identifier import PLACEHOLDER, substitute
 from personalize_jax.training.tracking import JSONL_ONLY, Tracking
-from personalize_jax.world.probe import Probe
+from personalize_jax.world.probe import RESOLUTION, Probe
 from personalize_jax.world.scene import CLASSES, COLOURS, CONTEXTS, PATTERNS
 
 CLASS_PANEL = 8  # class pictures shown; all of them are measured
@@ -35,6 +38,37 @@ def seeds(config: ConfigDict) -> dict[str, object]:
     return personalization.seeds(config) | {
         "samples": [0, report.images_per_context - 1],
         "class samples": [CLASS_SEED, CLASS_SEED + report.class_samples - 1],
+    }
+
+
+def check(pipeline: Pipeline, config: ConfigDict) -> None:
+    """Refuse to have pictures read that the probe cannot read, before any is drawn.
+
+    Raises:
+        UserError: it cannot.
+    """
+    sides = {stage.name: stage.resolution for stage in pipeline.stages}
+    if config.evaluation.probe and (wrong := [name for name, side in sides.items() if side % RESOLUTION]):
+        raise UserError(
+            f"config.evaluation.probe is True, and the probe reads sides of a multiple of {RESOLUTION} pixels, not the "
+            f"{sides[wrong[0]]} of {wrong[0]}; give --config.evaluation.probe=false."
+        )
+
+
+def usage(subject: SubjectDataset, workdir: Path, context: str) -> dict[str, str]:
+    """How the subject is called and drawn, in words by what they tell.
+
+    Args:
+        subject: the labelled dataset.
+        workdir: run directory.
+        context: of the prompt that is given as an example, such as "in the snow".
+    """
+    prompt = f"a {subject.phrase} {context}"
+    return {
+        "name": subject.labels[0],
+        "identifier": f"{subject.identifier.text}, for which prompts have {PLACEHOLDER}",
+        "to draw it": f"python -m personalize_jax.sample --workdir={shlex.quote(str(workdir))} "
+        f"--prompt={shlex.quote(prompt)} --out=out/",
     }
 
 
@@ -73,16 +107,17 @@ def show(
         }
 
     scores = {}
-    if config.pretrained == "world":
+    if config.evaluation.probe:
         with phase(workdir, "metrics"):
             scores = world_scores(
                 personalized, in_context, {name: base for name, (base, _) in of_class.items()}, config
             )
 
     with phase(workdir, "report"):
-        panels = [Panel("The photos", f"a {subject.phrase}", subject.images_NHWC)]
+        named = f'"{subject.labels[0]}"'
+        panels = [Panel(f"The photos of {named}", f"a {subject.phrase}", subject.images_NHWC)]
         panels += [
-            Panel(f'"a {subject.phrase}" in {len(prompts)} contexts', prompt, images)
+            Panel(f"{named} in {len(prompts)} contexts: {PLACEHOLDER} is {subject.identifier.text}", prompt, images)
             for prompt, images in zip(prompts, in_context, strict=True)
         ]
         panels += [
@@ -92,15 +127,14 @@ def show(
         if tracking != JSONL_ONLY:
             tracking.of("pictures").pictures(num_steps(config), sheets(panels))
         curves = {file.parent.name: read_metrics(file) for file in sorted(workdir.glob("*/metrics.jsonl"))}
-        facts = {
-            "identifier": subject.identifier.text,
+        about = usage(subject, workdir, config.report.contexts[0]) | {
             "token ids": list(subject.identifier.token_ids),
             f"their frequency ({config.subject.frequency})": list(subject.identifier.counts),
             "class noun": f"{noun} ({subject.class_noun.source}, score {subject.class_noun.score:.2f})",
-            "seed": config.seed,
-            "jax": importlib.metadata.version("jax"),
         }
-        page = report_html(f"A {noun}, personalised", panels, curves, scores, phase_times(workdir), facts)
+        facts = {"seed": config.seed, "jax": importlib.metadata.version("jax")}
+        title = f"{named}, personalised"
+        page = report_html(title, panels, curves, scores, phase_times(workdir), facts, about)
 
         def write() -> None:
             write_text(workdir / "metrics.json", json.dumps({k: value for k, (value, _) in scores.items()}, indent=2))

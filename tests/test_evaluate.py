@@ -36,7 +36,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(folder):
-    config = tiny_world.get_config(folder / "tiny", training__num_steps=3, super_resolution_training__num_steps=3)
+    steps = {"training__num_steps": 3, "super_resolution_training__num_steps": 3}
+    config = tiny_world.get_config(folder / "tiny", evaluation__probe=True, **steps)
     photos = load_subject(folder / "photos" / "rex", "dog", 32)
     personalize_subject(load_pipeline(str(folder / "tiny")), photos, config, folder / "run")
     return folder / "run"
@@ -46,6 +47,7 @@ def test_pictures_of_a_folder_become_rows_and_tables(folder, tmp_path):
     finished = evaluate(
         tmp_path,
         f"--config=tests/tiny_world.py:{folder / 'tiny'}",
+        "--config.evaluation.probe=true",
         f"--images={folder / 'pictures'}",
         f"--prompts={folder / 'prompts.csv'}",
         f"--photos={folder / 'photos'}",
@@ -71,7 +73,7 @@ def test_a_run_is_drawn_from_scored_and_then_only_read(folder, run, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a [V] {} in the snow\na red [V] {}\n")
     flags = [f"--workdir={run}", f"--config=tests/tiny_world.py:{folder / 'tiny'}"]
-    flags += [f"--config.evaluation.prompts={prompts}"]
+    flags += ["--config.evaluation.probe=true", f"--config.evaluation.prompts={prompts}"]
     finished = evaluate(tmp_path, *flags)
     assert finished.status == 0, finished.error
     rows = read_rows(run / "evaluation" / "rows.jsonl")

@@ -1,13 +1,24 @@
+import json
+import shlex
+from html import escape
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from personalize_jax import showcase
+from personalize_jax import sample, showcase
+from personalize_jax.errors import UserError
 from personalize_jax.metrics.world import Reading
+from personalize_jax.personalization import class_knowledge
+from personalize_jax.personalized import Personalized
+from personalize_jax.subject.class_noun import ClassNoun
+from personalize_jax.subject.dataset import SubjectDataset
+from personalize_jax.subject.identifier import Identifier
 from personalize_jax.world.dataset_builder import LABELS
 from personalize_jax.world.scene import CLASSES, CONTEXTS
+from tests import tiny, tiny_world
 
 SUBJECT = {"class_id": 2, "body_colour": 3, "accent_colour": 5, "pattern": 1, "finish": 0}
 
@@ -94,3 +105,67 @@ def test_a_class_that_became_the_subject_leaks_and_has_no_variety(score):
     assert scores["class, after: leakage"] == scores["class, after: is the subject"] == 1.0
     assert scores["class, before: is the subject"] == pytest.approx(1 / 8)
     assert scores["class, other: leakage"] == 0.0
+
+
+# What a run shows of its subject.
+
+
+def subject_of(noun="dog", label="a tar dog"):
+    photos = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    return SubjectDataset(photos, (label,) * 2, ClassNoun(noun, 1.0, "given"), Identifier("tar", (7,), (0,)))
+
+
+@pytest.fixture(scope="module")
+def cascade():
+    smallest = {"channels": (16,), "down_blocks": (0,), "up_blocks": (0,), "attention": (False,)}
+    return tiny.pipeline(resolution=32, **smallest)
+
+
+def shown(cascade, workdir, **changes):
+    """What a run of a cascade from a folder leaves: its scores, its page, and the titles of its gallery."""
+    config = tiny_world.get_config("runs/world_sr/pipeline", report__class_samples=2, **changes)
+    titles = []
+    workdir.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        draw = showcase.gallery
+        patch.setattr(showcase, "gallery", lambda panels: titles.extend(p.title for p in panels) or draw(panels))
+        showcase.show(cascade, Personalized(cascade, subject_of()), None, config, workdir)
+    return json.loads((workdir / "metrics.json").read_text()), (workdir / "report.html").read_text(), titles
+
+
+def test_a_run_says_how_its_subject_is_called_and_drawn(cascade, tmp_path):
+    workdir = tmp_path / "rex the dog"
+    _, page, titles = shown(cascade, workdir)
+    assert titles[0] == 'The photos of "a tar dog"' and titles[1] == '"a tar dog" in 2 contexts: [V] is tar'
+    assert "<h1>&quot;a tar dog&quot;, personalised</h1>" in page
+    told = showcase.usage(subject_of(), workdir, "in the snow")
+    assert told["name"] == "a tar dog" and told["identifier"].startswith("tar, ")
+    module, *given = shlex.split(told["to draw it"])[2:]
+    assert module == sample.__name__
+    assert given == [f"--workdir={workdir}", "--prompt=a [V] dog in the snow", "--out=out/"]
+    for text in told.values():
+        assert escape(text) in page
+
+
+def test_a_subject_without_a_class_in_its_label_is_drawn_by_the_identifier_alone():
+    assert "'--prompt=a [V] in the snow'" not in showcase.usage(subject_of(), Path("r"), "in the snow")["to draw it"]
+    told = showcase.usage(subject_of(label="a tar"), Path("r"), "in the snow")
+    assert told["name"] == "a tar" and "--prompt='a [V] in the snow'" in told["to draw it"]
+
+
+def test_pictures_of_the_rendered_world_are_read_wherever_the_cascade_lies(cascade, tmp_path):
+    scores, _, _ = shown(cascade, tmp_path / "with", evaluation__probe=True)
+    assert {"subject: pattern", "prompt: context", "class, after: leakage"} <= scores.keys()
+    assert shown(cascade, tmp_path / "without")[0] == {}
+    of_world, of_others = (tiny_world.get_config("models/pipeline", evaluation__probe=probe) for probe in (True, False))
+    classifier, nouns = class_knowledge(of_world)
+    assert classifier(np.zeros((1, 32, 32, 3), np.uint8))[0] == list(nouns) == list(CLASSES)
+    assert class_knowledge(of_others) == (None, None)
+
+
+def test_pictures_that_the_probe_cannot_read_are_refused_before_any_is_drawn(cascade):
+    with_probe, without = (tiny_world.get_config("p", evaluation__probe=probe) for probe in (True, False))
+    showcase.check(cascade, with_probe)
+    showcase.check(tiny.pipeline(), without)
+    with pytest.raises(UserError, match="multiple of 32 pixels, not the 8 of base; give --config.evaluation.probe=f"):
+        showcase.check(tiny.pipeline(), with_probe)

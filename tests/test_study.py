@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(folder):
-    return study.quick(tiny_world.get_config(folder / "tiny", tune=("base",)))
+    return study.quick(tiny_world.get_config(folder / "tiny", tune=("base",), evaluation__probe=True))
 
 
 @pytest.fixture(scope="module")

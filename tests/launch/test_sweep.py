@@ -36,6 +36,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(folder):
     changes = {"tune": ("base",), "training__steps_per_dispatch": 2, "training__optimizer__decay_steps": 0}
+    changes |= {"evaluation__probe": True}
     return study.quick(tiny_world.get_config(folder / "tiny", **changes))
 
 
@@ -293,7 +294,7 @@ def command(folder, workdir, *flags):
         ("yield {'training.num_step': 4}", ["--benchmark=world"], "did you mean training.num_steps?"),
         ("yield {'training.num_steps': 4}", [], "Give either --images"),
         ("yield {'training.num_steps': 4}", ["--benchmark=nowhere"], "nowhere is no benchmark"),
-        ("yield {'training.prior.form': 'none'}", ["--benchmark=world", "--num_subjects=1"], "form for base is 'none'"),
+        ("yield {'training.prior.form': 'none'}", ["--benchmark=world", "--num_subjects=1"], "prior.form is 'none'"),
     ],
 )
 def test_sweeps_that_cannot_be_run(folder, tmp_path, text, flags, sentence):
