@@ -91,6 +91,9 @@ def test_a_run_leaves_what_the_readme_says(run, pretrained):
     assert manifest["data"] == {"pretrained": pj.load_pipeline(pretrained).fingerprint, "photos": sources}
     assert (run / "gallery.png").stat().st_size > 1000
     page = (run / "report.html").read_text()
+    identifier = subject["identifier"]
+    named = {"name": f"a {identifier} dog", "identifier": identifier, "in prompts": "a [V] dog"}
+    assert manifest["subject"] == named and f"&quot;{named['name']}&quot;" in page
     assert subject["identifier"] in page and "on the moon" in page and "after, without the prior term" in page
 
 
@@ -146,6 +149,9 @@ def test_a_second_call_says_that_all_is_done_and_changes_nothing(run, pretrained
     before = contents(run)
     finished = personalize(tmp_path, pretrained, photos, run)
     assert finished.status == 0 and "All is done" in finished.output and str(run / "gallery.png") in finished.output
+    name = json.loads((run / "manifest.json").read_text())["subject"]["name"]
+    assert f'The subject is "{name}", by the identifier ' in finished.output
+    assert f"--workdir={run} --prompt='a [V] dog in the snow'" in finished.output
     assert contents(run) == before
 
 
