@@ -124,7 +124,7 @@ def test_a_configuration_without_all_keys(pretrained, photos, tmp_path):
     )
     flag = f"--config={tmp_path / 'short.py'}:{pretrained}"
     sentence = refused(personalize(tmp_path, pretrained, photos, "--class_noun=dog", flag))
-    assert "lacks report.contexts" in sentence and not (tmp_path / "run").exists()
+    assert "lacks training.prior.weight, report.contexts" in sentence and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("parent", ["a file", "/proc"])
