@@ -80,11 +80,7 @@ def load_pretrained(config: ConfigDict) -> Pipeline:
 
 
 def personalize_subject(
-    pipeline: Pipeline,
-    photos: SubjectPhotos,
-    config: ConfigDict,
-    workdir: str | Path,
-    tracking: Tracking = JSONL_ONLY,
+    pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: str | Path, tracking: Tracking = JSONL_ONLY
 ) -> Personalized:
     """Run all phases up to the tuned cascade; those whose results are in `workdir` already are read from it.
 
@@ -165,9 +161,8 @@ def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir
     for name, training in stage_trainings(config).items():
         before = recorded.get(configuration.TRAININGS[name], {}).get("num_steps", training.num_steps)
         check_length(workdir / name, training, before)
-    may_change = ["subject.registry"]
-    may_change += [f"{part}.num_steps" for part in ("training", "super_resolution_training")]
-    may_change += [f"evaluation.{key}" for key in configuration.EVALUATION]
+    may_change = [f"{part}.num_steps" for part in configuration.TRAININGS.values()]
+    may_change += ["subject.registry", *(f"evaluation.{key}" for key in configuration.EVALUATION)]
     manifest.record_config(config, workdir, may_change)
     hosts.wait()  # so that all of them read the same
 
