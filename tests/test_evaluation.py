@@ -22,9 +22,10 @@ class Counting:
     def __init__(self, pipeline):
         self.pipeline, self.drawn = pipeline, []
 
-    def sample(self, prompts, seeds, batch_size):
+    def sample(self, prompts, seeds, batch_size, full_batches):
+        assert full_batches  # or what is missing would be drawn in batches of other sizes, which round otherwise
         self.drawn += zip(prompts, seeds, strict=True)
-        return self.pipeline.sample(prompts, seeds, batch_size)
+        return self.pipeline.sample(prompts, seeds, batch_size, full_batches=True)
 
 
 @pytest.fixture(scope="module")

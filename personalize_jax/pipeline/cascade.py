@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from personalize_jax import hosts, interruption
+from personalize_jax.errors import UserError
 from personalize_jax.models import attention
 from personalize_jax.models.autoencoder_kl import AutoencoderKL
 from personalize_jax.models.params import Params
@@ -45,6 +45,7 @@ class Pipeline:
         codec: between pictures and the latents that a latent diffusion model denoises; None where pictures themselves
             are denoised.
         in_full: what reads the parameters of a network in float32, by name, where `params` has them rounded.
+        digests: of networks in full, by name; filled in by `fingerprint`, and kept by copies that share the networks.
     """
 
     tokenizer: Tokenizer
@@ -54,31 +55,37 @@ class Pipeline:
     spec: Mapping[str, Any]
     codec: AutoencoderKL | None = None
     in_full: Mapping[str, Callable[[], Params]] = dataclasses.field(default_factory=dict)
+    digests: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def is_public(self) -> bool:
         """Whether the networks are public ones, whose configurations name their kind."""
         return "model_type" in self.spec["text_encoder"]
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
-        """A digest of all parameters, and of how the stages are sampled; computed once, as it reads every byte."""
-        digest = hashlib.sha256(json.dumps([stage.sampling._asdict() for stage in self.stages]).encode())
-        for name in sorted(self.params):  # one network at a time is in memory in full
-            for path, value in jax.tree_util.tree_leaves_with_path({name: self.params_in_full(name)}):
-                digest.update(jax.tree_util.keystr(path).encode())
-                digest.update(np.ascontiguousarray(hosts.whole(value)).data)
-        return digest.hexdigest()[:16]
+        """A digest of all parameters, and of how the stages are sampled.
 
-    def save(self, folder: str | Path) -> None:
-        """Write float32 parameters for `load_pipeline`; a public pipeline in diffusers' layout."""
-        from personalize_jax.pipeline.storage import save_pipeline  # which needs this class
-
-        save_pipeline(self, Path(folder), np.float32)
+        The first call reads every byte of every network, in full; copies of the pipeline read what was replaced alone.
+        """
+        for name in sorted(self.params.keys() - self.digests.keys()):  # one network at a time is in memory in full
+            self.digests[name] = _digest(self.params_in_full(name))
+        samplings = [stage.sampling._asdict() for stage in self.stages]
+        digests = {name: self.digests[name] for name in self.params}
+        made_of = json.dumps({"samplings": samplings, "networks": digests}, sort_keys=True)
+        return hashlib.sha256(made_of.encode()).hexdigest()[:16]
 
     def stage(self, name: str) -> Stage:
-        """The stage of that name."""
-        return next(stage for stage in self.stages if stage.name == name)
+        """The stage of that name.
+
+        Raises:
+            UserError: there is none.
+        """
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        names = " and ".join(stage.name for stage in self.stages)
+        raise UserError(f"The pipeline has no stage {name!r}; its stages are {names}.")
 
     def params_in_full(self, name: str) -> Params:
         """The float32 parameters of a network: to train it, or to save it.
@@ -95,7 +102,8 @@ class Pipeline:
     def replace_params(self, **params: Params) -> "Pipeline":
         """The same pipeline with some of its parameters replaced, by name, with others in full."""
         in_full = {name: read for name, read in self.in_full.items() if name not in params}
-        return dataclasses.replace(self, params={**self.params, **params}, in_full=in_full)
+        digests = {name: digest for name, digest in self.digests.items() if name not in params}
+        return dataclasses.replace(self, params={**self.params, **params}, in_full=in_full, digests=digests)
 
     def replace_sampling(self, **samplings: Sampling) -> "Pipeline":
         """The same pipeline with some of its stages drawn in another way, by stage name."""
@@ -109,15 +117,28 @@ class Pipeline:
         return dataclasses.replace(self, stages=stages, spec={**self.spec, "stages": specs})
 
     def up_to(self, name: str) -> "Pipeline":
-        """The cascade that ends with the stage of that name."""
-        end = [stage.name for stage in self.stages].index(name) + 1
+        """The cascade that ends with the stage of that name.
+
+        Raises:
+            UserError: there is none.
+        """
+        end = self.stages.index(self.stage(name)) + 1
         return dataclasses.replace(
             self, stages=self.stages[:end], spec={**self.spec, "stages": self.spec["stages"][:end]}
         )
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """Encode prompts with the text encoder."""
-        return Text(*encode_tokens(self.text_encoder, self.params["text_encoder"], self.tokenizer(prompts)))
+        return self._encode(tuple(prompts))
+
+    @functools.cached_property
+    def _encode(self) -> Callable[[tuple[str, ...]], Text]:
+        """The last few batches are remembered: the empty prompt and that of class images come batch after batch."""
+
+        def encode(prompts: tuple[str, ...]) -> Text:
+            return Text(*encode_tokens(self.text_encoder, self.params["text_encoder"], self.tokenizer(prompts)))
+
+        return functools.lru_cache(maxsize=4)(encode)
 
     def to_latents(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the latents of uint8 pictures [N, H, W, 3], float32 [N, h, w, C] each."""
@@ -131,27 +152,35 @@ class Pipeline:
         batch_size: int = 16,
         samplings: dict[str, Sampling] | None = None,
         progress: Callable[[int], object] = lambda pictures: None,
+        full_batches: bool = False,
     ) -> list[np.ndarray]:
         """Draw one picture for each prompt.
 
-        A picture is a function of its prompt and seed: neighbours, order and number of the others do not change it.
+        A picture is a function of its prompt and seed: neighbours, order and number of the others do not change it,
+        and not a bit of it where batches are of one size. Each size is a program of its own, which may round otherwise,
+        so that pixels differ by a level here and there.
 
         Args:
             prompts: one a picture.
             seeds: one a picture.
-            batch_size: pictures drawn at once, split over the devices; the last batch is filled up and cut.
+            batch_size: largest number of pictures drawn at once, split over the devices. Fewer pictures than that are
+                drawn as the next power of two; the last batch of several is filled up, and cut.
             samplings: overrides of the stages' own sampling, by stage name.
             progress: called with the number of pictures that a stage has just finished.
+            full_batches: fill up every batch to `batch_size`, however few pictures are asked for. What draws the
+                pictures that are missing needs this to draw the same, bit for bit, whatever is missing.
 
         Returns:
             One uint8 array [N, H, W, 3] for each stage, low resolution first.
+
+        Raises:
+            UserError: a picture is not finite.
+            Stopped: on request, before a batch.
         """
         pictures: list[np.ndarray] = []
         for stage in self.stages:
-            low = pictures[-1] if pictures else None
-            pictures.append(
-                self.sample_stage(stage, prompts, seeds, low, batch_size, (samplings or {}).get(stage.name), progress)
-            )
+            low, sampling = pictures[-1] if pictures else None, (samplings or {}).get(stage.name)
+            pictures.append(self.sample_stage(stage, prompts, seeds, low, batch_size, sampling, progress, full_batches))
         return pictures
 
     def sample_stage(
@@ -163,6 +192,7 @@ class Pipeline:
         batch_size: int = 16,
         sampling: Sampling | None = None,
         progress: Callable[[int], object] = lambda pictures: None,
+        full_batches: bool = False,
     ) -> np.ndarray:
         """Draw from one stage; uint8 [N, H, W, 3].
 
@@ -171,33 +201,36 @@ class Pipeline:
             prompts: one a picture.
             seeds: one a picture.
             low_res: uint8 pictures of the stage before, for a super-resolution stage.
-            batch_size: pictures drawn at once.
+            batch_size: largest number of pictures drawn at once, see `sample`.
             sampling: in place of the stage's own.
             progress: called with the number of pictures just finished.
+            full_batches: fill up every batch to `batch_size`, see `sample`.
 
         Raises:
+            UserError: a picture is not finite.
             Stopped: on request, before a batch.
         """
         if len(prompts) != len(seeds):
             raise ValueError(
                 f"{len(prompts)} prompts and {len(seeds)} seeds were given; give one seed for each prompt."
             )
-        batch_size += -batch_size % jax.device_count()
-        null, params = self.encode([""] * batch_size), _on_every_device(self.params[stage.name])
+        size = batch_size if full_batches else min(batch_size, 1 << (len(prompts) - 1).bit_length())
+        size += -size % jax.device_count()
+        null, params = self.encode([""] * size), _on_every_device(self.params[stage.name])
         drawn = []
-        for start in range(0, len(prompts), batch_size):
+        for start in range(0, len(prompts), size):
             interruption.check()
-            # Batches of constant size keep one compiled program each, and with it the same rounding for every picture.
-            rows = [min(start + i, len(prompts) - 1) for i in range(batch_size)]
+            rows = [min(start + i, len(prompts) - 1) for i in range(size)]
             keys = jnp.stack([_picture_key(seeds[row], self.stages.index(stage)) for row in rows])
             text = self.encode([prompts[row] for row in rows])
             inputs = _split_over_devices((keys, text, null, None if low_res is None else low_res[rows]))
             batch = draw_pictures(stage, sampling or stage.sampling, _devices(), params, *inputs)
             if self.codec is not None:
                 batch = decode_latents(self.codec, self.params["codec"], batch)
-            kept = min(batch_size, len(prompts) - start)
-            drawn.append(hosts.whole(to_uint8(batch))[:kept])
-            progress(kept)
+            kept = slice(start, start + size)
+            _check_finite(hosts.whole(finite(batch)), stage.name, prompts[kept], seeds[kept])
+            drawn.append(hosts.whole(to_uint8(batch))[: len(prompts[kept])])
+            progress(len(drawn[-1]))
         return np.concatenate(drawn)
 
 
@@ -218,8 +251,13 @@ def draw_pictures(
     null_text: Text,
     low_res: Array | None,
 ) -> Array:
-    """`Stage.draw`, from uint8 low-resolution pictures, compiled, over a mesh whose devices split the batch."""
+    """`Stage.draw`, from uint8 low-resolution pictures, compiled, over a mesh whose devices split the batch.
+
+    Each device draws pictures of its own, and needs all parameters for them: those that lie in parts are gathered once
+    a batch. Left to itself, XLA gathers them again in every step.
+    """
     low = None if low_res is None else to_float(low_res)
+    params = jax.lax.with_sharding_constraint(params, NamedSharding(mesh, P()))
     with attention.over(mesh):
         return stage.draw(params, keys_B, text, null_text, sampling, low)
 
@@ -246,6 +284,31 @@ def to_float(u: Array) -> Array:
 def to_uint8(x: Array) -> Array:
     """Pictures in [-1, 1] as uint8, rounded."""
     return jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+
+
+@jax.jit
+def finite(x_BHWC: Array) -> Array:
+    """Whether all of a picture is finite, [B]."""
+    return jnp.isfinite(x_BHWC).all((1, 2, 3))
+
+
+def _check_finite(finite_B: np.ndarray, stage: str, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    for prompt, seed, is_finite in zip(prompts, seeds, finite_B, strict=False):  # of a batch that was filled up
+        if not is_finite:
+            raise UserError(
+                f"The stage {stage} gives no finite picture of {prompt!r} (seed {seed}). Its weights may hold values "
+                "that are not finite: load them again from their source. Or what is computed overflows: give "
+                "--config.compute.dtype=bfloat16 or float32."
+            )
+
+
+def _digest(params: Params) -> str:
+    """Of the names and values of a network's parameters."""
+    digest = hashlib.sha256()
+    for path, value in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(hosts.whole(value)).data)
+    return digest.hexdigest()
 
 
 def _split_over_devices(batch: Any) -> Any:

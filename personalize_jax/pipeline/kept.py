@@ -32,6 +32,7 @@ def draw_kept(
     wanted = [{"prompt": t, "seed": str(s), "weights": weights} for t, s in zip(texts, seeds, strict=True)]
 
     def sample(rows: list[int]) -> np.ndarray:
-        return pipeline.sample([texts[i] for i in rows], [seeds[i] for i in rows], batch_size)[-1]
+        some = [texts[i] for i in rows], [seeds[i] for i in rows]
+        return pipeline.sample(*some, batch_size, full_batches=True)[-1]  # of one size, whatever is missing
 
     return draw_missing(sample, files, wanted, batch_size, progress)

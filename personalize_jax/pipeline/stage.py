@@ -171,7 +171,8 @@ class Stage:
             low_BHWC: low-resolution pictures in [-1, 1], for super-resolution.
 
         Returns:
-            float32 [B, H, W, C]; pictures lie in [-1, 1] if predictions are thresholded.
+            float32 [B, H, W, C]; pictures lie in [-1, 1] if predictions are thresholded. NaN where the network's
+            predictions were not finite.
         """
         low_res = None
         if low_BHWC is not None:
@@ -224,6 +225,8 @@ class Stage:
             x0_hat, _ = to_x0_eps(self.prediction, prediction, z_t, self.schedule.alpha(t), self.schedule.sigma(t))
             if sampling.threshold_max is not None:
                 x0_hat = dynamic_threshold(x0_hat, sampling.threshold_percentile, sampling.threshold_max)
+            # Thresholds would make pictures of infinite predictions, which are to be noticed.
+            x0_hat = jnp.where(jnp.isfinite(prediction), x0_hat, jnp.nan)
             return (x0_hat, v[:batch]) if learned else x0_hat
 
         return denoise

@@ -1,12 +1,16 @@
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from personalize_jax.errors import UserError
+from personalize_jax.pipeline import cascade
 from tests import tiny
 
 PROMPTS = ["a dog", "a red teapot on the beach", "a clock in the snow", "a boot", "a dog"]
@@ -62,6 +66,102 @@ def test_eight_devices_draw_the_same_pictures(together, tmp_path):
     assert np.abs(drawn.astype(int) - together[-1]).max() <= 1
 
 
+class Recording:
+    """In place of `draw_pictures`: notes what it is given, and draws the pictures that it is told to."""
+
+    def __init__(self, draws=lambda stage, keys, low: jnp.zeros((len(keys), *stage.shape))):
+        self.draws, self.sizes, self.keys, self.low, self.samplings = draws, [], [], [], []
+
+    def __call__(self, stage, sampling, mesh, params, keys_B, text, null_text, low_res):
+        assert len(keys_B) == len(text.embeddings) == len(null_text.embeddings)
+        self.sizes.append(len(keys_B))
+        self.keys.append(jax.random.key_data(keys_B).tolist())
+        self.low.append(low_res)
+        self.samplings.append(sampling)
+        return self.draws(stage, keys_B, low_res)
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    recording = Recording()
+    monkeypatch.setattr(cascade, "draw_pictures", recording)
+    return recording
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "full", "devices", "sizes"),
+    [
+        (1, 16, False, 1, [1]),
+        (2, 16, False, 1, [2]),
+        (3, 16, False, 1, [4]),
+        (9, 12, False, 1, [12]),
+        (17, 16, False, 1, [16, 16]),
+        (3, 2, False, 1, [2, 2]),
+        (1, 16, False, 8, [8]),
+        (9, 12, False, 8, [16]),
+        (1, 4, True, 1, [4]),
+        (5, 4, True, 1, [4, 4]),
+        (1, 4, True, 8, [8]),
+    ],
+)
+def test_few_pictures_take_small_batches_but_where_full_ones_are_asked_for(
+    pipeline, recording, monkeypatch, count, batch_size, full, devices, sizes
+):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    low, enlarged = pipeline.sample(["a dog"] * count, range(count), batch_size, full_batches=full)
+    assert recording.sizes == sizes * 2 and len(low) == len(enlarged) == count
+
+
+def test_prompts_that_come_again_are_not_encoded_again(pipeline, recording, monkeypatch):
+    encoded, pipeline = [], pipeline.replace_params()
+
+    def encode(encoder, params, tokens):
+        encoded.append(len(tokens))
+        return jnp.zeros((len(tokens), 1, 1)), jnp.ones((len(tokens), 1), bool)
+
+    monkeypatch.setattr(cascade, "encode_tokens", encode)
+    pipeline.sample(["a dog"] * 6, range(6), batch_size=2)
+    assert encoded == [2, 2]  # the empty prompt, and "a dog"
+
+
+def test_every_stage_and_seed_has_a_key_of_its_own(pipeline, recording):
+    pipeline.sample(PROMPTS, SEEDS, batch_size=8)
+    base, enlarged = ([tuple(key) for key in keys] for keys in recording.keys)
+    assert not set(base) & set(enlarged)
+    assert base[1] == base[3] and len(set(base[:5])) == len(set(SEEDS))
+
+
+def test_pictures_are_enlarged_each_with_its_own_seed_and_sampling(pipeline, monkeypatch):
+    levels = jnp.linspace(-1, 1, 6)
+
+    def draws(stage, keys, low):
+        value = jax.vmap(lambda key: jax.random.uniform(key))(keys) if low is None else jnp.mean(low, (1, 2, 3)) / 255
+        return jnp.broadcast_to(value[:, None, None, None], (len(keys), *stage.shape))
+
+    monkeypatch.setattr(cascade, "draw_pictures", recording := Recording(draws))
+    other = pipeline.stages[1].sampling._replace(num_steps=7)
+    low, enlarged = pipeline.sample(["a dog"] * len(levels), range(len(levels)), 4, {"super_resolution": other})
+    assert len({picture[0, 0, 0] for picture in low}) > 3
+    np.testing.assert_array_equal(enlarged[:, 0, 0, 0], cascade.to_uint8(low[:, 0, 0, 0] / 255))
+    np.testing.assert_array_equal(np.concatenate(recording.low[2:])[:6], low)
+    assert recording.samplings == [pipeline.stages[0].sampling] * 2 + [other] * 2
+
+
+def test_pictures_that_are_not_finite_are_told_with_stage_prompt_and_seed(pipeline, monkeypatch):
+    ruined = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), pipeline.params["base"])
+    sentence = "The stage base gives no finite picture of 'a dog' .seed 7.. Its weights .* float32"
+    with pytest.raises(UserError, match=sentence):
+        pipeline.replace_params(base=ruined).sample(["a dog"], [7], batch_size=2, full_batches=True)
+
+    def draws(stage, keys, low):
+        return jnp.zeros((len(keys), *stage.shape)).at[1, 2, 3, 0].set(jnp.inf)
+
+    monkeypatch.setattr(cascade, "draw_pictures", Recording(draws))
+    with pytest.raises(UserError, match="'a cat' .seed 4."):
+        pipeline.sample(["a dog", "a cat"], [7, 4])
+    assert len(pipeline.sample(["a dog"], [7], batch_size=2, full_batches=True)[-1]) == 1  # what is cut does not matter
+
+
 def test_progress_counts_pictures_not_filled_rows(pipeline):
     done = []
     pipeline.sample_stage(pipeline.stages[0], PROMPTS, SEEDS, batch_size=2, progress=done.append)
@@ -77,6 +177,62 @@ def test_parts_are_replaced_in_a_copy(pipeline):
     assert pipeline.replace_params(base={}).params["base"] == {} != pipeline.params["base"]
     short = pipeline.up_to("base")
     assert [stage.name for stage in short.stages] == [spec["name"] for spec in short.spec["stages"]] == ["base"]
+
+
+def test_stages_that_there_are_not_are_told_by_those_that_there_are(pipeline):
+    for find in (pipeline.stage, pipeline.up_to):
+        with pytest.raises(UserError, match="no stage 'refiner'; its stages are base and super_resolution"):
+            find("refiner")
+
+
+def test_networks_are_read_once_for_the_fingerprints_of_all_that_share_them(pipeline):
+    read = []
+
+    def reading(name):
+        return lambda: read.append(name) or pipeline.params[name]
+
+    rounded = dataclasses.replace(pipeline, in_full={name: reading(name) for name in pipeline.params}, digests={})
+    assert rounded.fingerprint == pipeline.fingerprint
+    other = jax.tree.map(lambda leaf: leaf * 1.5, pipeline.params["base"])
+    tuned = rounded.replace_params(base=other)
+    assert tuned.fingerprint == tiny.pipeline().replace_params(base=other).fingerprint != pipeline.fingerprint
+    assert tuned.up_to("base").fingerprint != tuned.fingerprint == rounded.replace_params(base=other).fingerprint
+    assert sorted(read) == sorted(pipeline.params)
+
+
+class Codec:
+    """Latents are twice the pictures, and scaled by a quarter to be denoised."""
+
+    scaling_factor = 0.25
+
+    def apply(self, variables, x, method):
+        return (2 * x, 0 * x + 0.8) if method == "encode" else x / 2
+
+
+def test_latents_are_scaled_to_be_denoised_and_back_to_be_decoded(pipeline, monkeypatch):
+    x = jax.random.uniform(jax.random.key(0), (2, 8, 8, 3), minval=-1)
+    mean, std = cascade.encode_pictures(Codec(), {}, x)
+    np.testing.assert_allclose(mean, x / 2, rtol=1e-6)
+    np.testing.assert_allclose(std, 0.2, rtol=1e-6)
+    np.testing.assert_allclose(cascade.decode_latents(Codec(), {}, mean), x, rtol=1e-6)
+
+    latent = dataclasses.replace(pipeline.replace_params(codec={}), codec=Codec()).up_to("base")
+    pictures = np.asarray(cascade.to_uint8(x))
+    mean, std = latent.to_latents(pictures)
+    np.testing.assert_allclose(mean, cascade.to_float(pictures) / 2, rtol=1e-6)
+    assert mean.shape == std.shape == x.shape
+    monkeypatch.setattr(cascade, "draw_pictures", Recording(lambda stage, keys, low: jnp.asarray(mean)))
+    np.testing.assert_array_equal(latent.sample(["a dog"] * 2, range(2))[0], pictures)
+
+
+def test_levels_of_a_byte_are_rounded_to_and_come_back():
+    u = np.arange(256, dtype=np.uint8)
+    x = cascade.to_float(u)
+    assert x[0] == -1 and x[255] == 1
+    np.testing.assert_array_equal(cascade.to_uint8(x), u)
+    np.testing.assert_array_equal(cascade.to_uint8(x[:-1] + 0.6 / 127.5), u[1:])
+    np.testing.assert_array_equal(cascade.to_uint8(x[:-1] + 0.4 / 127.5), u[:-1])
+    np.testing.assert_array_equal(cascade.to_uint8(jnp.array([-3.0, 3.0])), [0, 255])
 
 
 def test_each_prompt_needs_a_seed(pipeline):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from personalize_jax.diffusion import samplers, schedule
 from personalize_jax.diffusion.augmentation import upsample
 from personalize_jax.pipeline import Sampling, Stage
 from tests import tiny
@@ -57,9 +58,8 @@ def test_without_guidance_the_empty_prompt_is_not_looked_at():
 
 
 @pytest.mark.parametrize("prediction", ["x0", "eps", "v"])
-@pytest.mark.parametrize("sampler", ["ancestral", "ddim", "dpm_solver_pp"])
-def test_every_sampler_ends_at_what_the_network_knows(sampler, prediction):
-    """A network that knows the clean picture to be 0.3, in the space of its prediction."""
+def test_what_the_network_knows_is_drawn_in_the_space_of_any_prediction(prediction):
+    """A network that knows the clean picture to be 0.3."""
     base = Stage.from_spec(tiny.BASE)
 
     def answer(z, t, *_):
@@ -68,8 +68,57 @@ def test_every_sampler_ends_at_what_the_network_knows(sampler, prediction):
         return {"x0": jnp.full_like(z, 0.3), "eps": eps, "v": alpha * eps - sigma * 0.3}[prediction]
 
     known = dataclasses.replace(base, network=Network(answer), prediction=prediction)
-    pictures = draw(known, SAMPLING._replace(sampler=sampler, num_steps=3))
-    np.testing.assert_allclose(pictures, 0.3, atol=2e-3)
+    np.testing.assert_allclose(draw(known, SAMPLING._replace(num_steps=3)), 0.3, atol=2e-3)
+
+
+WAYS = {
+    "ddim": samplers.ddim,
+    "dpm_solver_pp": samplers.dpm_solver_pp,
+    "ancestral, small": lambda schedule: samplers.ancestral(schedule, "small"),
+    "ancestral, large": lambda schedule: samplers.ancestral(schedule, "large"),
+}
+
+
+def test_each_name_draws_by_its_own_sampler():
+    """The last step gives away nothing but x0_hat, so the network must answer otherwise at every step."""
+    curved = stage(lambda z, *_: jnp.tanh(z))
+    keys = jax.random.split(jax.random.key(1), B)
+    times = samplers.timesteps(3, curved.spacing, curved.schedule.num_timesteps)
+    drawn = {}
+    for name, way in WAYS.items():
+        sampler, _, variance = name.partition(", ")
+        sampling = SAMPLING._replace(sampler=sampler, variance=variance or "small", num_steps=3)
+        drawn[name] = np.asarray(draw(curved, sampling))
+        expected = samplers.sample(lambda z, t: jnp.tanh(z), way(curved.schedule), times, keys, curved.shape)
+        np.testing.assert_allclose(drawn[name], expected, atol=1e-5, err_msg=name)
+    for name, pictures in drawn.items():
+        for other in drawn.keys() - {name}:
+            assert np.abs(pictures - drawn[other]).max() > 1e-3, f"{name} is {other}"
+
+
+def test_learned_variances_are_those_of_the_prompt():
+    """Not of the empty prompt, and not guided as the prediction is."""
+
+    def answer(z, t, text, mask):
+        mean = fill(text.mean((1, 2)), z)
+        return jnp.concatenate([mean, 10 * mean], -1)
+
+    learned = dataclasses.replace(stage(answer), learned_variance=True)
+    sampling = SAMPLING._replace(sampler="ancestral", variance="learned_range", guidance_scale=3.0)
+    x0_hat, v = learned.denoiser({}, text(0.2), text(0.1), sampling)(jnp.zeros((B, *learned.shape)), jnp.array(0.5))
+    np.testing.assert_allclose(x0_hat, 0.4, rtol=1e-5)
+    np.testing.assert_allclose(v, 2.0, rtol=1e-5)
+
+
+def test_predictions_that_are_not_finite_make_no_pictures():
+    """One picture of three, whose thresholds would hide it."""
+
+    def answer(z, *_):
+        return jnp.tanh(z).at[1, 0, 0, 0].set(jnp.inf).at[4:5, 0, 0, 0].set(jnp.inf)  # of both halves
+
+    for maximum in (1.0, 1.5, None):
+        pictures = draw(stage(answer), SAMPLING._replace(threshold_max=maximum, guidance_scale=2.0))
+        assert [bool(jnp.isfinite(picture).all()) for picture in pictures] == [True, False, True]
 
 
 def test_pictures_stay_within_their_range():
@@ -97,6 +146,39 @@ def test_guided_super_resolution_gives_both_branches_the_same_condition():
     shows_condition = stage(lambda z, t, text, mask, low, level: low, tiny.SUPER_RESOLUTION)
     guided = draw(shows_condition, sampling._replace(guidance_scale=4.0), low)
     np.testing.assert_allclose(guided, draw(shows_condition, sampling, low), atol=1e-6)
+
+
+def test_super_resolution_starts_from_other_noise_than_its_condition_has():
+    """Drawn in one step without a threshold, pictures are what the network answers: its input, or its condition."""
+    low = jax.random.uniform(jax.random.key(3), (B, 8, 8, 3), minval=-0.4, maxval=0.4)
+    sampling = SAMPLING._replace(num_steps=1, threshold_max=None, augmentation_level=0.5)
+    x_T = draw(stage(lambda z, t, text, mask, low, level: z, tiny.SUPER_RESOLUTION), sampling, low)
+    condition = draw(stage(lambda z, t, text, mask, low, level: low, tiny.SUPER_RESOLUTION), sampling, low)
+    noise = (condition - np.sqrt(0.5) * upsample(low, 16)) / np.sqrt(0.5)
+    pictures = np.concatenate([x_T.reshape(B, -1), noise.reshape(B, -1)])  # each its own, and no two alike
+    np.testing.assert_allclose(np.corrcoef(pictures), np.eye(2 * B), atol=0.15)
+    np.testing.assert_allclose(pictures.std(1), 1, atol=0.1)
+
+
+@pytest.mark.parametrize("corners", [False, True])
+def test_low_resolution_pictures_are_enlarged_as_the_stage_says(corners):
+    enlarging = dataclasses.replace(Stage.from_spec(tiny.SUPER_RESOLUTION), corners=corners)
+    low = jax.random.uniform(jax.random.key(3), (B, 8, 8, 3), minval=-1)
+    found, _ = enlarging.condition(low, jnp.zeros(B), jnp.zeros((B, 16, 16, 3)))
+    np.testing.assert_allclose(found, upsample(low, 16, corners), atol=1e-5)
+    assert np.abs(found - upsample(low, 16, not corners)).max() > 0.1
+
+
+def test_each_schedule_is_the_one_of_its_name():
+    spec = {**tiny.SUPER_RESOLUTION, "schedule": {"kind": "cosine", "shift": 1.0}, "augmentation": {"kind": "linear"}}
+    made = Stage.from_spec(spec)
+    t = jnp.array([0.2, 0.5])
+    for found, expected in ((made.schedule, schedule.cosine(1.0)), (made.augmentation, schedule.linear())):
+        np.testing.assert_allclose(found.alpha(t), expected.alpha(t), rtol=1e-6)
+    _, level = made.condition(jnp.zeros((2, 8, 8, 3)), t, jnp.ones((2, 16, 16, 3)))
+    noised, _ = made.condition(jnp.zeros((2, 8, 8, 3)), t, jnp.ones((2, 16, 16, 3)))
+    np.testing.assert_array_equal(level, t)
+    np.testing.assert_allclose(noised[:, 0, 0, 0], schedule.linear().sigma(t), rtol=1e-5)
 
 
 def test_stages_are_compared_by_value_and_built_from_lists_as_from_tuples():
