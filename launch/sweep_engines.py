@@ -29,9 +29,13 @@ from personalize_jax.metrics.table import Row
 from personalize_jax.personalization import load_pretrained
 from personalize_jax.pipeline import Pipeline
 from personalize_jax.scoring import Judges, load_judges, read_rows
+from personalize_jax.training.program import mesh_of
 from personalize_jax.training.tracking import NO_DESTINATIONS, Destinations
 
 logger = logging.getLogger(__name__)
+
+
+_ONE_PICTURE = {"batch_size": 1, "microbatches": 1}
 
 
 class Job(NamedTuple):
@@ -237,8 +241,11 @@ def _rows_file(folder: Path) -> Path:
 
 def _asked(config: ConfigDict) -> str:
     """Which models a configuration names, and where their parameters go."""
-    training = {key: config.training[key] for key in ("mesh", "sharding")}
-    named = {"pretrained": config.pretrained, "training": training, "compute": config.get("compute", {})}
+    lying = {}
+    for name, training in configuration.stage_trainings(config).items():
+        sizes = tuple(mesh_of(training).shape.values())  # which depend on the batch's, that sweeps may vary
+        lying[configuration.TRAININGS[name]] = {"mesh": sizes, "sharding": training.sharding, **_ONE_PICTURE}
+    named = {"pretrained": config.pretrained, **lying} | ({"compute": config.compute} if "compute" in config else {})
     return ConfigDict({**named, "evaluation": config.evaluation}).to_json(sort_keys=True)
 
 

@@ -16,9 +16,8 @@ from tqdm import tqdm
 
 from personalize_jax import command, hosts
 from personalize_jax.errors import UserError
-from personalize_jax.personalized import load_personalized
+from personalize_jax.personalized import load_personalized, load_placed
 from personalize_jax.pictures import file_name
-from personalize_jax.pipeline import load_pipeline
 from personalize_jax.pipeline.kept import draw_kept
 from personalize_jax.subject.identifier import PLACEHOLDER, substitute, warn_without_placeholder
 
@@ -46,7 +45,7 @@ def main(_: list[str]) -> None:
         pipeline, identifier = personalized.pipeline, personalized.subject.identifier.text
         warn_without_placeholder(prompts)
     else:
-        pipeline, identifier = load_pipeline(arguments.pipeline), ""
+        pipeline, identifier = load_placed(arguments.pipeline), ""
         if any(PLACEHOLDER in prompt for prompt in prompts):
             raise UserError(f"A pretrained pipeline knows no {PLACEHOLDER}; leave it out or give --workdir.")
     out = Path(arguments.out)

@@ -60,7 +60,10 @@ def prepare(
     state = checkpoints.restore(program.state)
     if state is None:
         state = program.make_state(program.place(program.start(in_full or pretrained.__getitem__)))
-    frozen = program.place(program.frozen_params)
+    frozen = dict(program.frozen_params)
+    if all(of_half.text is not None for of_half in examples.values()):
+        frozen.pop("text_encoder", None)  # nobody looks at it, and placing it may mean to hold it twice
+    frozen = program.place(frozen)
     return Training(program.advance, state, frozen, hosts.put(examples, program.everywhere))
 
 

@@ -1,11 +1,16 @@
+import json
 import re
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 from configs import deepfloyd_if, stable_diffusion, world
+from launch.sweep_engines import _asked
 from launch.sweep_points import MAX_NAME, name_of, prolonged, read_points, values, varied
+from personalize_jax.configuration import changed
 from personalize_jax.errors import UserError
+from personalize_jax.training.program import mesh_of
 
 ROOT = Path(__file__).parent.parent.parent
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.py"))
@@ -129,3 +134,20 @@ def test_files_that_are_no_sweeps(tmp_path, name):
     (tmp_path / "sweep.txt").write_text("def sweep(config):\n    yield {}\n")
     with pytest.raises(UserError, match="There is no sweep at|is no Python file"):
         read_points(tmp_path / name, world.get_config())
+
+
+def test_models_are_read_anew_only_for_points_whose_parameters_lie_elsewhere(tmp_path):
+    """And for those that name others, or compute otherwise."""
+    config = deepfloyd_if.get_config("XL")
+
+    def asked(**changes):
+        return _asked(changed(config, **changes))
+
+    named = ConfigDict(json.loads(asked()))
+    for part in ("training", "super_resolution_training"):
+        if part in config:
+            assert mesh_of(named[part]).shape == mesh_of(config[part]).shape
+    assert asked(training__batch_size=16, training__optimizer__learning_rate=1e-3) == asked()
+    for other in ({"training__mesh": (1, 1, -1), "training__sharding": ()}, {"pretrained": ("x", "y")}):
+        assert asked(**other) != asked()
+    assert asked(compute__dtype="float32") != asked()

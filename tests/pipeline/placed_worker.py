@@ -1,0 +1,107 @@
+"""What lies where once a tuned public model is read on eight devices, in a process of its own."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from configs import deepfloyd_if
+from personalize_jax.models.params import flatten
+from personalize_jax.personalized import load_personalized, load_placed
+from personalize_jax.pipeline.cascade import draw_pictures
+from personalize_jax.planning.hlo import collectives
+from personalize_jax.training import loop
+from personalize_jax.training.checkpoint import Checkpoints
+from personalize_jax.training.examples import make_examples
+
+PROMPTS, SEEDS = ["a qz dog", "a dog in the snow", "a teapot"], [3, 1, 4]
+LARGE = 500  # elements of a kernel that is to lie in parts
+
+
+def shares(params):
+    """For each network the shares of its large kernels that a device holds."""
+    held = {
+        name: {
+            leaf.addressable_shards[0].data.size / leaf.size
+            for path, leaf in flatten(tree).items()
+            if large(path, leaf)
+        }
+        for name, tree in params.items()
+    }
+    return {name: sorted(of_network) for name, of_network in held.items()}
+
+
+def large(path, leaf):
+    return path.endswith("kernel") and leaf.size >= LARGE
+
+
+def few_steps(pipeline):
+    return pipeline.replace_sampling(base=pipeline.stages[0].sampling._replace(num_steps=2))
+
+
+def gathered_in_loop(pipeline):
+    """Kinds of exchanges in the loop over steps of the program that draws a batch, and bytes gathered before it."""
+    stage, programs = pipeline.stages[0], []
+
+    def compiled(stage, sampling, mesh, params, *inputs):
+        programs.append(draw_pictures.lower(stage, sampling, mesh, params, *inputs).compile().as_text())
+        return draw_pictures(stage, sampling, mesh, params, *inputs)
+
+    sys.modules["personalize_jax.pipeline.cascade"].draw_pictures = compiled
+    pictures = pipeline.sample_stage(stage, PROMPTS, SEEDS)
+    found = collectives(programs[0])
+    return pictures, {
+        "in_loop": sorted({exchange.kind for exchange in found if exchange.in_loop}),
+        "gathered": sum(e.bytes for e in found if e.kind == "all-gather" and not e.in_loop),
+        "in_parts": sum(leaf.nbytes for leaf in jax.tree.leaves(pipeline.params[stage.name]) if leaf.ndim > 1),
+    }
+
+
+def held_twice(folder, directory):
+    """Frozen parameters of both stages of IF that their trainings, on other meshes, hold beside the pipeline's own."""
+    config = deepfloyd_if.get_config("M").unlock()
+    config.pretrained = (str(folder / "first"), str(folder / "second"))
+    config.training.batch_size, config.super_resolution_training.batch_size = 8, 4
+    config.training.prior.form = config.super_resolution_training.prior.form = "frozen_prediction"
+    pipeline, copied, meshes = load_placed(config.pretrained, config), [], []
+    for stage, training in zip(pipeline.stages, (config.training, config.super_resolution_training), strict=True):
+        start = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
+        tokens, empty = pipeline.tokenizer(["a dog"] * 2)[:, None], pipeline.tokenizer([""])[0]
+        low = None if stage.low_resolution is None else np.zeros((2, *[stage.low_resolution] * 2, 3), np.uint8)
+        examples = make_examples(np.zeros((2, *stage.shape), np.uint8), tokens, empty, low)
+        examples = examples._replace(text=pipeline.encode(["", "a dog"]))
+        checkpoints = Checkpoints(directory / stage.name)
+        made = loop.prepare(
+            stage, pipeline.text_encoder, start, {"instance": examples}, training, 0, checkpoints, None,
+            lambda name, stage=stage: pipeline.network_in_full(stage.name, name),
+        )  # fmt: skip
+        lying = flatten(start)
+        for path, leaf in flatten(made.frozen_params).items():
+            if (
+                leaf.addressable_data(0).unsafe_buffer_pointer()
+                != lying[path].addressable_data(0).unsafe_buffer_pointer()
+            ):
+                copied.append(f"{stage.name}/{path}")
+        meshes.append(list(jax.tree.leaves(made.state.params)[-1].sharding.mesh.shape.values()))
+    return {"copied": copied, "meshes": meshes}
+
+
+def main(run, folder, directory):
+    assert jax.device_count() == 8
+    tuned = few_steps(load_personalized(run).pipeline)
+    pictures, exchanged = gathered_in_loop(tuned)
+    np.save(directory / "pictures.npy", pictures)
+    bare = load_placed(folder / "sd")
+    found = {
+        "tuned": {"shares": shares(tuned.params), "dtype": str(np.dtype(tuned.stages[0].network.dtype))},
+        "bare": {"shares": shares(bare.params), "dtype": str(np.dtype(bare.stages[0].network.dtype))},
+        "exchanged": exchanged,
+        "frozen": held_twice(folder, directory),
+    }
+    (directory / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
