@@ -1,13 +1,16 @@
+import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from personalize_jax.diffusion.schedule import cosine, linear
 from personalize_jax.errors import UserError
 from personalize_jax.files import write_text
-from personalize_jax.pipeline import load_pipeline, save_pipeline
+from personalize_jax.pipeline import Sampling, Stage, load_pipeline, save_pipeline
 from personalize_jax.pipeline.storage import load_params, save_params
 from tests import tiny
 
@@ -31,6 +34,35 @@ def test_a_pipeline_comes_back_as_it_was(saved):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, pipeline.params)
     np.testing.assert_array_equal(loaded.tokenizer.counts, pipeline.tokenizer.counts)
     np.testing.assert_array_equal(loaded.tokenizer(tiny.CAPTIONS), pipeline.tokenizer(tiny.CAPTIONS))
+
+
+def test_a_tokenizer_with_more_tokens_than_rows_is_refused(saved, tmp_path):
+    _, folder = saved
+    shutil.copytree(folder, tmp_path / "pipeline")
+    file = tmp_path / "pipeline" / "pipeline.json"
+    spec = json.loads(file.read_text())
+    spec["text_encoder"]["vocab_size"] -= 1
+    file.write_text(json.dumps(spec))
+    with pytest.raises(UserError, match=r"the token .* with id \d+, and the text encoder's table has \d+ rows; give"):
+        load_pipeline(tmp_path / "pipeline")
+
+
+def test_stages_come_back_with_all_that_tells_them_from_the_usual(saved, tmp_path):
+    """Every kind of value differs between the stages, and from its default."""
+    pipeline, _ = saved
+    sampling = {"sampler": "ancestral", "num_steps": 7, "guidance_scale": 3.0, "augmentation_level": 0.2}
+    sampling |= {"threshold_percentile": 0.9, "threshold_max": 2.5, "variance": "large"}
+    schedules = {"schedule": {"kind": "linear"}, "augmentation": {"kind": "cosine", "shift": 0.5}}
+    specs = [pipeline.spec["stages"][0], {**tiny.SUPER_RESOLUTION, **schedules, "sampling": sampling}]
+    stages = tuple(Stage.from_spec(spec) for spec in specs)
+    spec = {**pipeline.spec, "stages": specs}
+    save_pipeline(dataclasses.replace(pipeline, stages=stages, spec=spec), tmp_path, jnp.float32)
+    _, loaded = load_pipeline(tmp_path).stages
+    assert loaded.sampling == Sampling(**sampling)
+    t = np.linspace(0.1, 0.9, 5)
+    np.testing.assert_allclose(loaded.schedule.logsnr(t), linear().logsnr(t))
+    np.testing.assert_allclose(loaded.augmentation.logsnr(t), cosine(shift=0.5).logsnr(t))
+    assert not np.allclose(loaded.schedule.logsnr(t), loaded.augmentation.logsnr(t))
 
 
 def test_saved_again_it_gives_the_same_files(saved, tmp_path):
