@@ -76,13 +76,9 @@ def test_the_side_may_be_said_twice():
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"unet": {"attention_head_dim": 7}},
-        {"unet": {"addition_embed_type": "text", "addition_embed_type_num_heads": 7}},
-    ],
+    "unet", [{"attention_head_dim": 7}, {"addition_embed_type": "text", "addition_embed_type_num_heads": 7}]
 )
-def test_sizes_that_do_not_fit_each_other_are_answered_in_a_sentence(changes):
+def test_sizes_that_do_not_fit_each_other_are_answered_in_a_sentence(unet):
     with pytest.raises(UserError, match="sizes do not fit each other.*give a model"):
         built(STABLE_DIFFUSION, unet=unet).abstract_params()
 

@@ -77,6 +77,18 @@ def public(request, tmp_path_factory):
     return request.param, make(tmp_path_factory.mktemp("public") / request.param), backend_class
 
 
+PUBLISHED_ROWS = {"CLIP": 49_408, "T5": 32_128}
+
+
+def test_published_text_encoders_have_a_row_for_every_token(public):
+    name, folder, _ = public
+    rows = PUBLISHED_ROWS[next(kind for kind in PUBLISHED_ROWS if kind.lower() in name.lower())]
+    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer.check_rows(rows)
+    with pytest.raises(UserError, match=f"with id {tokenizer.size - 1}, and the text encoder's table has 30000 rows"):
+        tokenizer.check_rows(30_000)
+
+
 def of_transformers(backend, texts):
     return np.array(backend(texts, padding="max_length", truncation=True, max_length=77)["input_ids"])
 
