@@ -7,6 +7,8 @@ import jax
 
 from personalize_jax import hosts, interruption
 
+FOREVER = 10**6  # steps, which no test waits for
+
 
 def be_preempted(process, count, coordinator, folder, alone):
     """Say that work is done until told to stop; say after which step that was.
@@ -30,7 +32,7 @@ def be_preempted(process, count, coordinator, folder, alone):
         step = -1
         with contextlib.suppress(interruption.Stopped):
             hosts.first_does(share)
-            while (step := step + 1) < 2000:
+            while (step := step + 1) < FOREVER:
                 interruption.check()
                 (folder / f"together_{process}").touch()
                 time.sleep(0.02)

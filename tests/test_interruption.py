@@ -6,7 +6,8 @@ import pytest
 
 from personalize_jax import interruption
 from tests import processes
-from tests.preempted import be_preempted
+from tests.preempted import FOREVER, be_preempted
+from tests.waiting import PATIENCE
 
 
 def send(number):
@@ -47,23 +48,23 @@ def test_a_signal_that_is_ignored_stays_ignored():
     [
         (signal.SIGINT, 1, 0),
         (signal.SIGTERM, 2, 7),  # then all of them go on, and are told later
-        (signal.SIGTERM, 2, 2000),  # while one works alone
+        (signal.SIGTERM, 2, FOREVER),  # while one works alone
     ],
 )
 def test_processes_of_one_program_stop_at_the_same_step_though_one_was_signalled(tmp_path, number, count, alone):
     coordinator = processes.free_address()
     together = [processes.start(be_preempted, i, count, coordinator, tmp_path, alone) for i in range(count)]
-    going = {"alone_0"} if alone == 2000 else {f"together_{i}" for i in range(count)}
+    going = {"alone_0"} if alone == FOREVER else {f"together_{i}" for i in range(count)}
     try:
         while not going <= {file.name for file in tmp_path.iterdir()}:
             assert all(process.is_alive() for process in together)
             time.sleep(0.05)
         os.kill(together[-1].pid, number)
         for process in together:
-            process.join(60)
+            process.join(PATIENCE)
         assert [process.exitcode for process in together] == [0] * count
     finally:
         for process in together:
             process.kill()
     steps = [int((tmp_path / f"stopped_{i}").read_text()) for i in range(count)]
-    assert len(set(steps)) == 1 and (steps[0] < 0) == (alone == 2000)
+    assert len(set(steps)) == 1 and (steps[0] < 0) == (alone == FOREVER)

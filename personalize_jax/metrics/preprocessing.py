@@ -44,8 +44,6 @@ class Preprocessing(NamedTuple):
         file = folder / FILE
         try:
             return cls.from_config(json.loads(file.read_text(encoding="utf-8")))
-        except UserError:  # which says itself what is wrong
-            raise
         except OSError as error:
             raise UserError(f"{file} cannot be read ({error.strerror}); download the model with it.") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -23,6 +23,7 @@ from personalize_jax.errors import UserError
 from personalize_jax.files import replacing, write_text
 from personalize_jax.models.params import Params, flatten, unflatten
 from personalize_jax.models.text_encoder import TextEncoder
+from personalize_jax.pipeline import hub
 from personalize_jax.pipeline.cascade import Pipeline
 from personalize_jax.pipeline.public import load_public, save_public, saved_folders
 from personalize_jax.pipeline.stage import Stage
@@ -52,7 +53,7 @@ def load_pipeline(
     folder = ASSETS / sources[0] if str(sources[0]) in EMBEDDED else Path(sources[0])
     if not (folder / "pipeline.json").is_file():
         folders = saved_folders(folder)
-        if not folders and (folder.is_absolute() or len(folder.parts) != 2):  # nor is it a name on the hub
+        if not folders and not hub.is_name(str(sources[0]).rstrip("/")):
             raise UserError(
                 f"No pipeline at {str(sources[0])!r}: give {' or '.join(map(repr, EMBEDDED))}, or a folder with a "
                 "pipeline.json or a model_index.json."

@@ -62,9 +62,15 @@ def test_what_cannot_be_is_refused_in_one_sentence(prepare, changes, message):
     assert str(error.value).count("\n") == 0
 
 
-@pytest.mark.parametrize("accelerator", ["v5litepod-16", "v6e-16", "v4-16", "v5p-128", "v3-32"])
-def test_on_several_workers_a_command_must_be_one_program(prepare, monkeypatch, accelerator):
+@pytest.fixture
+def project(prepare, monkeypatch):
+    """This project in place of a small one; that it is packed is tested elsewhere."""
     monkeypatch.setattr(payload, "ROOT", ROOT)
+    monkeypatch.setattr(payload, "pack", lambda files, archive: None)
+
+
+@pytest.mark.parametrize("accelerator", ["v5litepod-16", "v6e-16", "v4-16", "v5p-128", "v3-32"])
+def test_on_several_workers_a_command_must_be_one_program(prepare, project, accelerator):
     command = ["python", "-m", "personalize_jax.pretrain", "--workdir=gs://bucket/rex"]
     with pytest.raises(UserError, match=f"A {accelerator} has several workers; add --multihost"):
         prepare(command, type=accelerator)
@@ -78,8 +84,7 @@ def test_on_several_workers_a_command_must_be_one_program(prepare, monkeypatch, 
     prepare(RUN, type=accelerator)  # what it does is not known
 
 
-def test_models_with_a_licence_need_a_token_which_is_brought_along(prepare, monkeypatch):
-    monkeypatch.setattr(payload, "ROOT", ROOT)
+def test_models_with_a_licence_need_a_token_which_is_brought_along(prepare, project, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     command = ["python", "-m", "personalize_jax.personalize", "--config=configs/deepfloyd_if.py:M"]
     command += ["--workdir=gs://bucket/rex", "--multihost"]
@@ -90,8 +95,7 @@ def test_models_with_a_licence_need_a_token_which_is_brought_along(prepare, monk
     assert prepare(command).token == "hf_secret"
 
 
-def test_a_folder_that_may_be_a_name_on_the_hub_is_pointed_out(prepare, monkeypatch, capsys):
-    monkeypatch.setattr(payload, "ROOT", ROOT)
+def test_a_folder_that_may_be_a_name_on_the_hub_is_pointed_out(prepare, project, capsys):
     prepare(["python", "-m", "personalize_jax.sample", "--pipeline=models/sd15", "--out=gs://bucket/o", "--multihost"])
     assert "models/sd15 is no folder here; it is taken for a name" in capsys.readouterr().err
 

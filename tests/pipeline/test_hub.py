@@ -78,7 +78,7 @@ def test_planning_knows_what_configurations_name():
     assert published.spec(["someone/else"]) is None
 
 
-@pytest.mark.parametrize("name", stable_diffusion.HUB.values())
+@pytest.mark.parametrize("name", [*stable_diffusion.HUB.values(), "someone/model@refs/pr/1"])
 def test_stable_diffusion_is_read_from_the_cache(name, saved, cache):
     beside = {
         "unet/diffusion_pytorch_model.non_ema.safetensors": b"",
@@ -169,8 +169,9 @@ def test_a_withdrawn_name_is_told_with_its_copy(name, cache):
 
 
 def test_a_slash_at_the_end_of_a_name_is_pointed_out():
-    with pytest.raises(UserError, match=r"'a/b/' is no folder; .* \(.*without a slash at its end: 'a/b'\)"):
-        resolve("a/b/")
+    for read in (resolve, load_pipeline):
+        with pytest.raises(UserError, match=r"'a/b/' is no folder; .* \(.*without a slash at its end: 'a/b'\)"):
+            read("a/b/")
 
 
 @pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "model_index.json"])
