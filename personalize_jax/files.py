@@ -12,32 +12,35 @@ from pathlib import Path
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says of a full disk, quota or file
 
 _HOST = re.sub(r"[^\w.-]", "_", socket.gethostname())
-_TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)")  # the folders of `replacing`, with the number of its process and the host
+_TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)")  # of `replacing`, with the number of its process and the host
 
 
 @contextlib.contextmanager
-def replacing(file: Path) -> Iterator[Path]:
+def replacing(file: Path, apart: bool = False) -> Iterator[Path]:
     """Yield where to write, beside `file`, which what is there replaces at the end, unless there was an error.
 
-    It lies in a folder of its own, with what libraries put beside it while they write. The mode is that of any new
-    file, though libraries may have made it one for this user only.
+    Args:
+        file: to write or replace.
+        apart: write in a folder of its own, and give the file the mode of any new one: for libraries that write to a
+            file of theirs beside it first, which only this user may read.
 
     Raises:
         OSError: the file cannot be written; the error names it.
     """
-    folder = file.with_name(f".{file.name}.{os.getpid()}@{_HOST}")
-    temporary = folder / "content"
+    temporary = file.with_name(f".{file.name}.{os.getpid()}@{_HOST}")
+    written = temporary / "content" if apart else temporary
     try:
-        with naming(file, folder):
-            folder.mkdir(exist_ok=True)
-            temporary.touch()
-            mode = temporary.stat().st_mode
-            yield temporary
-            if temporary.stat().st_mode != mode:
-                temporary.chmod(mode)
-            os.replace(temporary, file)
+        with naming(file, temporary):
+            if apart:
+                temporary.mkdir(exist_ok=True)
+                written.touch()
+            mode = written.stat().st_mode if apart else None
+            yield written
+            if mode is not None and written.stat().st_mode != mode:
+                written.chmod(mode)
+            os.replace(written, file)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(temporary)
 
 
 @contextlib.contextmanager
@@ -46,7 +49,7 @@ def naming(file: Path, temporary: Path | None = None) -> Iterator[None]:
 
     Args:
         file: to be named.
-        temporary: a folder in whose place, and in that of what is in it, it is named.
+        temporary: another name, in whose place, and in that of what is within it, it is named.
     """
     try:
         yield
@@ -79,7 +82,14 @@ def remove_temporaries(folder: Path) -> None:
     for found in list(folder.rglob(".*")):
         match = _TEMPORARY.fullmatch(found.name)
         if match and match[2] == _HOST and not _is_alive(int(match[1])):
-            shutil.rmtree(found, ignore_errors=True)
+            _remove(found)
+
+
+def _remove(temporary: Path) -> None:
+    if temporary.is_dir():
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        temporary.unlink(missing_ok=True)
 
 
 def _is_alive(process: int) -> bool:

@@ -38,7 +38,7 @@ def test_a_failure_names_the_file_that_was_to_be_written(tmp_path):
 def test_a_file_has_the_mode_of_any_new_one_whatever_wrote_it(tmp_path, mask):
     before = os.umask(mask)
     try:
-        with replacing(tmp_path / "weights") as temporary:
+        with replacing(tmp_path / "weights", apart=True) as temporary:
             save_file({"a": np.ones(3)}, temporary)
         write_text(tmp_path / "text", "")
         (tmp_path / "ordinary").touch()
@@ -47,9 +47,11 @@ def test_a_file_has_the_mode_of_any_new_one_whatever_wrote_it(tmp_path, mask):
     assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("weights", "text", "ordinary")} == {0o666 & ~mask}
 
 
-def be_killed_writing(file, library):
-    with replacing(file) as temporary:
-        temporary.with_name(library).touch()
+def be_killed_writing(file, beside):
+    with replacing(file, apart=beside is not None) as temporary:
+        temporary.touch()
+        if beside is not None:
+            temporary.with_name(beside).touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -61,16 +63,16 @@ def test_what_killed_processes_of_this_host_left_is_removed_and_nothing_else(tmp
             (where / name).write_text("")
     (folder / "link").symlink_to(elsewhere)
     kept = sorted(folder.rglob("*"))
-    for file in (folder / "samples" / "a.json", elsewhere / "b"):
-        assert processes.call(be_killed_writing, file, ".tmpbgGcno") == -signal.SIGKILL
+    for file, beside in ((folder / "samples" / "a.json", None), (folder / "b", ".tmpbgGcno"), (elsewhere / "b", None)):
+        assert processes.call(be_killed_writing, file, beside) == -signal.SIGKILL
     left = sorted(folder.rglob("*"))
-    assert len(left) == len(kept) + 3
+    assert len(left) == len(kept) + 4
     with monkeypatch.context() as patch:
         patch.setattr(files, "_HOST", "another")
         remove_temporaries(folder)
         assert sorted(folder.rglob("*")) == left  # a host cannot tell who lives on another
     in_elsewhere = sorted(elsewhere.rglob("*"))
-    with replacing(folder / "samples" / "c"):  # which this process is about to write
+    with replacing(folder / "samples" / "c", apart=True):  # which this process is about to write
         remove_temporaries(folder)
     assert sorted(folder.rglob("*")) == sorted([*kept, folder / "samples" / "c"])
     assert sorted(elsewhere.rglob("*")) == in_elsewhere

@@ -150,7 +150,7 @@ def save_weights(
         with contextlib.ExitStack() as stack:  # files get their names at its end
             for file, paths in zip(files, shards, strict=True):
                 arrays = {names[path]: _to_torch(np.asarray(flat[path]), path, dtype) for path in paths}
-                save_file(arrays, stack.enter_context(replacing(folder / file)), {"format": "pt"})
+                save_file(arrays, stack.enter_context(replacing(folder / file, apart=True)), {"format": "pt"})
             if len(shards) > 1:
                 placed = {names[path]: file for file, paths in zip(files, shards, strict=True) for path in paths}
                 total = sum(leaf.size for leaf in flat.values()) * jnp.dtype(dtype).itemsize

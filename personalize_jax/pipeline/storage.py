@@ -124,7 +124,7 @@ def save_params(params: Params, file: Path, dtype: Any = jnp.float32) -> None:
         UserError: the file cannot be written.
     """
     flat = flatten(jax.tree.map(lambda a: np.asarray(a, dtype, order="C"), params))  # as files hold them
-    with replacing(file) as temporary:
+    with replacing(file, apart=True) as temporary:
         try:
             save_file(flat, temporary)
         except SafetensorError as error:

@@ -113,11 +113,7 @@ class Checkpoints:
                 try:
                     state = self._read(step, abstract_state)
                 except Exception as error:
-                    if (of_system := _system_error(error, self.directory / str(step))) is not None:
-                        raise of_system from error
-                    if not isinstance(_first_cause(error), _DAMAGE):
-                        raise
-                    reason = _reason(_first_cause(error))
+                    reason = self._damage(step, error)
 
             hosts.each_does(read)
             if hosts.in_all([state is not None]) == [False]:
@@ -145,6 +141,14 @@ class Checkpoints:
         state = self._manager.restore(step, args=ocp.args.PyTreeRestore(abstract_state, restore_args=placed))
         _check_numbers(state, self._known_checksums(step))
         return state
+
+    def _damage(self, step: int, error: Exception) -> str:
+        """What is wrong with a checkpoint that could not be read; if that was not why, the error is raised instead."""
+        if (of_system := _system_error(error, self.directory / str(step))) is not None:
+            raise of_system from error
+        if not isinstance(_first_cause(error), _DAMAGE):
+            raise error
+        return _reason(_first_cause(error))
 
     def _known_checksums(self, step: int) -> dict[str, Any]:
         file = self.directory / str(step) / "_CHECKPOINT_METADATA"
