@@ -28,8 +28,6 @@ from personalize_jax.training.optimizer import make_optimizer
 from personalize_jax.training.step import TrainState, init_state, make_train_step, make_train_steps
 from personalize_jax.training.trainable import LORA, ROWS, init_rows, select
 
-_TRAINING = np.uint32(2**32 - 2)  # folded into a seed's key to train; pictures of that seed fold in small numbers
-
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
@@ -172,14 +170,15 @@ def build(
 def training_key(seed: int, stage_name: str) -> Array:
     """The key that all randomness of a stage's training comes from.
 
-    Neither another stage's training nor a picture of the same seed shares any of its keys.
+    Neither another stage's training nor a picture of the same seed shares any of its keys: pictures fold in the small
+    number of their stage, a training this large one of its name.
 
     Args:
         seed: of the run.
         stage_name: of the stage in training.
     """
-    key = jax.random.fold_in(jax.random.key(seed), _TRAINING)
-    return jax.random.fold_in(key, np.uint32(zlib.crc32(stage_name.encode())))
+    purpose = zlib.crc32(f"training {stage_name}".encode())
+    return jax.random.fold_in(jax.random.key(seed), np.uint32(purpose))
 
 
 def mesh_of(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:

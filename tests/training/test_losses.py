@@ -9,6 +9,7 @@ import pytest
 
 from personalize_jax.diffusion.augmentation import upsample
 from personalize_jax.diffusion.schedule import discrete, squaredcos_betas
+from personalize_jax.diffusion.variational import variational_bound
 from personalize_jax.pipeline import Stage, Text
 from personalize_jax.training.examples import Batch
 from personalize_jax.training.losses import Objective, diffuse, interleave, personalization_loss, separate
@@ -134,13 +135,25 @@ def test_min_snr_weighs_both_halves(prediction):
         assert np.mean([float(term[half]) for term in terms]) == pytest.approx(expected, rel=0.05)
 
 
-def test_pixel_weights_multiply_the_error_of_their_half():
+def test_each_picture_is_weighed_at_its_own_time():
+    """Answers of t to pictures of 0, so that what they cost depends on the time, too."""
+    network = stage(lambda params, z, t, *_: t[:, None, None, None] * jnp.ones_like(z))
+    objective = Objective("min_snr", 1.0, "sampled", **FREE)
+    _, terms = loss_of(network, objective, {"instance": batch(0.0), "prior": batch(0.0)})
+    for half, t in zip(("instance_loss", "prior_loss"), separate(network.network.calls[0][1], 2), strict=True):
+        snr = 1 / np.tan(np.pi * np.asarray(t) / 2) ** 2
+        assert terms[half] == pytest.approx(np.mean(np.minimum(snr, 5) * np.square(t)), rel=1e-2)
+
+
+@pytest.mark.parametrize("prior_weight", [None, 2.0])
+def test_pixel_weights_multiply_the_error_of_their_half(prior_weight):
     weight = jnp.ones((B, SIDE, SIDE, 1)).at[:, :, : SIDE // 2].set(5.0)
+    of_prior = None if prior_weight is None else jnp.full_like(weight, prior_weight)
     objective = Objective("none", 1.0, "sampled", **FREE)
-    batches = {"instance": batch(1.0, pixel_weight=weight), "prior": batch(1.0)}
+    batches = {"instance": batch(1.0, pixel_weight=weight), "prior": batch(1.0, pixel_weight=of_prior)}
     _, terms = loss_of(stage(constant(0.0)), objective, batches)
     assert terms["instance_loss"] == pytest.approx(3.0)
-    assert terms["prior_loss"] == pytest.approx(1.0)
+    assert terms["prior_loss"] == pytest.approx(prior_weight or 1.0)
 
 
 def scaled_text(params, z, t, text, mask):
@@ -278,3 +291,22 @@ def test_the_bound_moves_the_variance_alone(vlb_weight):
     assert without["v"] == 0 and without["mean"] != 0
     assert with_bound["mean"] == pytest.approx(without["mean"], rel=1e-6)
     assert (with_bound["v"] != 0) == (vlb_weight > 0)
+
+
+def test_the_bound_is_that_of_each_halfs_own_pictures_kept_in_range():
+    def answer(params, z, *_):
+        return jnp.concatenate([jnp.full_like(z, 0.1), jnp.full_like(z, 0.2)], axis=-1)
+
+    network, values = discrete_stage(answer, learned_variance=True), {"instance": 0.5, "prior": -0.25}
+    objective = Objective("none", 0.7, "sampled", **FREE, vlb_weight=0.5)
+    loss, terms = loss_of(network, objective, {half: batch(value) for half, value in values.items()})
+    given = (separate(a, 2) for a in network.network.calls[0][:2])
+    for (half, value), z, n in zip(values.items(), *given, strict=True):
+        t = (n + 1) / 1000
+        alpha, sigma = (f(t)[:, None, None, None] for f in (network.schedule.alpha, network.schedule.sigma))
+        x0_hat = jnp.clip((z - 0.1 * sigma) / alpha, -1, 1)
+        x0, v = jnp.full_like(z, value), jnp.full_like(z, 0.2)
+        expected = variational_bound(network.schedule, x0, z, x0_hat, v, t).mean()
+        assert terms[f"{half}_bound"] == pytest.approx(float(expected), rel=1e-3)
+    whole = {half: terms[f"{half}_loss"] + 0.5 * terms[f"{half}_bound"] for half in values}
+    assert loss == pytest.approx(float(whole["instance"] + 0.7 * whole["prior"]), rel=1e-5)
