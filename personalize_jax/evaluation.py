@@ -117,7 +117,8 @@ def draw(
         progress: called with the number of pictures found or drawn.
     """
     files = [folder / role.replace(" ", "_") / file_name(prompt, seed) for prompt, seed in jobs]
-    texts, seeds = [substitute(prompt, identifier) for prompt, _ in jobs], [seed for _, seed in jobs]
+    texts = [substitute(prompt, identifier, pipeline.tokenizer) for prompt, _ in jobs]
+    seeds = [seed for _, seed in jobs]
     found = draw_kept(pipeline, weights, texts, seeds, files, batch_size, progress)
     return [
         Picture(role, prompt, seed, file.relative_to(folder).as_posix(), pixels)

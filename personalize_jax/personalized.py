@@ -56,7 +56,7 @@ class Personalized:
             uint8 [num_images, H, W, 3].
         """
         warn_without_placeholder([prompt])
-        prompts = [substitute(prompt, self.subject.identifier.text)] * num_images
+        prompts = [substitute(prompt, self.subject.identifier.text, self.pipeline.tokenizer)] * num_images
         return self.pipeline.sample(prompts, range(seed, seed + num_images), batch_size, progress=progress)[-1]
 
 

@@ -52,7 +52,7 @@ def main(_: list[str]) -> None:
     hosts.check_shared(out)
     seeds = range(arguments.seed, arguments.seed + arguments.num_images)
     jobs = [(prompt, seed) for prompt in dict.fromkeys(prompts) for seed in seeds]
-    texts = [substitute(prompt, identifier) for prompt, _ in jobs]
+    texts = [substitute(prompt, identifier, pipeline.tokenizer) for prompt, _ in jobs]
     files = [out / file_name(prompt, seed) for prompt, seed in jobs]
     batch_size = arguments.batch_size + -arguments.batch_size % jax.device_count()  # which share a batch
     with tqdm(total=len(jobs), desc="sampling", unit="img") as bar:

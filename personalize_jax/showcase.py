@@ -206,7 +206,7 @@ def _draw_contexts(
     pipeline, identifier = personalized.pipeline, personalized.subject.identifier.text
     jobs = [(prompt, seed) for prompt in prompts for seed in range(count)]
     files = [folder / file_name(prompt, seed) for prompt, seed in jobs]
-    texts = [substitute(prompt, identifier) for prompt, _ in jobs]
+    texts = [substitute(prompt, identifier, pipeline.tokenizer) for prompt, _ in jobs]
     pictures = _draw(pipeline, pipeline.fingerprint, texts, [seed for _, seed in jobs], files, config, "samples")
     return list(pictures.reshape(len(prompts), count, *pictures.shape[1:]))
 

@@ -1,12 +1,19 @@
-"""Folders as public checkpoints hold their tokenizers, made from the vocabularies beside the repository."""
+"""Folders as public checkpoints hold their tokenizers, made from the vocabularies beside the repository.
+
+Where these are missing, `made_t5` and `tests.tiny_public` stand in for them.
+"""
 
 import gzip
+import itertools
 import json
+import random
+import string
 from pathlib import Path
 
 import pytest
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import pre_tokenizers
+from transformers import T5Tokenizer
 
 VOCABULARIES = Path(__file__).parents[1] / ".." / "shared" / "tokenizers"
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -15,8 +22,20 @@ CLIP_MERGES = 48_894
 
 def skip_without(file: Path) -> Path:
     if not file.exists():
-        pytest.skip(f"{file.name} is not in {file.parent.name} beside the repository")
+        pytest.skip(f"{file.name}, a published vocabulary, is not in {file.parent.name} beside the repository")
     return file
+
+
+def made_t5(size: int = 12_000) -> T5Tokenizer:
+    """As many tokens as the paper's rule needs: random letters, two to five at the beginning of a word, and words."""
+    rng = random.Random(0)
+    three = ["".join(letters) for letters in itertools.product(string.ascii_lowercase, repeat=3)]
+    others = ["".join(rng.choices(string.ascii_lowercase, k=k)) for k in (2, 4, 5) for _ in range(2_000)]
+    texts = list(dict.fromkeys(["dog", *rng.sample(three + others, size)]))
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0), ("▁a", -5.0)]
+    pieces += [("▁" + text, -6.0 - 10 * i / size) for i, text in enumerate(texts)]
+    pieces += [(letter, -18.0) for letter in string.ascii_lowercase + string.digits]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=77)
 
 
 def t5_folder(folder: Path) -> Path:

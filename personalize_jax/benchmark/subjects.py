@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from personalize_jax.subject.class_noun import with_article
 from personalize_jax.subject.identifier import PLACEHOLDER
-from personalize_jax.world.captions import with_article
 from personalize_jax.world.scene import Subject
 
 
@@ -59,6 +59,6 @@ def class_prompt(prompt: str) -> str:
     >>> class_prompt("a [V] dog in the snow")
     'a dog in the snow'
     """
-    identified = rf"\ban? {re.escape(PLACEHOLDER)} (?=(\w))"
-    with_fitting_articles = re.sub(identified, lambda match: with_article(match[1])[:-1], prompt)
+    identified = rf"\ban? {re.escape(PLACEHOLDER)} (?=(\w+))"
+    with_fitting_articles = re.sub(identified, lambda match: with_article(match[1]).removesuffix(match[1]), prompt)
     return with_fitting_articles.replace(f"{PLACEHOLDER} ", "")

@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +15,8 @@ from tokenizers.models import BPE
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 from personalize_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 PUBLIC_MAX_LENGTH = 77  # of CLIP's position embeddings, and of IF's training captions
 
@@ -88,6 +93,17 @@ class Tokenizer:
         return len(self.backend)
 
     @property
+    def text_length(self) -> int:
+        """How many tokens of a text are read: `max_length` less the special tokens that are added."""
+        return self.max_length - 1 - len(self._opening)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A digest of all tokens with their ids, equal for vocabularies in which the same ids mean the same."""
+        by_id = sorted((i, token) for token, i in self.backend.get_vocab().items())
+        return hashlib.sha256(json.dumps(by_id).encode()).hexdigest()[:16]
+
+    @property
     def special_ids(self) -> frozenset[int]:
         """Ids of padding, end of sequence, unknown and the like."""
         return frozenset(self.backend.all_special_ids)
@@ -115,7 +131,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, cleaned, without special tokens."""
-        return self._encode_batch([text])[0]
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of several texts."""
+        cleaned = list(texts) if self.clean is None else [self.clean(text) for text in texts]
+        encodings = self.backend.backend_tokenizer.encode_batch(cleaned, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids."""
@@ -125,16 +147,18 @@ class Tokenizer:
         """Encode for the text encoder.
 
         Args:
-            texts: captions; longer ones are cut.
+            texts: captions; of longer ones only the first `text_length` tokens are read, and a warning says once for
+                each text what is left out.
 
         Returns:
             int32 [B, max_length], each row opened by the beginning-of-sequence token if the vocabulary has one, closed
             by the end-of-sequence token, and padded.
         """
         tokens_BL = np.full((len(texts), self.max_length), self.backend.pad_token_id, np.int32)
-        opening = [] if self.backend.bos_token_id is None else [self.backend.bos_token_id]
-        for row, ids in zip(tokens_BL, self._encode_batch(texts), strict=True):
-            ids = [*opening, *ids][: self.max_length - 1] + [self.backend.eos_token_id]
+        for row, text, ids in zip(tokens_BL, texts, self.encode_batch(texts), strict=True):
+            if left_out := ids[self.text_length :]:
+                _warn_of_cut(text, self.decode(left_out).strip(), self.text_length)
+            ids = [*self._opening, *ids[: self.text_length], self.backend.eos_token_id]
             row[: len(ids)] = ids
         return tokens_BL
 
@@ -162,10 +186,19 @@ class Tokenizer:
                 f"The tokenizer cannot be written to {folder} ({error}); check free space and permissions."
             ) from error
 
-    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        cleaned = list(texts) if self.clean is None else [self.clean(text) for text in texts]
-        encodings = self.backend.backend_tokenizer.encode_batch(cleaned, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+    @property
+    def _opening(self) -> list[int]:
+        return [] if self.backend.bos_token_id is None else [self.backend.bos_token_id]
+
+
+@functools.lru_cache(maxsize=1024)  # once a text, however many pictures and stages ask for it
+def _warn_of_cut(text: str, left_out: str, length: int) -> None:
+    logger.warning(
+        'The text encoder reads %d tokens of a text, and of "%s" it leaves out "%s"; write less if that matters.',
+        length,
+        text,
+        left_out,
+    )
 
 
 def _class_name(config_file: Path) -> str:

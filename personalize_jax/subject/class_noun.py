@@ -1,6 +1,7 @@
 """The class noun of a subject: given by the user, or read off the images by a classifier (spec. [0053], [0075])."""
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -10,6 +11,11 @@ from personalize_jax.errors import UserError
 from personalize_jax.subject.images import SubjectImage
 
 MAX_CHARACTERS = 40
+_ARTICLE = re.compile(r"^(?:a|an|the) ")
+# Of the words that begin with a vowel's letter, those that begin with the sound of "you" or "won": eucalyptus, unicorn,
+# ukulele, one-piece; and of those with an h, those that do not sound it: hourglass, heirloom.
+_SOUNDS_AS_CONSONANT = re.compile(r"eu|ewe|one\b|once\b|uni(?![dmn])|u[bfkrst][aeiou]", re.IGNORECASE)
+_SILENT_H = re.compile(r"hour|heir|honest|hono", re.IGNORECASE)
 
 # uint8 [N, R, R, 3] -> K nouns and their probabilities per image, [N, K]: what an image classifier offers, and an
 # open-vocabulary detector too, by its best score for each noun asked for.
@@ -31,33 +37,39 @@ def determine(
     known_nouns: Sequence[str] | None = None,
     threshold: float = 0.6,
 ) -> ClassNoun:
-    """Finds the class noun of the subject in the images; a given one wins over the classifier.
+    """Find the class noun of the subject in the images; a given one wins over the classifier.
 
     All images show one subject, so the classifier's evidence is pooled: p_k is proportional to
     exp(mean_n log p_nk), the geometric mean over the N images.
 
     Args:
-      images: The N images of the subject.
-      given: The noun that the user gave, if any; returned in lower case with single spaces.
-      classifier: Names the subject when no noun is given.
-      known_nouns: The nouns that the pretrained cascade knows; None where it knows any.
-      threshold: The least pooled probability in [0, 1] with which the classifier's noun is accepted.
+        images: the N images of the subject.
+        given: the noun that the user gave, if any; returned in lower case with single spaces, without an article.
+        classifier: names the subject when no noun is given.
+        known_nouns: the nouns that the pretrained cascade knows; None where it knows any.
+        threshold: the least pooled probability in [0, 1] with which the classifier's noun is accepted.
 
     Raises:
-      UserError: The given noun cannot be used, or there is none and the classifier is missing or unsure.
+        UserError: the given noun cannot be used, or there is none and the classifier is missing or unsure.
     """
     if given is not None:
         return ClassNoun(_checked(given, known_nouns), 1.0, "given")
     if classifier is None:
-        raise UserError("no class noun was given and no classifier is at hand; name the subject's kind by --class_noun")
+        raise UserError("No class noun was given, and no classifier is at hand; name the subject by --class_noun.")
     nouns, scores = _pool(*classifier(np.stack([image.pixels for image in images])))
     if scores[0] < threshold:
         guesses = ", ".join(f"{noun} ({score:.2f})" for noun, score in zip(nouns[:3], scores, strict=False))
         raise UserError(
-            f"the classifier is not sure what the images show (best guesses: {guesses}; "
-            f"{threshold:.2f} is needed); name it by --class_noun"
+            f"The classifier is not sure what the images show (best guesses: {guesses}; "
+            f"{threshold:.2f} is needed); name it by --class_noun."
         )
     return ClassNoun(_checked(nouns[0], known_nouns), float(scores[0]), "classifier")
+
+
+def with_article(phrase: str) -> str:
+    """Put "a" or "an" before a phrase: "an" if its first letter is a vowel, but for words that sound otherwise."""
+    sounds_as_vowel = phrase[0].lower() in "aeiou" and not _SOUNDS_AS_CONSONANT.match(phrase)
+    return ("an " if sounds_as_vowel or _SILENT_H.match(phrase) else "a ") + phrase
 
 
 def _pool(nouns: list[str], probabilities_NK: np.ndarray) -> tuple[list[str], np.ndarray]:
@@ -70,16 +82,16 @@ def _pool(nouns: list[str], probabilities_NK: np.ndarray) -> tuple[list[str], np
 
 
 def _checked(given: str, known_nouns: Sequence[str] | None) -> str:
-    noun = " ".join(given.lower().split())
+    noun = _ARTICLE.sub("", " ".join(given.lower().split()))  # labels and prompts put an article before it
     # Brackets are kept for the identifier's placeholder, "[V]".
     if not noun or len(noun) > MAX_CHARACTERS or not noun.isprintable() or any(bracket in noun for bracket in "[]"):
         raise UserError(
-            f"the class noun {given[: 2 * MAX_CHARACTERS]!r} cannot be used; give a plain noun of 1 to "
-            f"{MAX_CHARACTERS} characters without brackets, such as 'dog'"
+            f"The class noun {given[: 2 * MAX_CHARACTERS]!r} cannot be used; give a plain noun of 1 to "
+            f"{MAX_CHARACTERS} characters without brackets, such as 'dog'."
         )
     if known_nouns is not None and noun not in known_nouns:
         closest = difflib.get_close_matches(noun, known_nouns, n=len(known_nouns), cutoff=0.0)
         raise UserError(
-            f"the class noun {noun!r} is unknown to this pretrained cascade; choose one of: {', '.join(closest)}"
+            f"The class noun {noun!r} is unknown to this pretrained cascade; choose one of: {', '.join(closest)}."
         )
     return noun

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from personalize_jax.errors import UserError
-from personalize_jax.subject.class_noun import ClassNoun
+from personalize_jax.subject.class_noun import ClassNoun, with_article
 from personalize_jax.subject.identifier import PLACEHOLDER, Identifier
 from personalize_jax.subject.images import SubjectImage
 
@@ -31,13 +32,13 @@ class SubjectDataset(NamedTuple):
     @property
     def phrase(self) -> str:
         """What prompts call the subject, as its labels do: "[V] [class noun]", or "[V]" alone."""
-        named = self.class_noun.noun in self.labels[0]
+        named = re.search(rf"(?<!\w){re.escape(self.class_noun.noun)}(?!\w)", self.labels[0])
         return f"{PLACEHOLDER} {self.class_noun.noun}" if named else PLACEHOLDER
 
     @property
     def class_prompt(self) -> str:
-        """The prompt of the prior-preservation term, "a [class noun]" (c_pr in the paper)."""
-        return f"a {self.class_noun.noun}"
+        """The prompt of the prior-preservation term, "a [class noun]" or "an [class noun]" (c_pr in the paper)."""
+        return with_article(self.class_noun.noun)
 
 
 def write_dataset(
@@ -47,18 +48,18 @@ def write_dataset(
     identifier: Identifier,
     name_class: bool = True,
 ) -> SubjectDataset:
-    """Labels the images and writes them, all or nothing, into a directory that does not exist yet (or is empty).
+    """Label the images and write them, all or nothing, into a directory that does not exist yet (or is empty).
 
     Args:
-      directory: Where `00.png`, `01.png`, ... and `subject.json` come to lie.
-      images: At least one, all of one resolution.
-      class_noun: What the subject is.
-      identifier: The subject's rare tokens.
-      name_class: Whether labels say "a [identifier] [class noun]", or "a [identifier]" alone.
+        directory: for `00.png`, `01.png`, ... and `subject.json`.
+        images: at least one, all of one resolution.
+        class_noun: what the subject is.
+        identifier: the subject's rare tokens.
+        name_class: whether labels say "a [identifier] [class noun]", or "a [identifier]" alone.
 
     Raises:
-      UserError: The directory is taken or cannot be written.
-      ValueError: There are no images, or they differ in resolution.
+        UserError: the directory is taken or cannot be written.
+        ValueError: there are no images, or they differ in resolution.
     """
     if len({image.pixels.shape for image in images}) != 1:
         raise ValueError(f"{len(images)} images of one resolution were expected; load them in one call of load_images")
@@ -85,7 +86,7 @@ def write_dataset(
     temporary = directory.with_name(f".{directory.name}.tmp")  # a fixed name, so that a killed run leaves no heap
     try:
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise UserError(f"{directory} already exists; read the dataset there, or choose another directory")
+            raise UserError(f"{directory} already exists; read the dataset there, or choose another directory.")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for entry, png in zip(manifest["images"], pngs, strict=True):
@@ -95,26 +96,28 @@ def write_dataset(
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"the dataset cannot be written to {directory} ({error.strerror}); check permissions and free space"
+            f"The dataset cannot be written to {directory} ({error.strerror}); check permissions and free space."
         ) from error
     return SubjectDataset(np.stack([image.pixels for image in images]), (label,) * len(images), class_noun, identifier)
 
 
 def read_dataset(directory: Path) -> SubjectDataset:
-    """Reads what `write_dataset` wrote; every image must have the hash that `subject.json` says.
+    """Read what `write_dataset` wrote; every image must have the hash that `subject.json` says.
 
     Raises:
-      UserError: The directory holds no dataset, or one that was cut short or altered.
+        UserError: the directory holds no dataset, or one that was cut short or altered.
     """
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}); name a directory that holds a subject's dataset"
+            f"{path} cannot be read ({error.strerror}); name a directory that holds a subject's dataset."
         ) from error
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); delete {directory} and make the dataset again") from error
+        raise UserError(
+            f"{path} is not valid JSON ({error}); delete {directory} and make the dataset again."
+        ) from error
     try:
         class_noun = ClassNoun(str(manifest["class_noun"]), float(manifest["class_score"]), manifest["class_source"])
         identifier = Identifier(
@@ -125,18 +128,18 @@ def read_dataset(directory: Path) -> SubjectDataset:
         entries = [(entry["file"], entry["sha256"], str(entry["label"])) for entry in manifest["images"]]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path} does not describe a subject ({error!r}); delete {directory} and make the dataset again"
+            f"{path} does not describe a subject ({error!r}); delete {directory} and make the dataset again."
         ) from error
     images = [_read_png(directory, file, sha256) for file, sha256, _ in entries]
     if len({image.shape for image in images}) != 1:
         raise UserError(
-            f"{path} lists no images, or some of other sizes; delete {directory} and make the dataset again"
+            f"{path} lists no images, or some of other sizes; delete {directory} and make the dataset again."
         )
     labels = tuple(label for _, _, label in entries)
     unlabelled = [label for label in labels if identifier.text not in label.split()]
     if unlabelled:
         raise UserError(
-            f"the label {unlabelled[0]!r} in {path} lacks the identifier {identifier.text!r}; put it before the noun"
+            f"The label {unlabelled[0]!r} in {path} lacks the identifier {identifier.text!r}; put it before the noun."
         )
     return SubjectDataset(np.stack(images), labels, class_noun, identifier)
 
@@ -150,13 +153,13 @@ def _encode_png(pixels: np.ndarray) -> bytes:
 def _read_png(directory: Path, file: str, sha256: str) -> np.ndarray:
     # The manifest is a file that people pass on: a name in it must not lead out of its directory.
     if not isinstance(file, str) or file != os.path.basename(file) or not file.endswith(".png"):
-        raise UserError(f"{directory / MANIFEST} names the image {file!r}; a plain name such as '00.png' is expected")
+        raise UserError(f"{directory / MANIFEST} names the image {file!r}; a plain name such as '00.png' is expected.")
     path = directory / file
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); make the dataset again") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); make the dataset again.") from error
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise UserError(f"{path} is not the image that {MANIFEST} describes; put it back or make the dataset again")
+        raise UserError(f"{path} is not the image that {MANIFEST} describes; put it back or make the dataset again.")
     with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
         return np.array(image.convert("RGB"))

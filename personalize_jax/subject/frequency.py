@@ -22,42 +22,45 @@ def token_frequencies(tokenizer: Tokenizer, source: str) -> np.ndarray:
     """The frequency of each token, from where `source` says.
 
     Args:
-      tokenizer: The pretrained cascade's.
-      source: "recorded": how often pretraining processed each token; "sentencepiece": expected occurrences among a
-        billion tokens by the scores of a SentencePiece unigram vocabulary (T5), which are log-probabilities;
-        "bpe_rank": the size of the vocabulary less the rank of a token's merge (CLIP), later merges being rarer: an
-        order and no more, not to be read as counts; or the path of a text file of captions, one a line, in which
-        tokens are counted as the text encoder would process them.
+        tokenizer: of the pretrained cascade.
+        source: "recorded", how often pretraining processed each token; "sentencepiece", expected occurrences among a
+            billion tokens by the scores of a SentencePiece unigram vocabulary (T5), which are log-probabilities;
+            "bpe_rank", the size of the vocabulary less the rank of a token's merge (CLIP), later merges being rarer: an
+            order and no more, not to be read as counts; or the path of a text file of captions, one a line, in which
+            tokens are counted as the text encoder would process them. To the counts of captions the vocabulary's own
+            frequencies are added, scaled to less than one occurrence: most tokens are in no caption, and of these the
+            commonest would otherwise be as rare as the rarest.
 
     Returns:
-      int64 [V], higher for more frequent tokens. Of special tokens it says nothing.
+        [V], higher for more frequent tokens; int64, but of captions float64. Of special tokens it says nothing.
 
     Raises:
-      UserError: The tokenizer has no such frequencies, or the file cannot be read.
+        UserError: the tokenizer has no such frequencies, or the file cannot be read.
     """
     if source in _SOURCES:
         return _SOURCES[source](tokenizer)
-    return _in_captions(tokenizer, Path(source))
+    counts, own = _in_captions(tokenizer, Path(source)), _of_vocabulary(tokenizer)
+    return counts + own / (own.max() + 1)
 
 
 def _recorded(tokenizer: Tokenizer) -> np.ndarray:
     if tokenizer.counts is None:
         raise UserError(
-            'frequencies "recorded" in pretraining were asked for, and this public tokenizer comes with none; '
-            'take "sentencepiece" for T5, "bpe_rank" for CLIP, or a file of captions'
+            'Frequencies "recorded" in pretraining were asked for, and this public tokenizer comes with none; '
+            'take "sentencepiece" for T5, "bpe_rank" for CLIP, or a file of captions.'
         )
     return tokenizer.counts
 
 
 def _sentencepiece(tokenizer: Tokenizer) -> np.ndarray:
-    model = _model(tokenizer, "sentencepiece", "Unigram")
+    model = _model_of("Unigram", tokenizer, "sentencepiece")
     frequencies = np.zeros(tokenizer.size, np.int64)
     frequencies[: len(model["vocab"])] = np.rint(np.exp([score for _, score in model["vocab"]]) * 1e9)
     return frequencies
 
 
 def _bpe_rank(tokenizer: Tokenizer) -> np.ndarray:
-    model = _model(tokenizer, "bpe_rank", "BPE")
+    model = _model_of("BPE", tokenizer, "bpe_rank")
     frequencies = np.full(tokenizer.size, tokenizer.size, np.int64)  # single bytes come before all merges
     for rank, merge in enumerate(model["merges"], start=1):
         frequencies[model["vocab"]["".join(merge)]] = tokenizer.size - rank
@@ -69,25 +72,39 @@ def _in_captions(tokenizer: Tokenizer, file: Path) -> np.ndarray:
     try:
         with file.open(encoding="utf-8") as captions:
             while batch := list(itertools.islice(captions, _CAPTIONS_AT_ONCE)):
-                counts += np.bincount(tokenizer([line.strip() for line in batch]).ravel(), minlength=len(counts))
+                rows = tokenizer.encode_batch([line.strip() for line in batch])
+                read = [token_id for ids in rows for token_id in ids[: tokenizer.text_length]]
+                counts += np.bincount(np.array(read, np.int64), minlength=len(counts))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"token frequencies from {str(file)!r} were asked for, which cannot be read as a text file ({error}); give "
-            f"a file with one caption a line, or one of {', '.join(_SOURCES)}"
+            f"Token frequencies from {str(file)!r} were asked for, which cannot be read as a text file ({error}); give "
+            f"a file with one caption a line, or one of {', '.join(_SOURCES)}."
         ) from error
-    counts[sorted(tokenizer.special_ids)] = 0  # padding is not processed
+    counts[sorted(tokenizer.special_ids)] = 0  # an unknown token is none that could be chosen
     if not counts.any():
-        raise UserError(f"{file} holds no captions to count tokens in; give a file with one caption a line")
+        raise UserError(f"{file} holds no captions to count tokens in; give a file with one caption a line.")
     return counts
 
 
-def _model(tokenizer: Tokenizer, source: str, kind: str) -> dict[str, Any]:
+def _of_vocabulary(tokenizer: Tokenizer) -> np.ndarray:
+    """The frequencies that come with a vocabulary: recorded, or told by its model, or zeros if it tells none."""
+    if tokenizer.counts is not None:
+        return tokenizer.counts
+    told = {"Unigram": _sentencepiece, "BPE": _bpe_rank}.get(_model(tokenizer)["type"])
+    return np.zeros(tokenizer.size, np.int64) if told is None else told(tokenizer)
+
+
+def _model(tokenizer: Tokenizer) -> dict[str, Any]:
+    return json.loads(tokenizer.backend.backend_tokenizer.to_str())["model"]
+
+
+def _model_of(kind: str, tokenizer: Tokenizer, source: str) -> dict[str, Any]:
     """The vocabulary's model, which must be of a kind."""
-    model = json.loads(tokenizer.backend.backend_tokenizer.to_str())["model"]
+    model = _model(tokenizer)
     if model["type"] != kind:
         raise UserError(
-            f"frequencies by {source!r} were asked of a {model['type']} vocabulary, and need a {kind} one; take "
-            '"sentencepiece" for T5, "bpe_rank" for CLIP, or a file of captions'
+            f"Frequencies by {source!r} were asked of a {model['type']} vocabulary, and need a {kind} one; take "
+            '"sentencepiece" for T5, "bpe_rank" for CLIP, or a file of captions.'
         )
     return model
 

@@ -3,10 +3,12 @@
 import functools
 import logging
 import string
+import unicodedata
 from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import wordfreq
 
 from personalize_jax.errors import UserError
 
@@ -16,6 +18,11 @@ PLACEHOLDER = "[V]"
 MAX_TOKENS = 3
 SHORT = 3  # characters; the paper's limit on the tokens it draws from
 PAPER_IDS = range(5000, 10001)  # of T5, that the paper draws from
+# On the Zipf scale, 2 is once in ten million words. Three-letter words that mean something to many people are more
+# frequent, names, abbreviations and swear words included (in CLIP's vocabulary "lun" has 2.7, "fck" 2.3, "jap" 3.0, and
+# the "sks" of DreamBooth's imitators, a rifle, 2.3); below it are typing errors and pieces of words ("waj", "wiv").
+WORD_ZIPF = 2.0
+_END_OF_LATIN = "\u0250"
 RULES = ("rarest", "paper", "frequent", "random_characters")
 NUM_FREQUENT = 100  # tokens that "frequent" draws from
 NUM_CHARACTERS = 9  # as in the paper's example of random characters, "xxy5syt00"
@@ -30,6 +37,7 @@ class Vocabulary(Protocol):
     special_ids: Collection[int]
     counts: np.ndarray | None  # [size], how often the text network processed each token in pretraining, if recorded
     is_t5: bool  # asked for the paper's rule only
+    text_length: int  # how many tokens of a text are read
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text cleaned as prompts are, without special tokens."""
@@ -60,8 +68,9 @@ def choose_identifier(
     rule: str = "rarest",
     frequencies: np.ndarray | None = None,
     nouns: Sequence[str] = (),
+    registry: str = "the registry",
 ) -> Identifier:
-    """Looks up rare tokens and de-tokenises them into an identifier.
+    """Look up rare tokens and de-tokenise them into an identifier.
 
     By the rule "rarest" (specification [0057]-[0059], claims 3-6) candidates are tokens of letters only, ranked by: at
     most three characters before longer ones (the paper's rule for T5), then the lowest frequency, then the token id.
@@ -74,37 +83,40 @@ def choose_identifier(
     of letters that survives re-encoding: "a [V] [class noun]", cleaned as prompts are, must give exactly the tokens of
     "a", the chosen ones, and those of the noun.
 
-    A token that carries a visual meaning cannot be chosen as rarest while rarer ones are left: what the network could
-    learn to depict it processed often, whereas a word that it never processed means nothing to it, English or not.
+    A token that carries a meaning is not chosen by the first two rules while others are left. Where pretraining was
+    recorded, the frequency sees to that: what the network could learn to depict it processed often, whereas a word that
+    it never processed means nothing to it, English or not. Of a public vocabulary nobody knows what the network
+    processed, and tokens that are English words come after all others there; see `WORD_ZIPF`.
 
     Args:
-      tokenizer: The pretrained cascade's vocabulary.
-      class_noun: The noun that follows the identifier.
-      num_tokens: 1 to 3.
-      in_use: Tokens of other subjects' identifiers, never chosen again.
-      seed: By the rule "rarest", orders tokens of equal frequency at random if given, instead of by id. By the rule
-        others, of the draw; every draw is another one without it.
-      rule: "rarest", "paper", "frequent" or "random_characters".
-      frequencies: [V], higher for more frequent tokens; those recorded in pretraining if None.
-      nouns: Class nouns that the cascade knows: what they are written with means a class, and identifies no subject.
+        tokenizer: the pretrained cascade's vocabulary.
+        class_noun: what follows the identifier.
+        num_tokens: 1 to 3.
+        in_use: tokens of other subjects' identifiers, never chosen again.
+        seed: for "rarest", orders tokens of equal frequency at random, in place of by id. For the other rules, of the
+            random order, which is another one at each call without it.
+        rule: "rarest", "paper", "frequent" or "random_characters".
+        frequencies: [V], higher for more frequent tokens; those recorded in pretraining if None.
+        nouns: class nouns that the cascade knows: what they are written with means a class, and identifies no subject.
+        registry: what errors call the place where the tokens in use are listed.
 
     Raises:
-      UserError: `num_tokens` is out of range, the vocabulary does not suit the rule, the class noun is written with
-        another subject's tokens, or no tokens are left.
-      ValueError: `frequencies` does not have one entry a token.
+        UserError: `num_tokens` is out of range, the vocabulary does not suit the rule, the class noun cannot be read by
+            the text encoder or is written with another subject's tokens, or no tokens are left.
+        ValueError: `frequencies` does not have one entry a token.
     """
     if not 1 <= num_tokens <= MAX_TOKENS:
-        raise UserError(f"an identifier of {num_tokens} tokens was asked for; choose 1 to {MAX_TOKENS}")
+        raise UserError(f"An identifier of {num_tokens} tokens was asked for; choose 1 to {MAX_TOKENS}.")
+    article, noun = tokenizer.encode("a"), _encode_noun(tokenizer, class_noun)
     if rule == "random_characters":
         return _random_characters(tokenizer, class_noun, np.random.default_rng(seed))
     frequencies = tokenizer.counts if frequencies is None else frequencies
     if frequencies is not None and len(frequencies) != tokenizer.size:
         raise ValueError(f"{len(frequencies)} token counts for a vocabulary of {tokenizer.size}; one each expected")
-    article, noun = tokenizer.encode("a"), tokenizer.encode(class_noun)
     if taken := in_use.intersection(noun):
         raise UserError(
-            f"the class noun {class_noun!r} is written with {tokenizer.decode(sorted(taken))!r}, which identifies "
-            "another subject of this registry; use another class noun or another registry"
+            f"The class noun {class_noun!r} is written with {tokenizer.decode(sorted(taken))!r}, which identifies "
+            f"another subject of {registry}; use another class noun or another registry."
         )
     excluded = in_use.union(tokenizer.special_ids, article, noun, *map(tokenizer.encode, nouns))
     ranked = [token_id for token_id in _rank(tokenizer, rule, frequencies, seed) if token_id not in excluded]
@@ -125,7 +137,8 @@ def choose_identifier(
             if not text.isalpha():
                 continue
             if len(token_ids) == num_tokens:
-                if survives(text, token_ids):
+                joined_to_a_word = num_tokens > 1 and tokenizer.counts is None and _is_word(text)
+                if not joined_to_a_word and survives(text, token_ids):
                     known = () if frequencies is None else tuple(int(frequencies[i]) for i in token_ids)
                     return Identifier(text, token_ids, known)
             elif begins_words(text, token_ids) and (longer := extend(token_ids, rank + 1)):
@@ -135,10 +148,27 @@ def choose_identifier(
     identifier = extend((), 0)
     if identifier is None:
         raise UserError(
-            f"no {num_tokens} token(s) of the {len(ranked)} left in the vocabulary make an identifier for "
-            f"{class_noun!r}; ask for another number of tokens, or use a fresh registry ({len(in_use)} are in use)"
+            f"No {num_tokens} token(s) of the {len(ranked)} left in the vocabulary make an identifier for "
+            f"{class_noun!r}; ask for another number of tokens, or another registry ({len(in_use)} are in use in "
+            f"{registry})."
         )
     return identifier
+
+
+def _encode_noun(tokenizer: Vocabulary, class_noun: str) -> list[int]:
+    """Tokens of the class noun, all of whose letters must come through cleaning and encoding."""
+    token_ids = tokenizer.encode(class_noun)
+    read = tokenizer.decode(token_ids).strip()
+    if not token_ids or _letters(read) != _letters(class_noun):
+        raise UserError(
+            f"Of the class noun {class_noun!r} the text encoder reads {read!r} only; name the class in words that "
+            "captions have, in English for most text encoders."
+        )
+    return token_ids
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", text).casefold()))
 
 
 def _rank(tokenizer: Vocabulary, rule: str, frequencies: np.ndarray | None, seed: int | None) -> list[int]:
@@ -147,21 +177,34 @@ def _rank(tokenizer: Vocabulary, rule: str, frequencies: np.ndarray | None, seed
     if rule == "paper":
         if not tokenizer.is_t5:
             raise UserError(
-                'the rule "paper" draws from the tokens of T5, and this is another vocabulary; use "rarest"'
+                'The rule "paper" draws from the tokens of T5, and this is another vocabulary; use "rarest".'
             )
         allowed = [i for i in PAPER_IDS if i < len(texts) and texts[i].isalpha() and len(texts[i]) <= SHORT]
-        return np.random.default_rng(seed).permutation(allowed).tolist()
+        return _words_last(tokenizer, np.random.default_rng(seed).permutation(allowed).tolist())
     if rule not in ("rarest", "frequent"):
-        raise UserError(f"identifiers by the rule {rule!r} were asked for; choose one of {', '.join(RULES)}")
+        raise UserError(f"Identifiers by the rule {rule!r} were asked for; choose one of {', '.join(RULES)}.")
     if frequencies is None:
-        raise UserError(f"{rule} tokens were asked for, and no frequencies are recorded; give them")
+        raise UserError(f"The rule {rule!r} goes by token frequencies, and none are recorded; give them.")
     if rule == "frequent":
         words = [i for i in np.argsort(-np.asarray(frequencies), kind="stable") if texts[i].isalpha()]
         words = [i for i in words if len(texts[i]) > SHORT][:NUM_FREQUENT]
         return np.random.default_rng(seed).permutation(words).tolist()
     tie_break = np.arange(tokenizer.size) if seed is None else np.random.default_rng(seed).permutation(tokenizer.size)
     order = np.lexsort((tie_break, frequencies, [len(text) > SHORT for text in texts]))
-    return [i for i in order.tolist() if texts[i].isalpha()]
+    return _words_last(tokenizer, [i for i in order.tolist() if texts[i].isalpha()])
+
+
+def _words_last(tokenizer: Vocabulary, ranked: list[int]) -> list[int]:
+    """Tokens in the same order, but of a public vocabulary those that are words after all others."""
+    if tokenizer.counts is not None:
+        return ranked
+    words = _words(tokenizer)
+    return sorted(ranked, key=lambda token_id: token_id in words)
+
+
+def _is_word(text: str) -> bool:
+    """Whether a text means something in English; of scripts that English does not use nobody here can tell."""
+    return max(text) >= _END_OF_LATIN or wordfreq.zipf_frequency(text, "en") >= WORD_ZIPF
 
 
 def _random_characters(tokenizer: Vocabulary, class_noun: str, rng: np.random.Generator) -> Identifier:
@@ -175,7 +218,7 @@ def _random_characters(tokenizer: Vocabulary, class_noun: str, rng: np.random.Ge
         whole = tokenizer.decode(own).strip() == text and not set(own).intersection(tokenizer.special_ids)
         if begins and ends and whole and len(own) > MAX_TOKENS:
             return Identifier(text, tuple(own), ())
-    raise UserError(f"none of {_TRIES} random strings comes through this vocabulary's encoding; choose another rule")
+    raise UserError(f"None of {_TRIES} random strings comes through this vocabulary's encoding; choose another rule.")
 
 
 @functools.lru_cache(maxsize=2)  # the public vocabularies take a third of a second, for each of many subjects
@@ -183,13 +226,54 @@ def _texts(tokenizer: Vocabulary) -> list[str]:
     return [tokenizer.decode([token_id]).strip() for token_id in range(tokenizer.size)]
 
 
-def substitute(prompt: str, identifier_text: str) -> str:
-    """The prompt with the identifier in place of every "[V]"."""
+@functools.lru_cache(maxsize=2)
+def _words(tokenizer: Vocabulary) -> frozenset[int]:
+    return frozenset(i for i, text in enumerate(_texts(tokenizer)) if text.isalpha() and _is_word(text))
+
+
+def substitute(prompt: str, identifier_text: str, tokenizer: Vocabulary) -> str:
+    """The prompt with the identifier in place of every "[V]".
+
+    Raises:
+        UserError: a "[V]" lies behind what the text encoder reads of the prompt.
+    """
+    before, placeholder, _ = prompt.rpartition(PLACEHOLDER)
+    if placeholder:
+        check_is_read(f"{before}{PLACEHOLDER}".replace(PLACEHOLDER, identifier_text), prompt, tokenizer)
     return prompt.replace(PLACEHOLDER, identifier_text)
 
 
+def check_labels(labels: Sequence[str], identifier_text: str, tokenizer: Vocabulary) -> None:
+    """Check that the text encoder reads the identifier in every label of a subject's pictures.
+
+    Raises:
+        UserError: in a label it lies behind what the text encoder reads.
+    """
+    for label in labels:
+        words = label.split()
+        check_is_read(" ".join(words[: words.index(identifier_text) + 1]), label, tokenizer)
+
+
+def check_is_read(beginning: str, text: str, tokenizer: Vocabulary) -> None:
+    """Check that the text encoder, which reads the first tokens of a text only, reads its subject's identifier.
+
+    Args:
+        beginning: the text up to the end of the identifier.
+        text: the text as the user wrote it.
+        tokenizer: of the cascade.
+
+    Raises:
+        UserError: the beginning is longer than what is read.
+    """
+    if (length := len(tokenizer.encode(beginning))) > tokenizer.text_length:
+        raise UserError(
+            f'In "{text}" the subject is named within the first {length} tokens, and the text encoder reads '
+            f"{tokenizer.text_length} only; write it further to the front."
+        )
+
+
 def warn_without_placeholder(prompts: Sequence[str]) -> None:
-    """Logs one warning for each prompt that is to show the subject but lacks "[V]"."""
+    """Log one warning for each prompt that is to show the subject but lacks "[V]"."""
     for prompt in prompts:
         if PLACEHOLDER not in prompt:
             logger.warning(

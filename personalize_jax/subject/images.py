@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 MAX_IMAGES = 20
 MAX_PIXELS = 100_000_000
 MIN_SIDE = 16
+LARGEST_ENLARGEMENT = 2  # beyond it the photo is blurred to the eye, and a warning says so
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 
 Box = tuple[int, int, int, int]
@@ -55,45 +56,51 @@ class SubjectImage(NamedTuple):
 def load_images(
     source: Path | Sequence[Path], resolution: int, boxes: Sequence[Box | None] | None = None
 ) -> list[SubjectImage]:
-    """Reads the images of one subject, each cropped to a square without distortion and resized with antialiasing.
+    """Read the images of one subject, each cropped to a square without distortion and resized with antialiasing.
 
     Images are turned upright by their EXIF orientation, and converted to sRGB where they embed a colour profile.
     Transparency is composited over white, so that a cut-out subject stands before a plain background; 16 bits a
     channel become 8 by scaling, not by clipping.
 
+    Images that are the same picture, or that are enlarged to more than twice their size, are named in a warning.
+
     Args:
-      source: A folder, of which every JPEG, PNG and WebP file is read in order of name (hidden files are skipped, files
-        of other kinds named in a warning); or one file, or several, read in the given order.
-      resolution: R, the side of the returned images in pixels.
-      boxes: One (left, top, right, bottom) per image, in pixels of the upright image, or None for all of it. The crop
-        is the smallest square around the box's centre that holds the box, moved inside the image, or the largest
-        that the image has. Without boxes: the centre square.
+        source: a folder, of which every JPEG, PNG and WebP file is read in order of name (hidden files are skipped,
+            files of other kinds named in a warning); or one file, or several, read in the given order.
+        resolution: R, the side of the returned images in pixels.
+        boxes: one (left, top, right, bottom) per image, in pixels of the upright image, or None for all of it. The crop
+            is the smallest square around the box's centre that holds the box, moved inside the image, or the largest
+            that the image has. Without boxes: the centre square.
 
     Returns:
-      1 to 20 images.
+        1 to 20 images.
 
     Raises:
-      UserError: No image or too many, or one that is missing, unreadable, damaged, animated, too small or too large.
+        UserError: no image or too many, or one that is missing, unreadable, damaged, animated, too small or too large.
     """
     if resolution < 1:
         raise ValueError(f"resolution is {resolution}; a positive number of pixels was expected")
     paths = list_images(source)
     if len(paths) > MAX_IMAGES:
         raise UserError(
-            f"{len(paths)} images were given, at most {MAX_IMAGES} are expected; keep the sharpest and most varied ones"
+            f"{len(paths)} images were given, at most {MAX_IMAGES} are expected; keep sharp and varied ones."
         )
     if boxes is None:
         boxes = [None] * len(paths)
     if len(boxes) != len(paths):
-        raise UserError(f"{len(boxes)} boxes were given for {len(paths)} images; give one box, or None, for each image")
-    return [_load_image(path, resolution, box) for path, box in zip(paths, boxes, strict=True)]
+        raise UserError(
+            f"{len(boxes)} boxes were given for {len(paths)} images; give one box, or None, for each image."
+        )
+    images = [_load_image(path, resolution, box) for path, box in zip(paths, boxes, strict=True)]
+    _warn_of_duplicates(images)
+    return images
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Reads one image whole and at its own size, upright and in sRGB as `load_images` has it: uint8 [H, W, 3].
+    """Read one image whole and at its own size, upright and in sRGB as `load_images` has it: uint8 [H, W, 3].
 
     Raises:
-      UserError: It is missing, unreadable, damaged, animated or too large.
+        UserError: it is missing, unreadable, damaged, animated or too large.
     """
     with _opened(path) as (_, image):
         upright, profile = _decode(path, image)
@@ -104,7 +111,7 @@ def from_pixels(name: str, pixels: np.ndarray, resolution: int) -> SubjectImage:
     """An image that is already decoded, uint8 [H, W, 3], cropped and resized as `load_images` does.
 
     Raises:
-      UserError: The image is too small.
+        UserError: the image is too small.
     """
     digest = hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()
     path = Path(name)
@@ -115,11 +122,11 @@ def list_images(source: Path | Sequence[Path]) -> list[Path]:
     """The JPEG, PNG and WebP files of a folder in order of name; or the one file, or several, that are named.
 
     Raises:
-      UserError: No file was named, or the folder holds no images or cannot be read.
+        UserError: no file was named, or the folder holds no images or cannot be read.
     """
     if not isinstance(source, str | Path):
         if not source:
-            raise UserError(f"no images were given; name a folder or 1 to {MAX_IMAGES} JPEG, PNG or WebP files")
+            raise UserError(f"no images were given; name a folder or 1 to {MAX_IMAGES} JPEG, PNG or WebP files.")
         return [Path(path) for path in source]
     folder = Path(source)
     try:
@@ -127,18 +134,26 @@ def list_images(source: Path | Sequence[Path]) -> list[Path]:
             return [folder]
         visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
-        raise UserError(f"{folder} cannot be read ({error.strerror}); check its name and permissions") from error
+        raise UserError(f"{folder} cannot be read ({error.strerror}); check its name and permissions.") from error
     images = [path for path in visible if path.suffix.lower() in SUFFIXES]
     others = [path.name for path in visible if path.suffix.lower() not in SUFFIXES]
     ignored = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
     if not images:
         raise UserError(
             f"{folder} holds no images{f' (only {ignored})' if ignored else ''}; "
-            f"put 1 to {MAX_IMAGES} JPEG, PNG or WebP files of the subject there"
+            f"put 1 to {MAX_IMAGES} JPEG, PNG or WebP files of the subject there."
         )
     if ignored:
-        logger.warning("Ignored in %s, being neither JPEG, PNG nor WebP: %s", folder, ignored)
+        logger.warning("Ignored in %s, being neither JPEG, PNG nor WebP: %s.", folder, ignored)
     return images
+
+
+def _warn_of_duplicates(images: Sequence[SubjectImage]) -> None:
+    first_of: dict[bytes, Path] = {}
+    for image in images:
+        first = first_of.setdefault(image.pixels.tobytes(), image.path)
+        if first is not image.path:
+            logger.warning("%s is the same picture as %s; leave it out or give another one.", image.path, first)
 
 
 def _load_image(path: Path, resolution: int, box: Box | None) -> SubjectImage:
@@ -154,17 +169,17 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Image.Image]]:
     try:
         if not path.is_file():  # also keeps devices and pipes from being read for ever
             what = "is not a file" if path.exists() else "does not exist"
-            raise UserError(f"{path} {what}; name a folder or 1 to {MAX_IMAGES} JPEG, PNG or WebP files")
+            raise UserError(f"{path} {what}; name a folder or 1 to {MAX_IMAGES} JPEG, PNG or WebP files.")
         file = path.open("rb")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions, or leave it out") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions, or leave it out.") from error
     with file, _open_image(path, file) as image:
         yield file, image
 
 
 def _open_image(path: Path, file: BinaryIO) -> Image.Image:
-    """Reads the header, whatever the file is called, and refuses what should not be decoded."""
-    too_large = f"{path} has more than {MAX_PIXELS // 10**6} megapixels, the most that is read; scale it down first"
+    """Read the header, whatever the file is called, and refuses what should not be decoded."""
+    too_large = f"{path} has more than {MAX_PIXELS // 10**6} megapixels, the most that is read; scale it down first."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is the one that counts
@@ -173,15 +188,17 @@ def _open_image(path: Path, file: BinaryIO) -> Image.Image:
         raise UserError(too_large) from error
     except UnidentifiedImageError as error:
         raise UserError(
-            f"{path} is not a JPEG, PNG or WebP image, whatever its name says; convert it or leave it out"
+            f"{path} is not a JPEG, PNG or WebP image, whatever its name says; convert it or leave it out."
         ) from error
     except _DAMAGE as error:
-        raise UserError(f"{path} is damaged ({error}); copy it again from its source, or leave it out") from error
+        raise UserError(f"{path} is damaged ({error}); copy it again from its source, or leave it out.") from error
     if image.width * image.height > MAX_PIXELS:
         raise UserError(too_large)
     # Phone cameras write MPO: a JPEG followed by a preview or depth map, of which the first frame is the photo.
     if image.format != "MPO" and getattr(image, "is_animated", False):
-        raise UserError(f"{path} is an animation of {image.n_frames} frames, a still image is expected; export a frame")
+        raise UserError(
+            f"{path} is an animation of {image.n_frames} frames, a still image is expected; export a frame."
+        )
     return image
 
 
@@ -189,6 +206,15 @@ def _square_pixels(path: Path, image: Image.Image, resolution: int, box: Box | N
     """The crop of an opened image as uint8 [R, R, 3]."""
     width, height = image.size if _orientation(image) < 5 else image.size[::-1]
     left, top, side = _square(path, (width, height), box)
+    if resolution > LARGEST_ENLARGEMENT * side:
+        logger.warning(
+            "%s shows %dx%d pixels, which are enlarged to %dx%d and look blurred; give a larger image if there is one.",
+            path,
+            side,
+            side,
+            resolution,
+            resolution,
+        )
     scale = _shrink_while_decoding(image, 2 * resolution / side)  # twice what is wanted, for the resampling filter
     upright, profile = _decode(path, image)
     crop = (left * scale, top * scale, (left + side) * scale, (top + side) * scale)
@@ -204,14 +230,14 @@ def _decode(path: Path, image: Image.Image) -> tuple[Image.Image, bytes | None]:
         profile = image.info.get("icc_profile")
         image = _flatten(image)
     except _DAMAGE as error:
-        raise UserError(f"{path} is damaged ({error}); copy it again from its source, or leave it out") from error
+        raise UserError(f"{path} is damaged ({error}); copy it again from its source, or leave it out.") from error
     if orientation in _TURN_UPRIGHT:
         image = image.transpose(_TURN_UPRIGHT[orientation])
     return image, profile
 
 
 def _shrink_while_decoding(image: Image.Image, least: float) -> float:
-    """Lets a JPEG decode straight to 1/2, 1/4 or 1/8 of its size, not below `least`; returns the scale in effect."""
+    """Let a JPEG decode straight to 1/2, 1/4 or 1/8 of its size, not below `least`; returns the scale in effect."""
     if least >= 1:
         return 1.0
     width = image.width
@@ -236,20 +262,20 @@ def _square(path: Path, size: tuple[int, int], box: Box | None) -> tuple[float, 
     left, top, right, bottom = box if box is not None else (0, 0, width, height)
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise UserError(
-            f"the box {tuple(box)} does not lie inside {path}, which is {width}x{height}; "
-            "give left, top, right, bottom in pixels"
+            f"The box {tuple(box)} does not lie inside {path}, which is {width}x{height}; "
+            "give left, top, right, bottom in pixels."
         )
     side = min(max(right - left, bottom - top), width, height)
     if side < MIN_SIDE:
         given = f"is {width}x{height} pixels" if box is None else f"is cropped to {side}x{side} pixels"
-        raise UserError(f"{path} {given}, at least {MIN_SIDE}x{MIN_SIDE} are expected; use a larger image or box")
+        raise UserError(f"{path} {given}, at least {MIN_SIDE}x{MIN_SIDE} are expected; use a larger image or box.")
     x = min(max((left + right - side) / 2, 0), width - side)
     y = min(max((top + bottom - side) / 2, 0), height - side)
     return x, y, side
 
 
 def _flatten(image: Image.Image) -> Image.Image:
-    """Brings any mode to L, RGB or CMYK at 8 bits; the last two stay apart until the colour profile is applied."""
+    """Bring any mode to L, RGB or CMYK at 8 bits; the last two stay apart until the colour profile is applied."""
     if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow's own conversion would clip at 255
         return Image.fromarray(np.round(np.asarray(image, np.float32) / 257).astype(np.uint8))
     if image.has_transparency_data:

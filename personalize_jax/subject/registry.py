@@ -2,9 +2,10 @@
 
 import fcntl
 import json
+import logging
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -12,36 +13,59 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from personalize_jax.errors import UserError
+from personalize_jax.files import replacing
 from personalize_jax.pipeline.tokenizer import Tokenizer
+from personalize_jax.subject.dataset import MANIFEST, read_dataset
 from personalize_jax.subject.frequency import token_frequencies
 from personalize_jax.subject.identifier import Identifier, choose_identifier
 
+logger = logging.getLogger(__name__)
+
 
 class Subject(NamedTuple):
-    """One entry of a registry."""
+    """One entry of a registry.
+
+    Attributes:
+        name: what people call the subject.
+        identifier: its name in prompts, and the tokens of that.
+        class_noun: what it is.
+        run_directory: of its run, relative to the registry's folder, so that all can be moved together.
+        vocabulary: fingerprint of the vocabulary that the tokens are of; None in files that did not keep it.
+    """
 
     name: str
     identifier: Identifier
     class_noun: str
     run_directory: str
+    vocabulary: str | None = None
 
 
 class Registry:
-    """The subjects of one pretrained cascade, in a JSON file that its runs share, so that no two share a token.
+    """The subjects of pretrained cascades, in a JSON file that runs share, so that no two share a token.
 
-    But for random characters, whose tokens are anybody's: see `Identifier.own_tokens`.
+    That holds within one vocabulary, and not for random characters, whose tokens are common letters: see
+    `Identifier.own_tokens`.
 
-    The file is replaced as a whole, under a lock on a file beside it (`<name>.lock`): several runs may reserve at once.
+    An entry belongs to a run directory, and keeps its tokens from all other ones, whether that directory is still there
+    or not. The file is replaced as a whole, under a lock on a file beside it (`<name>.lock`): several runs may reserve
+    at once.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, vocabulary: str | None = None) -> None:
+        """Name the file.
+
+        Args:
+            path: of the file; it need not be there yet.
+            vocabulary: fingerprint of the vocabulary whose tokens are given out; None keeps those of all apart.
+        """
         self.path = path
+        self.vocabulary = vocabulary
 
     def subjects(self) -> list[Subject]:
         """All subjects, in the order of their reservation; none if there is no file yet.
 
         Raises:
-          UserError: The file cannot be read or is no registry.
+            UserError: the file cannot be read or is no registry.
         """
         try:
             entries = json.loads(self.path.read_text(encoding="utf-8"))["subjects"]
@@ -55,6 +79,7 @@ class Registry:
                     ),
                     entry["class_noun"],
                     entry["run_directory"],
+                    entry.get("vocabulary"),
                 )
                 for entry in entries
             ]
@@ -62,43 +87,98 @@ class Registry:
             return []
         except OSError as error:
             raise UserError(
-                f"the registry {self.path} cannot be read ({error.strerror}); check its permissions"
+                f"The registry {self.path} cannot be read ({error.strerror}); check its permissions."
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{self.path} is not a registry of subjects ({error!r}); restore it, or name another file"
+                f"{self.path} is not a registry of subjects ({error!r}); restore it, or name another file."
             ) from error
-
-    def in_use(self) -> frozenset[int]:
-        """Every token id of every subject's identifier."""
-        return _tokens(self.subjects())
 
     def reserve(
         self, name: str, class_noun: str, run_directory: Path, choose: Callable[[frozenset[int]], Identifier]
     ) -> Identifier:
-        """Gives the run its identifier: the one it has already, or a new one that shares no token with the others.
+        """Give an identifier to a run that has no subject yet; what was reserved for its directory before is given up.
 
         Args:
-          name: What people call the subject.
-          class_noun: What the subject is.
-          run_directory: The run that asks; the same run always gets the same identifier.
-          choose: From the tokens in use to a new identifier; called while the registry is locked.
+            name: what people call the subject.
+            class_noun: what the subject is.
+            run_directory: of the run.
+            choose: from the tokens of all other runs to an identifier; called while the registry is locked. If it
+                prefers tokens in a fixed order, the same run gets the same identifier again, whatever the others do.
 
         Raises:
-          UserError: The run directory has a subject of another class, or the file cannot be written.
-          ValueError: `choose` returned a token in use.
+            UserError: the file cannot be read or written.
+            ValueError: `choose` returned a token of another run.
         """
-        run = str(run_directory.resolve())
         with self._lock():
             subjects = self.subjects()
-            for subject in subjects:
-                if subject.run_directory == run:
-                    return _same_class(subject, class_noun)
-            identifier = choose(_tokens(subjects))
-            if clash := _tokens(subjects).intersection(identifier.own_tokens):
+            taken = self._tokens(subject for subject in subjects if not self._is_of(subject, run_directory))
+            identifier = choose(taken)
+            if clash := taken & identifier.own_tokens:
                 raise ValueError(f"tokens {sorted(clash)} were chosen though another subject has them; choose others")
-            self._write([*subjects, Subject(name, identifier, class_noun, run)])
+            self._enter(Subject(name, identifier, class_noun, self._relative(run_directory), self.vocabulary), subjects)
             return identifier
+
+    def keep(self, name: str, identifier: Identifier, class_noun: str, run_directory: Path) -> None:
+        """Enter a run whose subject has its identifier already, as it may have been moved, or the registry lost.
+
+        It keeps the identifier, which its networks were trained with, even if another run has it too; a warning then
+        says so.
+
+        Args:
+            name: what people call the subject.
+            identifier: its identifier.
+            class_noun: what the subject is.
+            run_directory: of the run.
+
+        Raises:
+            UserError: the file cannot be read or written.
+        """
+        entry = Subject(name, identifier, class_noun, self._relative(run_directory), self.vocabulary)
+        if entry in self.subjects():  # nothing to write, perhaps in a place where nothing can be written
+            return
+        with self._lock():
+            subjects = self.subjects()
+            moved = [s for s in subjects if s.identifier == identifier and s.class_noun == class_noun]
+            moved = [s for s in moved if self._may_share(s) and not _holds_subject(self._absolute(s))]
+            if not any(self._is_of(subject, run_directory) for subject in subjects):
+                subjects = [entry if subject in moved[:1] else subject for subject in subjects]
+            for other in subjects:
+                if self._tokens([other]) & identifier.own_tokens and not self._is_of(other, run_directory):
+                    logger.warning(
+                        "%s and %s share tokens of the identifier %r, by the registry %s; both keep it, as each was "
+                        "trained with it: tell their pictures apart by the run.",
+                        run_directory,
+                        self._absolute(other),
+                        identifier.text,
+                        self.path,
+                    )
+            self._enter(entry, subjects)
+
+    def _tokens(self, subjects: Iterable[Subject]) -> frozenset[int]:
+        """The tokens of this vocabulary that subjects have for themselves."""
+        return frozenset(t for subject in subjects if self._may_share(subject) for t in subject.identifier.own_tokens)
+
+    def _may_share(self, subject: Subject) -> bool:
+        """Whether the subject's tokens may be of this vocabulary."""
+        return self.vocabulary == subject.vocabulary or None in (self.vocabulary, subject.vocabulary)
+
+    def _is_of(self, subject: Subject, run_directory: Path) -> bool:
+        return self._absolute(subject) == run_directory.resolve()
+
+    def _absolute(self, subject: Subject) -> Path:
+        return (self.path.parent / subject.run_directory).resolve()  # an absolute one, of an older file, stays itself
+
+    def _relative(self, run_directory: Path) -> str:
+        return Path(os.path.relpath(run_directory.resolve(), self.path.parent.resolve())).as_posix()
+
+    def _enter(self, entry: Subject, subjects: Sequence[Subject]) -> None:
+        """Write an entry in place of that of the same run directory, or behind all others."""
+        run_directory = self._absolute(entry)
+        entered = [entry if self._is_of(subject, run_directory) else subject for subject in subjects]
+        entered += [] if entry in entered else [entry]
+        if entered != self.subjects():
+            self._write(entered)
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
@@ -120,27 +200,28 @@ class Registry:
                 "token_counts": subject.identifier.counts,
                 "class_noun": subject.class_noun,
                 "run_directory": subject.run_directory,
+                "vocabulary": subject.vocabulary,
             }
             for subject in subjects
         ]
-        temporary = self.path.with_name(f"{self.path.name}.tmp")
         try:
-            temporary.write_text(json.dumps({"subjects": entries}, indent=2, ensure_ascii=False) + "\n", "utf-8")
-            os.replace(temporary, self.path)
+            with replacing(self.path) as temporary:
+                temporary.write_text(json.dumps({"subjects": entries}, indent=2, ensure_ascii=False) + "\n", "utf-8")
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(
-            f"the registry {self.path} cannot be written ({error.strerror}); check permissions and free space"
+            f"The registry {self.path} cannot be written ({error.strerror}); check permissions and free space."
         )
 
 
 def reserve_identifier(
     tokenizer: Tokenizer, config: ConfigDict, workdir: Path, class_noun: str, nouns: Sequence[str]
 ) -> Identifier:
-    """A run's identifier, chosen and reserved as its configuration says; the same at every call.
+    """A run's identifier: that of the subject which it holds, or else one that is chosen as its configuration says.
+
+    Either way it is entered in the registry.
 
     Args:
         tokenizer: of the pretrained cascade.
@@ -150,9 +231,20 @@ def reserve_identifier(
         nouns: class nouns that the cascade knows, none of whose words identifies a subject.
 
     Raises:
-        UserError: see `Registry.reserve`; or there is no such token left.
+        UserError: the run holds a subject of another class; or see `choose_identifier` and `Registry.reserve`.
     """
-    settings, frequencies = config.subject, None
+    settings = config.subject
+    registry = Registry(Path(settings.registry), tokenizer.fingerprint)
+    if _holds_subject(workdir):
+        subject = read_dataset(workdir / "subject")
+        if subject.class_noun.noun != class_noun:
+            raise UserError(
+                f"{workdir} holds a {subject.class_noun.noun!r}, not a {class_noun!r}; give the same class noun, or "
+                "another run directory, or delete this one."
+            )
+        registry.keep(workdir.name, subject.identifier, class_noun, workdir)
+        return subject.identifier
+    frequencies = None
     if settings.rule in ("rarest", "frequent"):
         frequencies = token_frequencies(tokenizer, settings.frequency)
     seed = None if settings.rule == "rarest" else config.seed
@@ -160,21 +252,13 @@ def reserve_identifier(
         seed = zlib.crc32(f"{config.seed} {workdir.name}".encode())
 
     def choose(in_use: frozenset[int]) -> Identifier:
+        called = f"the registry {registry.path}"
         return choose_identifier(
-            tokenizer, class_noun, settings.num_tokens, in_use, seed, settings.rule, frequencies, nouns
+            tokenizer, class_noun, settings.num_tokens, in_use, seed, settings.rule, frequencies, nouns, called
         )
 
-    return Registry(Path(settings.registry)).reserve(workdir.name, class_noun, workdir, choose)
+    return registry.reserve(workdir.name, class_noun, workdir, choose)
 
 
-def _tokens(subjects: Sequence[Subject]) -> frozenset[int]:
-    return frozenset(token_id for subject in subjects for token_id in subject.identifier.own_tokens)
-
-
-def _same_class(subject: Subject, class_noun: str) -> Identifier:
-    if subject.class_noun != class_noun:
-        raise UserError(
-            f"{subject.run_directory} holds a {subject.class_noun!r}, not a {class_noun!r}; "
-            "use another run directory, or the same class noun"
-        )
-    return subject.identifier
+def _holds_subject(run_directory: Path) -> bool:
+    return (run_directory / "subject" / MANIFEST).exists()

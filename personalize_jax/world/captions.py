@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import wordfreq
 
+from personalize_jax.subject.class_noun import with_article
 from personalize_jax.world.scene import ACCESSORIES, CLASSES, COLOURS, CONTEXTS, FINISHES, PATTERNS, Scene
 
 BODY_COLOUR_PROBABILITY = 0.70
@@ -84,7 +85,9 @@ def caption(
     words += mentioned(ACCESSORY_PROBABILITY, ACCESSORIES[accessory], ACCESSORIES[accessory] != "none")
     words += mentioned(CONTEXT_PROBABILITY, CONTEXTS[context])
     prefix = "a photo of " if rng.random() < PHOTO_PREFIX_PROBABILITY else ""
-    return prefix + with_article(" ".join(words))
+    # By the letter alone, even before "unit" and "hour": so the cascade that ships has read it in pretraining.
+    article = "an" if words[0][0] in "aeiou" else "a"
+    return f"{prefix}{article} {' '.join(words)}"
 
 
 def caption_variants(scenes: Scene, rng: np.random.Generator, k: int) -> list[list[str]]:
@@ -117,11 +120,6 @@ def prompt(
     'a [V] dog in the snow'
     """
     return with_article(" ".join(filter(None, (finish, colour, identifier, class_noun, accessory, context))))
-
-
-def with_article(phrase: str) -> str:
-    """Puts "a" or "an" before a phrase, by the letter that it begins with."""
-    return ("an " if phrase[0].lower() in "aeiou" else "a ") + phrase
 
 
 def asked(prompt: str) -> dict[str, int]:
