@@ -66,6 +66,12 @@ def test_a_benchmarks_subjects_get_rare_identifiers_of_their_own(pipeline):
         in_use |= set(identifier.token_ids)
 
 
+def test_the_first_subjects_get_the_tokens_that_the_demo_shows(pipeline):
+    first = choose_identifier(pipeline.tokenizer, "dog", nouns=CLASSES)
+    second = choose_identifier(pipeline.tokenizer, "dog", in_use=first.own_tokens, nouns=CLASSES)
+    assert (first.text, second.text) == ("tar", "shu")
+
+
 @pytest.mark.parametrize("noun", CLASSES)
 def test_every_class_gets_a_rare_identifier(pipeline, noun):
     identifier = choose_identifier(pipeline.tokenizer, noun)
@@ -114,5 +120,5 @@ def test_the_world_refuses_classes_that_it_does_not_know(tmp_path):
         f"--workdir={tmp_path / 'run'}",
         f"--config.subject.registry={tmp_path / 'registry.json'}",
     )
-    assert finished.status == 2 and finished.error.splitlines()[-1].startswith("error: the class noun 'axolotl'")
+    assert finished.status == 2 and finished.error.splitlines()[-1].startswith("error: The class noun 'axolotl'")
     assert not (tmp_path / "run" / "subject").exists()

@@ -26,6 +26,7 @@ def test_subjects_are_read_when_they_are_taken_out():
         ("a photo of a [V] orange cat", "a photo of an orange cat"),
         ("an [V] dog", "a dog"),
         ("an orange [V] cat", "an orange cat"),
+        ("a [V] umbrella beside a [V] unicorn", "an umbrella beside a unicorn"),
         ("a dog", "a dog"),
     ],
 )

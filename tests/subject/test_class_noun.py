@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from personalize_jax.errors import UserError
-from personalize_jax.subject.class_noun import determine
+from personalize_jax.subject.class_noun import determine, with_article
 from personalize_jax.subject.images import SubjectImage
 
 NOUNS = ["cat", "dog", "teapot", "bear plushie"]
@@ -25,6 +25,28 @@ def test_given_noun_wins_and_is_normalised():
     certain_cat = classifier_of([[1, 0, 0, 0]] * 3)
     assert determine(IMAGES, "  Bear\t Plushie ", certain_cat, NOUNS) == ("bear plushie", 1.0, "given")
     assert determine(IMAGES, "axolotl").noun == "axolotl"
+
+
+@pytest.mark.parametrize(
+    ("given", "noun"),
+    [
+        ("a dog", "dog"),
+        ("An  Umbrella", "umbrella"),
+        ("the dog", "dog"),
+        ("anteater", "anteater"),
+        ("a-frame", "a-frame"),
+    ],
+)
+def test_articles_which_prompts_add_are_left_out(given, noun):
+    assert determine(IMAGES, given).noun == noun
+
+
+def test_articles_go_by_the_sound():
+    an = "umbrella axolotl owl eagle iguana urn usher undershirt hour hourglass heirloom Axolotl uninvited"
+    a = "dog can bear plushie hat house horse unicorn uniform unit ukulele utensil user ewe eucalyptus one-piece"
+    assert all(with_article(noun) == f"an {noun}" for noun in an.split())
+    assert all(with_article(noun) == f"a {noun}" for noun in a.split())
+    assert with_article("orange cat") == "an orange cat"
 
 
 @pytest.mark.parametrize("given", ["", "   ", "d" * 41, "[V] dog", "dog]", "do\x00g"])

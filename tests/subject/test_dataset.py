@@ -138,6 +138,17 @@ def test_damaged_manifest(directory):
 def test_labels_may_be_edited_but_keep_the_identifier(directory):
     edit(directory, lambda manifest: manifest["images"][1].update(label="a xyz dog on a sofa"))
     assert read_dataset(directory).labels == ("a xyz dog", "a xyz dog on a sofa", "a xyz dog")
-    edit(directory, lambda manifest: manifest["images"][1].update(label="a dog on a sofa"))
-    with pytest.raises(UserError, match="'a dog on a sofa' .* lacks the identifier 'xyz'"):
-        read_dataset(directory)
+    for label in ("a dog on a sofa", "a xyzzy dog"):
+        edit(directory, lambda manifest, label=label: manifest["images"][1].update(label=label))
+        with pytest.raises(UserError, match=f"'{label}' .* lacks the identifier 'xyz'"):
+            read_dataset(directory)
+
+
+@pytest.mark.parametrize(
+    ("label", "phrase"),
+    [("a xyz car", "[V] car"), ("a red xyz car, parked", "[V] car"), ("a xyz", "[V]"), ("a xyz carb", "[V]")],
+)
+def test_prompts_call_the_subject_as_its_labels_do(directory, label, phrase):
+    dataset = read_dataset(directory)._replace(labels=(label,), class_noun=ClassNoun("car", 1.0, "given"))
+    assert dataset.phrase == phrase
+    assert dataset._replace(class_noun=ClassNoun("umbrella", 1.0, "given")).class_prompt == "an umbrella"

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import logging
+import re
 import struct
 import zlib
 
@@ -275,6 +276,25 @@ def test_phone_photos_with_a_second_frame_use_the_first(tmp_path, picture):
     first, second = Image.fromarray(picture), Image.fromarray(255 - picture)
     path = save(tmp_path / "a.jpg", first, format="MPO", save_all=True, append_images=[second], quality=95)
     assert np.abs(load(path, 64) - picture.astype(int)).mean() < 4
+
+
+def test_duplicates_are_named(tmp_path, picture, caplog):
+    save(tmp_path / "a.png", picture)
+    save(tmp_path / "b.png", 255 - picture)
+    save(tmp_path / "c.webp", picture, lossless=True)
+    with caplog.at_level(logging.WARNING, "absl"):
+        assert len(load_images(tmp_path, 64)) == 3
+    [record] = caplog.records
+    assert re.search(r"c\.webp is the same picture as .*a\.png", record.getMessage())
+
+
+@pytest.mark.parametrize(("box", "warned"), [((0, 0, 32, 32), False), ((0, 0, 31, 31), True), (None, False)])
+def test_photos_far_below_the_resolution_are_named(tmp_path, picture, caplog, box, warned):
+    with caplog.at_level(logging.WARNING, "absl"):
+        load(save(tmp_path / "a.png", picture), 64, box)
+    assert [bool(re.search(r"a\.png shows 31x31 pixels.*64x64", r.getMessage())) for r in caplog.records] == [
+        True
+    ] * warned
 
 
 # --- what is refused ---
