@@ -7,7 +7,7 @@ from personalize_jax.errors import UserError
 from personalize_jax.models.text_encoder import PAD_ID
 from personalize_jax.pipeline.caption_cleaning import clean_caption
 from personalize_jax.pipeline.tokenizer import Tokenizer
-from tests import public_tokenizers, tiny
+from tests import public_tokenizers, tiny, tiny_public
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +24,38 @@ def test_rows_end_with_end_of_sequence_and_padding(tokenizer):
         assert row.tolist() == [*ids, end] + [PAD_ID] * (7 - len(ids))
     assert rows[2, -1] == end  # cut, and closed all the same
     assert PAD_ID not in rows[2]
+
+
+def test_what_the_text_encoder_does_not_read_is_named_once_a_text(tokenizer, caplog):
+    fits, longer = "dog dog dog dog dog dog dog", "a dog in the snow beside a teapot on the beach"
+    assert len(tokenizer.encode(fits)) == tokenizer.text_length == 7
+    for _ in range(2):
+        rows = tokenizer([fits, longer])
+    [record] = caplog.records
+    read, left_out = tokenizer.encode(longer)[:7], tokenizer.encode(longer)[7:]
+    assert rows[1].tolist() == [*read, tokenizer.backend.eos_token_id]
+    sentence = (
+        f'The text encoder reads 7 tokens of a text, and of "{longer}" it leaves out "{tokenizer.decode(left_out)}";'
+    )
+    assert record.getMessage().startswith(sentence)
+
+
+@pytest.mark.parametrize("make", [tiny_public.t5_tokenizer, tiny_public.clip_tokenizer])
+def test_rows_are_those_of_transformers_where_they_are_cut(make):
+    """With the token that opens CLIP's rows and without."""
+    tokenizer = Tokenizer(make(), 77, None)
+    texts = ["a dog", "", "dog " * (tokenizer.text_length - 1), "dog " * tokenizer.text_length, "dog teapot " * 50]
+    np.testing.assert_array_equal(tokenizer(texts), of_transformers(make(), texts))
+    assert tokenizer.encode("a photo of a dog") == make()("a photo of a dog", add_special_tokens=False)["input_ids"]
+
+
+def test_vocabularies_are_told_apart_by_their_tokens(tokenizer, tmp_path):
+    clip, t5 = (Tokenizer(make(), 77, None) for make in (tiny_public.clip_tokenizer, tiny_public.t5_tokenizer))
+    assert len({tokenizer.fingerprint, clip.fingerprint, t5.fingerprint}) == 3
+    of_transformers(clip.backend, ["a dog"])  # leaves settings in the backend, which change no token
+    assert Tokenizer(clip.backend, 20, None, str.upper).fingerprint == clip.fingerprint
+    clip.save(tmp_path)
+    assert Tokenizer.from_folder(tmp_path).fingerprint == clip.fingerprint
 
 
 def test_padding_is_what_the_text_encoder_masks(tokenizer):
