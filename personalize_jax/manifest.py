@@ -66,6 +66,20 @@ def read_config(workdir: Path) -> ConfigDict:
     return ConfigDict(manifest["config"])
 
 
+def recorded(workdir: Path, key: str, default: Any) -> Any:
+    """A value of the configuration that a run has had so far.
+
+    Args:
+        workdir: run directory, begun or not.
+        key: dotted key.
+        default: what to give where the run has no such value.
+    """
+    value = read(workdir).get("config", {})
+    for part in key.split("."):
+        value = value.get(part, {}) if isinstance(value, dict) else {}
+    return default if value == {} else value
+
+
 def record_config(config: ConfigDict, workdir: Path, may_change: Sequence[str] = ()) -> None:
     """Keep the configuration in the run directory, or compare it with what the run began with.
 

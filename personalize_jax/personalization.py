@@ -158,10 +158,9 @@ def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir
         _check_same(read_dataset(workdir / "subject"), photos, workdir)
     else:
         configuration.check_identifier(pipeline, config)
-    recorded = manifest.read(workdir).get("config", {})
     for name, training in stage_trainings(config).items():
-        before = recorded.get(configuration.TRAININGS[name], {}).get("num_steps", training.num_steps)
-        check_length(workdir / name, training, before)
+        key = f"{configuration.TRAININGS[name]}.num_steps"
+        check_length(workdir / name, training, manifest.recorded(workdir, key, training.num_steps))
     may_change = [f"{part}.num_steps" for part in configuration.TRAININGS.values()]
     may_change += ["subject.registry", *(f"evaluation.{key}" for key in configuration.EVALUATION)]
     manifest.record_config(config, workdir, may_change)

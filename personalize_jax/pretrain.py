@@ -152,8 +152,7 @@ def main(_: list[str]) -> None:
     check_sizes(config.training, mesh_of(config.training))
     tracked = tracking.asked_for().of(workdir)
     hosts.check_shared(workdir)
-    recorded = manifest.read(workdir).get("config", {})
-    before = recorded.get("training", {}).get("num_steps", config.training.num_steps)
+    before = manifest.recorded(workdir, "training.num_steps", config.training.num_steps)
     check_length(workdir, config.training, before)
     manifest.record_config(config, workdir, may_change=["training.num_steps"])
     wanted = config.dataset.resolution, "train", config.dataset.count, flags.FLAGS.data_dir

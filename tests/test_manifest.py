@@ -28,6 +28,9 @@ def test_the_same_configuration_goes_on(tmp_path):
     manifest.record_config(config(), tmp_path / "run")
     manifest.record_config(config(), tmp_path / "run")
     assert manifest.read_config(tmp_path / "run").training.num_steps == 10
+    assert manifest.recorded(tmp_path / "run", "training.num_steps", 3) == 10
+    for key, folder in (("training.num_steps", "another"), ("training.nothing", "run"), ("seed.nothing", "run")):
+        assert manifest.recorded(tmp_path / folder, key, 3) == 3
 
 
 def test_another_configuration_is_refused_by_the_names_of_its_keys(tmp_path):
