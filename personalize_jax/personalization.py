@@ -140,8 +140,7 @@ def made_from(pipeline: Pipeline, photos: SubjectPhotos) -> dict[str, object]:
 def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path) -> None:
     """Claim a run directory for a configuration and a subject, before anything is computed.
 
-    Only the numbers of steps, how it is evaluated and where the registry lies may differ from what the run began with;
-    the run is then no longer done.
+    Only numbers of steps, evaluation and registry may differ from what the run began with; it is then no longer done.
 
     Raises:
         UserError: the configuration cannot be used, the directory belongs to another one, to another subject or to
@@ -151,8 +150,7 @@ def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir
     hosts.check_shared(workdir)
     if manifest.read(workdir).get("data", {}).get("pretrained", pipeline.fingerprint) != pipeline.fingerprint:
         raise UserError(
-            f"{workdir} was begun with other weights of {config.pretrained}; give the same to go on, or another "
-            "--workdir."
+            f"{workdir} was begun with other weights of {config.pretrained}; give the same, or another --workdir."
         )
     if (workdir / "subject" / MANIFEST).exists():
         _check_same(read_dataset(workdir / "subject"), photos, workdir)
