@@ -198,9 +198,7 @@ def tune_again(
         untuned = tuned.pipeline.replace_params(**text, **{name: pipeline.params_in_full(name)})
         return Personalized(untuned.replace_sampling(**{name: stage.sampling}), tuned.subject)
     training = stage_trainings(config)[name]
-    drawn = {}
-    if training.prior.weight > 0:
-        drawn = draw_class_images(pipeline, tuned.subject, [name], config, workdir)
+    drawn = draw_class_images(pipeline, tuned.subject, [name], config, workdir) if training.prior.weight > 0 else {}
     with phase(directory.parent, f"tuning {directory.name}".replace("_", " ")):
         networks, _ = tune(start, stage, tuned.subject, drawn, training, config.seed, directory, tracking)
     changed = tuned.pipeline.replace_params(**{**text, **networks}).replace_sampling(**{name: stage.sampling})
