@@ -16,6 +16,7 @@ from personalize_jax.errors import UserError
 from personalize_jax.pipeline import load_pipeline
 from personalize_jax.training import loop
 from tests import processes
+from tests.waiting import PATIENCE
 
 PICTURES = ("class_images", "samples", "class_samples", "evaluation")
 
@@ -31,7 +32,7 @@ def run(folder, module, *arguments, processes_of=(4,)):
         before = functools.partial(processes.use_devices, devices)
         started.append(processes.start(processes.run_module, module, [str(a) for a in of_one], files[-1], before))
     for process in started:
-        process.join(600)
+        process.join(PATIENCE)
         process.kill()
     return [
         processes.Finished(process.exitcode, *(file.read_text() for file in of_one))

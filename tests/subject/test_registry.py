@@ -17,6 +17,7 @@ from personalize_jax.subject.identifier import Identifier
 from personalize_jax.subject.images import SubjectImage
 from personalize_jax.subject.registry import Registry, reserve_identifier
 from tests import tiny
+from tests.waiting import PATIENCE
 
 
 def lowest_free(in_use: frozenset[int], num_tokens: int = 1) -> Identifier:
@@ -159,7 +160,7 @@ def test_processes_that_reserve_at_once_get_different_tokens(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(PATIENCE)
         assert process.exitcode == 0
     subjects = Registry(path).subjects()
     assert len({subject.name for subject in subjects}) == 40

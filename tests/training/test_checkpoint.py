@@ -13,6 +13,7 @@ from personalize_jax.training.checkpoint import Checkpoints, checksum, checksum_
 from personalize_jax.training.step import init_state
 from tests import processes
 from tests.training.saving_together import alter, restore_altered
+from tests.waiting import PATIENCE
 
 
 def state_at(step, ema=True):
@@ -96,7 +97,7 @@ def test_two_processes_that_hold_the_halves_of_a_state_notice_altered_numbers_of
     address = processes.free_address()
     together = [processes.start(restore_altered, i, address, tmp_path) for i in range(2)]
     for process in together:
-        process.join(120)
+        process.join(PATIENCE)
         process.kill()
     assert [process.exitcode for process in together] == [0, 0]
     assert [(tmp_path / f"restored_{i}").read_text() for i in range(2)] == ["[3]", "[3]"]
