@@ -1,7 +1,6 @@
 """Encoders and their preprocessing against transformers, from the same files and the same pixels."""
 
 import json
-from pathlib import Path
 
 import huggingface_hub
 import jax
@@ -11,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
-from safetensors.torch import load_file, save_file, save_model
+from safetensors.torch import save_model
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -39,19 +38,9 @@ from personalize_jax.models.lpips import SLICES
 from personalize_jax.models.port_weights import load_weights
 from personalize_jax.scoring import find_judges
 from tests import hub_cache, tiny_public
+from tests.metrics.conftest import PHOTOS
+from tests.metrics.timm_config import TIMM
 from tests.models.torch_params import scramble
-
-PHOTOS = Path(__file__).parents[2] / ".." / "shared" / "dreambooth" / "dataset"
-
-
-@pytest.fixture(scope="module")
-def pictures():
-    """Tall, wide, square, small and large ones, and photographs where they are at hand."""
-    rng = np.random.default_rng(0)
-    shapes = ((41, 30), (30, 53), (32, 32), (9, 12), (120, 70))
-    made = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
-    files = sorted(PHOTOS.glob("*/00.jpg"))[:3]
-    return made + [np.asarray(Image.open(file).convert("RGB")) for file in files]
 
 
 def test_photographs_are_among_the_pictures(pictures):
@@ -88,109 +77,6 @@ def test_dino_embeds_as_transformers_does(name, pictures, tmp_path):
     np.testing.assert_allclose(prepared, np.moveaxis(inputs["pixel_values"].numpy(), 1, -1), atol=1e-5)
     np.testing.assert_allclose(dino.embed(prepared), theirs, atol=1e-4 * np.abs(theirs).max())
     np.testing.assert_allclose(dino(pictures), theirs / np.linalg.norm(theirs, axis=1, keepdims=True), atol=1e-4)
-
-
-TIMM = {
-    "architecture": "vit_tiny_patch16_32",
-    "num_classes": 0,
-    "num_features": 192,
-    "pretrained_cfg": {
-        "tag": "dino",
-        "input_size": [3, 32, 32],
-        "interpolation": "bicubic",
-        "crop_pct": 0.9,
-        "crop_mode": "center",
-        "mean": [0.485, 0.456, 0.406],
-        "std": [0.229, 0.224, 0.225],
-    },
-}
-
-
-def timm_names(file):
-    """Tensors that transformers saved of a ViT by timm's names: queries, keys and values joined in this order."""
-    state = load_file(file)
-    renamed = {
-        "cls_token": state["embeddings.cls_token"],
-        "pos_embed": state["embeddings.position_embeddings"],
-        "patch_embed.proj.weight": state["embeddings.patch_embeddings.projection.weight"],
-        "patch_embed.proj.bias": state["embeddings.patch_embeddings.projection.bias"],
-    }
-    parts = {
-        "norm1": "layernorm_before",
-        "attn.proj": "attention.output.dense",
-        "norm2": "layernorm_after",
-        "mlp.fc1": "intermediate.dense",
-        "mlp.fc2": "output.dense",
-    }
-    for leaf in ("weight", "bias"):
-        renamed[f"norm.{leaf}"] = state[f"layernorm.{leaf}"]
-        for i in range(12):
-            layer, block = f"encoder.layer.{i}", f"blocks.{i}"
-            joined = [state[f"{layer}.attention.attention.{name}.{leaf}"] for name in ("query", "key", "value")]
-            renamed[f"{block}.attn.qkv.{leaf}"] = torch.cat(joined)
-            renamed |= {f"{block}.{ours}.{leaf}": state[f"{layer}.{theirs}.{leaf}"] for ours, theirs in parts.items()}
-    return {name: tensor.contiguous() for name, tensor in renamed.items()}
-
-
-@pytest.fixture(scope="module")
-def timm(tmp_path_factory):
-    """A ViT of transformers, a folder in which it lies as timm saves it, and its tensors there."""
-    folder = tmp_path_factory.mktemp("timm")
-    sizes = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "image_size": 32}
-    model = ViTModel(ViTConfig(**sizes, layer_norm_eps=1e-6), add_pooling_layer=False)
-    scramble(model, seed=6)
-    model.eval().save_pretrained(folder / "transformers")
-    tensors = timm_names(folder / "transformers" / "model.safetensors")
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(TIMM))
-    return model, folder, tensors
-
-
-def test_dino_as_timm_saves_it_embeds_as_transformers_does(timm, pictures):
-    model, folder, _ = timm
-    dino = load_dino(folder)
-    assert (dino.prepare.size, dino.prepare.crop) == (35, 32)  # 32 / 0.9, by the shorter side
-    prepared = dino.prepare(pictures)
-    with torch.no_grad():
-        theirs = model(torch.from_numpy(np.moveaxis(prepared, -1, 1).copy())).last_hidden_state[:, 0].numpy()
-    np.testing.assert_allclose(dino.embed(prepared), theirs, atol=1e-4 * np.abs(theirs).max())
-    normalised = {"image_mean": TIMM["pretrained_cfg"]["mean"], "image_std": TIMM["pretrained_cfg"]["std"]}
-    sizes = {"size": {"shortest_edge": 35}, "crop_size": {"height": 32, "width": 32}}
-    processor = CLIPImageProcessorPil(**normalised, **sizes)
-    square = [picture for picture in pictures if picture.shape[0] == picture.shape[1]]
-    expected = processor([Image.fromarray(picture) for picture in square], return_tensors="pt")["pixel_values"]
-    np.testing.assert_allclose(dino.prepare(square), np.moveaxis(expected.numpy(), 1, -1), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"architecture": "resnet50"}, "architecture of timm is 'resnet50'; give a vision transformer"),
-        ({"architecture": "vit_tiny_patch8_32"}, "tensors of other shapes than"),
-        ({"architecture": "vit_large_patch16_32"}, "has no tensor 'blocks.12"),
-        ({"pretrained_cfg": {}}, "does not say how to prepare pictures"),
-        ({"pretrained_cfg": TIMM["pretrained_cfg"] | {"crop_mode": "squash"}}, "crops by 'squash'"),
-    ],
-)
-def test_other_models_of_timm_are_refused(change, sentence, timm, tmp_path):
-    _, folder, _ = timm
-    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(TIMM | change))
-    with pytest.raises(UserError, match=sentence):
-        load_dino(tmp_path)
-
-
-def test_surplus_and_damaged_tensors_of_timm_are_refused(timm, tmp_path):
-    _, _, tensors = timm
-    (tmp_path / "config.json").write_text(json.dumps(TIMM))
-    save_file(tensors | {"head.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
-    load_dino(tmp_path)  # of classes, which nobody asks for
-    save_file(tensors | {"blocks.0.ls1.gamma": torch.zeros(192)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="has a tensor blocks.0.ls1.gamma, which a plain"):
-        load_dino(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"no safetensors")
-    with pytest.raises(UserError, match="cannot be read as safetensors .*; download"):
-        load_dino(tmp_path)
 
 
 CLIPS = {
