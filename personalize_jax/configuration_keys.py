@@ -70,7 +70,7 @@ def number(least: float = -math.inf, most: float = math.inf, above: float = -mat
             return False
         return least <= value <= most and above < value < below
 
-    return Rule(f"a number {said}" if said else "a finite number", holds)
+    return Rule(f"a finite number {said}".rstrip(), holds)
 
 
 def text(wanted: str, empty: bool = False) -> Rule:

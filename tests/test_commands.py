@@ -101,6 +101,8 @@ def test_no_class_noun_and_nobody_to_tell(pretrained, photos, tmp_path):
         ("--config.pretrained=nowhere", "No pipeline at 'nowhere': give 'world', or a folder"),
         ("--config.training.num_step=3", 'Did you mean "num_steps"'),
         ("--config.tune=('decoder',)", "give one or more of base, super_resolution, each once"),
+        ("--config.training.mesh=2", "config.training.mesh is (2,); give three sizes"),
+        ("--config=nowhere.py", "No such file or directory: 'nowhere.py'"),
     ],
 )
 def test_configurations_that_cannot_be_used(pretrained, photos, tmp_path, flag, sentence):
