@@ -109,15 +109,6 @@ def steps_bar(description: str, total: int) -> Iterator[Callable[[int, dict[str,
             bar.close()
 
 
-def expand_home(config: ConfigDict) -> None:
-    """Put the home folder in place of a leading "~" in all values of a configuration."""
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            expand_home(value)
-        elif (expanded := _expanded(value)) != value:
-            config[key] = expanded
-
-
 def _parse(argv: list[str], takes_words: bool) -> list[str]:
     """As absl does, but with one sentence for what cannot be used, and with "~" for the home folder.
 
@@ -136,10 +127,19 @@ def _parse(argv: list[str], takes_words: bool) -> list[str]:
         sys.exit(_fail(_left_over(words[1:])))
     for flag in [flags.FLAGS[name] for name in flags.FLAGS if "." not in name]:  # --config.key=value is in --config
         if isinstance(flag.value, ConfigDict):
-            expand_home(flag.value)
+            _expand_home(flag.value)
         elif (expanded := _expanded(flag.value)) != flag.value:
             flag.value = expanded
     return words
+
+
+def _expand_home(config: ConfigDict) -> None:
+    """Put the home folder in place of a leading "~" in all values of a configuration."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            _expand_home(value)
+        elif (expanded := _expanded(value)) != value:
+            config[key] = expanded
 
 
 def _left_over(words: Sequence[str]) -> str:

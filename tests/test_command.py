@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 from absl import flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from personalize_jax import command
 
@@ -31,6 +31,8 @@ def start(monkeypatch):
             flags.DEFINE_multi_string("images", None, "Pictures.", flag_values=values)
             flags.DEFINE_string("workdir", None, "Run directory.", flag_values=values)
             flags.DEFINE_integer("number", 3, "How many.", flag_values=values)
+            config = ConfigDict({"pretrained": ("~/a", "b"), "subject": {"registry": "~/r.json"}}).lock()
+            config_flags.DEFINE_config_dict("config", config, flag_values=values)
 
         command.run(given.append, define_flags, required=(), **options)
         return given[0], values
@@ -91,10 +93,5 @@ def test_the_home_folder_is_meant_by_a_tilde(start, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     _, values = start("--images=~/photos", "--images", "~", "--images=a~b", "--workdir=~/runs/rex")
     assert values.images == ["/home/me/photos", "/home/me", "a~b"] and values.workdir == "/home/me/runs/rex"
-
-
-def test_the_home_folder_is_meant_by_a_tilde_in_a_configuration(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    config = ConfigDict({"pretrained": ("~/a", "b"), "subject": {"registry": "~/r.json"}}).lock()
-    command.expand_home(config)
-    assert config.to_dict() == {"pretrained": ("/home/me/a", "b"), "subject": {"registry": "/home/me/r.json"}}
+    known = {"pretrained": ("/home/me/a", "b"), "subject": {"registry": "/home/me/r.json"}}
+    assert values.config.to_dict() == known and values.config.is_locked

@@ -110,6 +110,25 @@ def test_configurations_that_cannot_be_used(pretrained, photos, tmp_path, flag, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("module", "flags"),
+    [
+        ("personalize_jax.personalize", ["--images={photos}", "--workdir={out}"]),
+        ("personalize_jax.plan", ["--topology=v5e-8", "--out={out}"]),
+        ("personalize_jax.pretrain", ["--config=configs/pretrain_world.py:base", "--workdir={out}"]),
+        ("experiments.num_images", ["--workdir={out}"]),
+        ("experiments.speed", ["--out={out}"]),
+        ("launch.sweep", ["--sweep=configs/sweeps/prior_weight.py", "--workdir={out}", "--benchmark=world"]),
+    ],
+)
+def test_every_command_refuses_values_that_make_no_sense(photos, tmp_path, module, flags):
+    given = [flag.format(photos=photos, out=tmp_path / "out") for flag in flags]
+    given = ["--config=configs/world.py", "--config.training.log_every=0", *given]
+    sentence = refused(processes.command(tmp_path, module, *given))
+    assert sentence == "error: config.training.log_every is 0; give a whole number of 1 or more."
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("config", ["world.py:hypernetwork", "stable_diffusion.py:1.5:hypernetwork"])
 def test_methods_that_there_are_not(photos, tmp_path, config):
     flags = [f"--config=configs/{config}", f"--images={photos}", f"--workdir={tmp_path / 'run'}"]

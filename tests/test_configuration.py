@@ -98,6 +98,15 @@ def test_missing_keys_are_named(pretrained, key):
         configuration.check(pj.load_pipeline(pretrained), config)
 
 
+def test_changes_are_of_a_locked_copy():
+    config = world.get_config()
+    shorter = configuration.changed(config, training__num_steps=20, tune=("base",))
+    assert (configuration.num_steps(config), configuration.num_steps(shorter)) == (260, 20)
+    assert shorter.is_locked and config.training.num_steps == 200
+    with pytest.raises(AttributeError):
+        shorter.training.num_step = 3
+
+
 # Every key of every configuration, by itself.
 
 CONFIGURATIONS = {

@@ -105,6 +105,11 @@ def test_encoders_of_all_runs_are_found_before_any_picture_is_drawn(run, monkeyp
         (["--workdir=a", "--workdir=b"], "say by --out where it goes"),
         (["--workdir=a/rex", "--workdir=b/rex", "--out=c"], "Two runs have the same name"),
         (["--workdir=nowhere"], "nowhere is no run directory"),
+        (
+            ["--workdir=nowhere", "--config=configs/world.py", "--config.evaluation.clips=()"],
+            "config.evaluation.clips is (); give one or more folders",
+        ),
+        (["--workdir=nowhere", "--config=configs/pretrain_world.py:base"], "no `evaluation` keys"),
     ],
 )
 def test_what_cannot_be_evaluated(flags, sentence, tmp_path):

@@ -139,6 +139,7 @@ def test_report_holds_all_it_is_given(picture):
         {"leakage": (np.float32(0.0312), "share of class pictures"), "pictures": (12345, "drawn")},
         {"tuning base": 75.4, "sampling": 3.25, "class images": 3661.0},
         {"identifier": "zcx", "ids": [1, 2], "config": {"training": {"num_steps": 200, "x": "y" * 60}}},
+        {"name": "a zcx dog", "to draw it": "python -m personalize_jax.sample"},
     )
     page = Page(html)
     assert page.open == []
@@ -154,12 +155,15 @@ def test_report_holds_all_it_is_given(picture):
         "1 min 15 s",
         "3.2 s",
         "1 h 01 min",
+        "1 h 02 min",  # of all
         "Total",
         "[1, 2]",
         '"num_steps": 200',
         "prior",
     ):
         assert text in page.text
+    order = ("The subject", "personalize_jax.sample", "The photos", "Scores", "Loss curves", "Times", "Facts")
+    assert [page.text.index(heading) for heading in order] == sorted(page.text.index(heading) for heading in order)
 
 
 def test_report_stands_alone(picture):
