@@ -115,7 +115,7 @@ def test_configurations_that_cannot_be_used(pretrained, photos, tmp_path, flag, 
     [
         ("personalize_jax.personalize", ["--images={photos}", "--workdir={out}"]),
         ("personalize_jax.plan", ["--topology=v5e-8", "--out={out}"]),
-        ("personalize_jax.pretrain", ["--config=configs/pretrain_world.py:base", "--workdir={out}"]),
+        ("personalize_jax.pretrain", ["--workdir={out}"]),
         ("experiments.num_images", ["--workdir={out}"]),
         ("experiments.speed", ["--out={out}"]),
         ("launch.sweep", ["--sweep=configs/sweeps/prior_weight.py", "--workdir={out}", "--benchmark=world"]),
@@ -123,7 +123,8 @@ def test_configurations_that_cannot_be_used(pretrained, photos, tmp_path, flag, 
 )
 def test_every_command_refuses_values_that_make_no_sense(photos, tmp_path, module, flags):
     given = [flag.format(photos=photos, out=tmp_path / "out") for flag in flags]
-    given = ["--config=configs/world.py", "--config.training.log_every=0", *given]
+    config = "pretrain_world.py:base" if module.endswith("pretrain") else "world.py"
+    given += [f"--config=configs/{config}", "--config.training.log_every=0"]
     sentence = refused(processes.command(tmp_path, module, *given))
     assert sentence == "error: config.training.log_every is 0; give a whole number of 1 or more."
     assert not (tmp_path / "out").exists()
