@@ -90,7 +90,7 @@ def test_inputs_that_would_not_be_copied_are_named(project, word):
     ("flag", "sentence"),
     [
         ("--images=photoz", "'photoz' is not in the project's folder"),
-        ("--config=configs/wrold.py:x", "'configs/wrold.py' is not in the project's folder"),
+        ("--config=wrold.py:x", "'wrold.py' is not in the project's folder"),
         ("--config.pretrained=models/sd15/", "'models/sd15/' is not in the project's folder"),
         ("--config.pretrained=('models/I/', 'gs://bucket/II')", "'models/I/' is not in the project's folder"),
         ("--pipeline=../sd15", "'../sd15' is not in the project's folder"),
