@@ -223,7 +223,6 @@ def _write_subject(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict
         return
     classifier, nouns = class_knowledge(config)
     class_noun = determine(photos.images, photos.class_noun, classifier, nouns, config.subject.class_threshold)
-
     identifier = reserve_identifier(pipeline.tokenizer, config, directory.parent, class_noun.noun, nouns or ())
     label = config.subject.label == "identifier_and_class"
     write_dataset(directory, photos.images, class_noun, identifier, label)
@@ -243,13 +242,12 @@ def draw_class_images(
     pipeline: Pipeline, subject: SubjectDataset, names: Sequence[str], config: ConfigDict, workdir: Path
 ) -> dict[str, np.ndarray]:
     """The class images of the named stages, and of those that lead to them, drawn by the ancestral sampler."""
-    last = max(i for i, stage in enumerate(pipeline.stages) if stage.name in names)
-    stages = pipeline.stages[: last + 1]
+    cascade = pipeline.up_to(max(names, key=[stage.name for stage in pipeline.stages].index))
     settings = config.class_images
-    samplings = {stage.name: prior_sampling(stage, settings) for stage in stages}
-    with tqdm(total=settings.count * len(stages), desc="class images", unit="img") as bar:
+    samplings = {stage.name: prior_sampling(stage, settings) for stage in cascade.stages}
+    with tqdm(total=settings.count * len(cascade.stages), desc="class images", unit="img") as bar:
         return class_images(
-            pipeline.up_to(stages[-1].name),
+            cascade,
             subject.class_prompt,
             settings.count,
             samplings,
@@ -351,8 +349,8 @@ def stage_examples(pipeline: Pipeline, stage: Stage, pictures: np.ndarray, label
     """Labelled pictures at a stage's own resolution, with low-resolution versions or latents where it needs them."""
     pictures = downsample_uint8(pictures, stage.resolution)
     low_res = None if stage.low_resolution is None else downsample_uint8(pictures, stage.low_resolution)
-    tokens = pipeline.tokenizer(list(labels))[:, None]
-    examples = make_examples(pictures, tokens, pipeline.tokenizer([""])[0], low_res)
+    tokens, null_tokens = pipeline.tokenizer(list(labels))[:, None], pipeline.tokenizer([""])[0]
+    examples = make_examples(pictures, tokens, null_tokens, low_res)
     if pipeline.codec is None:
         return examples
     # The pictures are not kept: a thousand class images would take a TPU chip a tenth of its memory.
