@@ -52,7 +52,7 @@ def main(_: list[str]) -> None:
                 compared = tune_again(pipeline, personalized, base, without, workdir, directory, tracked).pipeline
             showcase.show(pipeline, personalized, compared, config, workdir, tracked)
     told = showcase.usage(read_dataset(workdir / "subject"), workdir, config.report.contexts[0])
-    print(f'The subject is "{told["name"]}", by the identifier {told["identifier"]}:\n  {told["to draw it"]}')
+    print(f'The subject is "{told["name"]}". Its identifier is {told["identifier"]}, as in\n  {told["to draw it"]}')
     print(f"Pictures: {workdir / 'gallery.png'}\nReport:   {workdir / 'report.html'}")
 
 

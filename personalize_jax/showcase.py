@@ -66,7 +66,7 @@ def usage(subject: SubjectDataset, workdir: Path, context: str) -> dict[str, str
     prompt = f"a {subject.phrase} {context}"
     return {
         "name": subject.labels[0],
-        "identifier": f"{subject.identifier.text}, for which prompts have {PLACEHOLDER}",
+        "identifier": f"{subject.identifier.text}: write {PLACEHOLDER} for it in prompts",
         "to draw it": f"python -m personalize_jax.sample --workdir={shlex.quote(str(workdir))} "
         f"--prompt={shlex.quote(prompt)} --out=out/",
     }

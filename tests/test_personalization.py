@@ -145,7 +145,7 @@ def test_a_second_call_says_that_all_is_done_and_changes_nothing(run, pretrained
     finished = personalize(tmp_path, pretrained, photos, run)
     assert finished.status == 0 and "All is done" in finished.output and str(run / "gallery.png") in finished.output
     name = json.loads((run / "manifest.json").read_text())["subject"]["name"]
-    assert f'The subject is "{name}", by the identifier ' in finished.output
+    assert f'The subject is "{name}". Its identifier is ' in finished.output
     assert f"--workdir={run} --prompt='a [V] dog in the snow'" in finished.output
     assert contents(run) == before
 

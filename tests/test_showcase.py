@@ -139,7 +139,7 @@ def test_a_run_says_how_its_subject_is_called_and_drawn(cascade, tmp_path):
     assert titles[0] == 'The photos of "a tar dog"' and titles[1] == '"a tar dog" in 2 contexts: [V] is tar'
     assert "<h1>&quot;a tar dog&quot;, personalised</h1>" in page
     told = showcase.usage(subject_of(), workdir, "in the snow")
-    assert told["name"] == "a tar dog" and told["identifier"].startswith("tar, ")
+    assert told["name"] == "a tar dog" and told["identifier"].startswith("tar: write [V] ")
     module, *given = shlex.split(told["to draw it"])[2:]
     assert module == sample.__name__
     assert given == [f"--workdir={workdir}", "--prompt=a [V] dog in the snow", "--out=out/"]
