@@ -27,9 +27,8 @@ from personalize_jax.pipeline.lora_file import save_lora
 from personalize_jax.pipeline.public import stage_folders
 from personalize_jax.subject.class_noun import Classifier, determine
 from personalize_jax.subject.dataset import MANIFEST, SubjectDataset, read_dataset, write_dataset
-from personalize_jax.subject.identifier import check_labels
 from personalize_jax.subject.images import SubjectImage, load_images
-from personalize_jax.subject.registry import reserve_identifier
+from personalize_jax.subject.registry import keep_identifier, reserve_identifier
 from personalize_jax.training import sharding
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
 from personalize_jax.training.loop import averaged, check_length, train, trained_params
@@ -210,17 +209,13 @@ def determine_subject(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigD
     directory = workdir / "subject"
     # Once for all processes: a registry gives an identifier to one of them.
     hosts.first_does(lambda: _write_subject(pipeline, photos, config, directory))
-    subject = read_dataset(directory)
-    check_labels(subject.labels, subject.identifier.text, pipeline.tokenizer)
-    return subject
+    return read_dataset(directory)
 
 
 def _write_subject(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, directory: Path) -> None:
     """Determine what is not in the directory already."""
     if (directory / MANIFEST).exists():
-        class_noun = read_dataset(directory).class_noun
-        reserve_identifier(pipeline.tokenizer, config, directory.parent, class_noun.noun, ())  # if the run was moved
-        return
+        return keep_identifier(pipeline.tokenizer, config, directory.parent)
     classifier, nouns = class_knowledge(config)
     class_noun = determine(photos.images, photos.class_noun, classifier, nouns, config.subject.class_threshold)
     identifier = reserve_identifier(pipeline.tokenizer, config, directory.parent, class_noun.noun, nouns or ())

@@ -17,7 +17,7 @@ from personalize_jax.files import replacing
 from personalize_jax.pipeline.tokenizer import Tokenizer
 from personalize_jax.subject.dataset import MANIFEST, read_dataset
 from personalize_jax.subject.frequency import token_frequencies
-from personalize_jax.subject.identifier import Identifier, choose_identifier
+from personalize_jax.subject.identifier import Identifier, check_labels, choose_identifier
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +242,7 @@ def reserve_identifier(
                 f"{workdir} holds a {subject.class_noun.noun!r}, not a {class_noun!r}; give the same class noun, or "
                 "another run directory, or delete this one."
             )
-        registry.keep(workdir.name, subject.identifier, class_noun, workdir)
+        keep_identifier(tokenizer, config, workdir)
         return subject.identifier
     frequencies = None
     if settings.rule in ("rarest", "frequent"):
@@ -258,6 +258,23 @@ def reserve_identifier(
         )
 
     return registry.reserve(workdir.name, class_noun, workdir, choose)
+
+
+def keep_identifier(tokenizer: Tokenizer, config: ConfigDict, workdir: Path) -> None:
+    """Enter the subject that a run holds in the registry, if it is not there, and check its labels, edited perhaps.
+
+    Args:
+        tokenizer: of the pretrained cascade.
+        config: its key `subject.registry`.
+        workdir: run directory.
+
+    Raises:
+        UserError: see `read_dataset`, `check_labels` and `Registry.keep`.
+    """
+    subject = read_dataset(workdir / "subject")
+    check_labels(subject.labels, subject.identifier.text, tokenizer)
+    registry = Registry(Path(config.subject.registry), tokenizer.fingerprint)
+    registry.keep(workdir.name, subject.identifier, subject.class_noun.noun, workdir)
 
 
 def _holds_subject(run_directory: Path) -> bool:

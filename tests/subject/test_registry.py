@@ -140,6 +140,14 @@ def test_a_run_is_entered_again_where_the_registry_was_lost(tmp_path):
     assert start(tmp_path / "rex") == rex != start(tmp_path / "max")
 
 
+def test_labels_in_which_the_subject_is_not_read_are_refused(tmp_path):
+    text = start(tmp_path / "rex").text
+    manifest = tmp_path / "rex" / "subject" / "subject.json"
+    manifest.write_text(manifest.read_text().replace(f"a {text} dog", f"{'dog ' * 8}and a {text}"))
+    with pytest.raises(UserError, match=f'and a {text}" the subject is named within'):
+        start(tmp_path / "rex")
+
+
 def test_a_noun_in_another_subjects_tokens_is_refused_with_the_registrys_name(tmp_path):
     other = start(tmp_path / "max")
     with pytest.raises(UserError, match=f"'{other.text} dog' is written with .*of the registry .*registry.json"):
