@@ -71,6 +71,7 @@ def test_prompts_are_read_from_a_file(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("a [V] {} on the moon\n\n  a [V] {} in space \n")
     assert read_prompts(str(file), "dog") == ("a [V] dog on the moon", "a [V] dog in space")
+    assert read_prompts(str(file), "duck toy")[0] == "a [V] duck toy on the moon"
     assert read_prompts("world", "dog") == world_prompts("dog")
     assert read_prompts("dreambooth", "dog") == dreambooth_prompts("dog")
     file.write_text(" \n")
