@@ -105,6 +105,7 @@ def public(pretrained: str | tuple[str, ...]) -> ConfigDict:
                 "class_threshold": 0.6,  # least score of a class noun found by a classifier
             },
             "class_images": {
+                "folder": "",  # of pictures of the class that take the place of drawn ones
                 "count": 1000,
                 "num_steps": 100,
                 "guidance_scale": 7.5,

@@ -32,6 +32,7 @@ def get_config(method: str = methods.DREAMBOOTH) -> ConfigDict:
                 "class_threshold": 0.6,  # least score of a class noun found by the classifier
             },
             "class_images": {
+                "folder": "",  # of pictures of the class that take the place of drawn ones
                 "count": 64,
                 "num_steps": 24,
                 "guidance_scale": 1.5,

@@ -6,6 +6,8 @@ run that has been scored is only read. Rows of scores stay in each run's `evalua
 folder, `workdir/<experiment>`, gets the tables and a figure.
 """
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -266,7 +268,7 @@ def scored_run(
         prompts = [worded(prompt, subject.class_noun, noun, config.subject.label) for prompt in subject.prompts]
         truth = None if subject.truth is None else truth_of(subject.truth)
         settings, out = config.evaluation, folder / "evaluation"
-        before = workdir / "class_before" / noun.replace(" ", "_")
+        before = shared_folder(workdir, "class_before", noun, pretrained, config)
         tracked = destinations.of(folder, f"{arm.name}/{subject.name}")
         with tracked.running(config):
             tuned = tuned_run(arm, config, subject, noun, pretrained, workdir, first, tracked)
@@ -316,7 +318,7 @@ def tuned_run(
         return tune_again(pretrained, load_personalized(first), arm.stage, config, first, folder / arm.stage, tracked)
     resolution = pretrained.stages[-1].resolution
     images = [from_pixels(f"{i:02d}", p, resolution) for i, p in enumerate(subject.photos[: arm.num_photos])]
-    share_class_images(folder, workdir / "class_images" / noun.replace(" ", "_"))
+    share_class_images(folder, shared_folder(workdir, "class_images", noun, pretrained, config))
     if arm.goes_on_from is not None:
         take_checkpoints(workdir / arm.goes_on_from / subject.name, folder, config.tune)
     return personalize_subject(pretrained, SubjectPhotos(images, noun), config, folder, tracked)
@@ -328,13 +330,33 @@ def worded(prompt: str, true_noun: str, noun: str, label: str) -> str:
     return " ".join(prompt.replace(f"{PLACEHOLDER} {true_noun}", f"{PLACEHOLDER} {given}").split())
 
 
+def shared_folder(workdir: Path, part: str, noun: str, pretrained: Pipeline, config: ConfigDict) -> Path:
+    """Where runs keep what the pretrained cascade draws for a class: one folder for all that draw the same there.
+
+    Args:
+        workdir: of the runs.
+        part: "class_images" or "class_before".
+        noun: of the class.
+        pretrained: the cascade, which different runs may have different ones of.
+        config: of a run. Pictures depend on how networks compute, and class images on their own keys, but for how many
+            there are.
+    """
+    settings = config.class_images if part == "class_images" else {"batch_size": config.evaluation.batch_size}
+    drawn_by = {key: value for key, value in settings.items() if key not in ("count", "folder")}
+    drawn_by |= {"weights": pretrained.fingerprint, "compute": dict(config.get("compute", {}))}
+    digest = hashlib.sha256(json.dumps(drawn_by, sort_keys=True).encode()).hexdigest()[:8]
+    return workdir / part / f"{noun.replace(' ', '_')}-{digest}"
+
+
 def share_class_images(folder: Path, shared: Path) -> None:
-    """Let runs of one class find each other's class images: they depend on nothing else of a run."""
+    """Let a run find the class images of others that draw the same, see `shared_folder`."""
     shared.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    link = folder / "class_images"
+    link, target = folder / "class_images", os.path.relpath(shared, folder)  # so that all can be moved together
+    if link.is_symlink() and os.readlink(link) != target:
+        link.unlink()
     if not link.is_symlink():
-        link.symlink_to(os.path.relpath(shared, folder))  # relative, so that all can be moved together
+        link.symlink_to(target)
 
 
 def take_checkpoints(source: Path, folder: Path, stages: Sequence[str]) -> None:

@@ -214,7 +214,16 @@ _RUN: Rules = {
             "class_threshold": SHARE,
         },
     ),
-    **within("class_images", {"count": COUNT, "num_steps": COUNT, "guidance_scale": number(0), "batch_size": COUNT}),
+    **within(
+        "class_images",
+        {
+            "folder": text('a folder of pictures of the class, or "" to have them drawn', empty=True),
+            "count": COUNT,
+            "num_steps": COUNT,
+            "guidance_scale": number(0),
+            "batch_size": COUNT,
+        },
+    ),
     **within("training", TRAINING),
     **within(
         "report",

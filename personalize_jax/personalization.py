@@ -20,8 +20,8 @@ from personalize_jax.configuration import stage_trainings
 from personalize_jax.errors import UserError
 from personalize_jax.manifest import phase
 from personalize_jax.models.params import Params
-from personalize_jax.personalized import Personalized
-from personalize_jax.pipeline import Pipeline, Stage, Text, load_pipeline, save_pipeline
+from personalize_jax.personalized import Personalized, load_placed
+from personalize_jax.pipeline import Pipeline, Stage, Text, save_pipeline
 from personalize_jax.pipeline.cascade import encode_tokens
 from personalize_jax.pipeline.lora_file import save_lora
 from personalize_jax.pipeline.public import stage_folders
@@ -29,11 +29,9 @@ from personalize_jax.subject.class_noun import Classifier, determine
 from personalize_jax.subject.dataset import MANIFEST, SubjectDataset, read_dataset, write_dataset
 from personalize_jax.subject.images import SubjectImage, load_images
 from personalize_jax.subject.registry import keep_identifier, reserve_identifier
-from personalize_jax.training import sharding
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
 from personalize_jax.training.loop import averaged, check_length, train, trained_params
-from personalize_jax.training.prior import class_images, prior_sampling
-from personalize_jax.training.program import mesh_of
+from personalize_jax.training.prior import class_images, own_class_images, own_hashes, prior_sampling
 from personalize_jax.training.step import TrainState
 from personalize_jax.training.tracking import JSONL_ONLY, Tracking
 from personalize_jax.training.trainable import LORA, select
@@ -72,11 +70,7 @@ def load_subject(
 
 def load_pretrained(config: ConfigDict) -> Pipeline:
     """The pretrained cascade that a configuration names; a public one is read right into the shards of training."""
-
-    def place(shapes: Params) -> Params:
-        return sharding.shardings(shapes, config.training.sharding, mesh_of(config.training))
-
-    return load_pipeline(config.pretrained, place, **config.get("compute", {}))
+    return load_placed(config.pretrained, config)
 
 
 def personalize_subject(
@@ -96,7 +90,7 @@ def personalize_subject(
     """
     workdir = Path(workdir)
     begin(pipeline, photos, config, workdir)
-    with manifest.record(workdir, seeds(config), made_from(pipeline, photos)):
+    with manifest.record(workdir, seeds(config), made_from(pipeline, photos, config)):
         return tune_cascade(pipeline, photos, config, workdir, tracking)
 
 
@@ -128,12 +122,15 @@ def tune_cascade(
 
 def seeds(config: ConfigDict) -> dict[str, object]:
     """What is drawn by chance up to the tuned cascade, for the manifest."""
-    return {"training": config.seed, "class images": [0, config.class_images.count - 1]}
+    drawn = {} if config.class_images.folder else {"class images": [0, config.class_images.count - 1]}
+    return {"training": config.seed} | drawn
 
 
-def made_from(pipeline: Pipeline, photos: SubjectPhotos) -> dict[str, object]:
-    """Hashes of the pretrained cascade and of the photos' files, for the manifest."""
-    return {"pretrained": pipeline.fingerprint, "photos": [image.sha256 for image in photos.images]}
+def made_from(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict) -> dict[str, object]:
+    """Hashes of the pretrained cascade, of the photos' files and of those of own class images, for the manifest."""
+    data = {"pretrained": pipeline.fingerprint, "photos": [image.sha256 for image in photos.images]}
+    folder = config.class_images.folder
+    return data | ({"class images": own_hashes(folder)} if folder else {})
 
 
 def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path) -> None:
@@ -142,15 +139,16 @@ def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir
     Only numbers of steps, evaluation and registry may differ from what the run began with; it is then no longer done.
 
     Raises:
-        UserError: the configuration cannot be used, the directory belongs to another one, to another subject or to
-            other pretrained weights, or a stage cannot be tuned for that number of steps any more.
+        UserError: the configuration cannot be used, the directory belongs to another one, to another subject, or to
+            other pretrained weights or class images, or a stage cannot be tuned for that number of steps any more.
     """
     configuration.check(pipeline, config)
     hosts.check_shared(workdir)
-    if manifest.read(workdir).get("data", {}).get("pretrained", pipeline.fingerprint) != pipeline.fingerprint:
-        raise UserError(
-            f"{workdir} was begun with other weights of {config.pretrained}; give the same, or another --workdir."
-        )
+    before, now = manifest.read(workdir).get("data", {}), made_from(pipeline, photos, config)
+    sources = {"pretrained": f"weights of {config.pretrained}", "class images": "pictures in class_images.folder"}
+    for key, source in sources.items():
+        if before.get(key, now.get(key)) != now.get(key):
+            raise UserError(f"{workdir} was begun with other {source}; give the same to go on, or another --workdir.")
     if (workdir / "subject" / MANIFEST).exists():
         _check_same(read_dataset(workdir / "subject"), photos, workdir)
     else:
@@ -236,20 +234,18 @@ def class_knowledge(config: ConfigDict) -> tuple[Classifier | None, Sequence[str
 def draw_class_images(
     pipeline: Pipeline, subject: SubjectDataset, names: Sequence[str], config: ConfigDict, workdir: Path
 ) -> dict[str, np.ndarray]:
-    """The class images of the named stages, and of those that lead to them, drawn by the ancestral sampler."""
+    """The class images of the named stages, and of those that lead to them, drawn by the ancestral sampler.
+
+    Or, with `class_images.folder`, the pictures there in their place.
+    """
+    if folder := config.class_images.folder:
+        return dict.fromkeys(names, own_class_images(folder, pipeline.stages[-1].resolution))
     cascade = pipeline.up_to(max(names, key=[stage.name for stage in pipeline.stages].index))
     settings = config.class_images
     samplings = {stage.name: prior_sampling(stage, settings) for stage in cascade.stages}
-    with tqdm(total=settings.count * len(cascade.stages), desc="class images", unit="img") as bar:
-        return class_images(
-            cascade,
-            subject.class_prompt,
-            settings.count,
-            samplings,
-            workdir / "class_images",
-            settings.batch_size,
-            bar.update,
-        )
+    how = subject.class_prompt, settings.count, samplings, workdir / "class_images", settings.batch_size
+    with tqdm(total=settings.count * len(samplings), desc="class images", unit="img") as bar:
+        return class_images(cascade, pipeline.fingerprint, *how, bar.update)
 
 
 def tune(

@@ -42,7 +42,10 @@ def main(_: list[str]) -> None:
     if manifest.read(workdir).get("done") and (workdir / "report.html").exists():
         print("All is done; nothing is left to do.")
     else:
-        with manifest.record(workdir, showcase.seeds(config), made_from(pipeline, photos)), tracked.running(config):
+        with (
+            manifest.record(workdir, showcase.seeds(config), made_from(pipeline, photos, config)),
+            tracked.running(config),
+        ):
             personalized = tune_cascade(pipeline, photos, config, workdir, tracked)
             compared = None
             base = pipeline.stages[0].name

@@ -24,6 +24,7 @@ from personalize_jax.pipeline.kept import draw_kept
 from personalize_jax.report import Panel, gallery, read_metrics, report_html
 from personalize_jax.subject.dataset import SubjectDataset
 from personalize_jax.subject.identifier import PLACEHOLDER, substitute
+from personalize_jax.training.prior import own_files
 from personalize_jax.training.tracking import JSONL_ONLY, Tracking
 from personalize_jax.world.probe import RESOLUTION, Probe
 from personalize_jax.world.scene import CLASSES, COLOURS, CONTEXTS, PATTERNS
@@ -131,6 +132,7 @@ def show(
             "token ids": list(subject.identifier.token_ids),
             f"their frequency ({config.subject.frequency})": list(subject.identifier.counts),
             "class noun": f"{noun} ({subject.class_noun.source}, score {subject.class_noun.score:.2f})",
+            **own_class_images(config),
         }
         facts = {"seed": config.seed, "jax": importlib.metadata.version("jax")}
         title = f"{named}, personalised"
@@ -143,6 +145,12 @@ def show(
             write_text(workdir / "report.html", page)
 
         hosts.first_does(write)
+
+
+def own_class_images(config: ConfigDict) -> dict[str, str]:
+    """What the report says of class images that were not drawn; nothing of others."""
+    folder = config.class_images.folder
+    return {"class images": f"{len(own_files(folder))} pictures of {folder}, in place of drawn ones"} if folder else {}
 
 
 def sheets(panels: Sequence[Panel]) -> dict[str, np.ndarray]:

@@ -202,9 +202,9 @@ def test_the_same_command_draws_the_same_bytes(run, tmp_path):
 
 
 def test_the_notebook_draws_what_the_command_draws(run, tmp_path):
-    flags = [f"--workdir={run}", "--prompt=a [V] dog", "--num_images=2", "--seed=5", "--batch_size=4"]
+    flags = [f"--workdir={run}", "--prompt=a [V] dog", "--num_images=2", "--seed=5", "--batch_size=2"]
     assert processes.command(tmp_path, "personalize_jax.sample", *flags, f"--out={tmp_path}").status == 0
-    drawn = pj.load_personalized(run).sample("a [V] dog", num_images=2, seed=5, batch_size=4)
+    drawn = pj.load_personalized(run).sample("a [V] dog", num_images=2, seed=5, batch_size=2)
     assert drawn.shape == (2, 16, 16, 3) and drawn.dtype == np.uint8
     for seed, picture in zip((5, 6), drawn, strict=True):
         np.testing.assert_array_equal(read_png(tmp_path / f"a-V-dog-{seed:04d}.png")[0], picture)

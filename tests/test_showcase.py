@@ -169,3 +169,9 @@ def test_pictures_that_the_probe_cannot_read_are_refused_before_any_is_drawn(cas
     showcase.check(tiny.pipeline(), without)
     with pytest.raises(UserError, match="multiple of 32 pixels, not the 8 of base; give --config.evaluation.probe=f"):
         showcase.check(tiny.pipeline(), with_probe)
+
+
+def test_the_report_says_where_class_images_come_from_if_they_were_not_drawn(photos):
+    assert showcase.own_class_images(tiny_world.get_config("p")) == {}
+    told = showcase.own_class_images(tiny_world.get_config("p", class_images__folder=str(photos)))
+    assert told == {"class images": f"3 pictures of {photos}, in place of drawn ones"}

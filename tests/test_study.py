@@ -3,8 +3,10 @@
 import importlib
 import json
 
+import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from experiments import num_images, study, training_length
 from personalize_jax import manifest
@@ -120,6 +122,28 @@ def test_identifiers_do_not_depend_on_who_asks_first(tmp_path, config):
     assert given(tmp_path / "parts", "one") == given(tmp_path / "parts", "other")
     assert given(tmp_path / "parts", "one")["rex"] == given(tmp_path / "fewer", "one")["rex"]
     assert len(set(given(tmp_path / "parts", "one").values())) == 2
+
+
+def test_runs_share_what_the_pretrained_cascade_draws_if_they_draw_the_same(config, tmp_path):
+    """One folder for a class, but for other weights and other ways to draw."""
+    cascade = load_pretrained(config)
+    other = cascade.replace_params(base=jax.tree.map(lambda leaf: leaf * 2, cascade.params["base"]))
+    rounded = ConfigDict({**config, "compute": {"dtype": "bfloat16"}})
+    more, fewer = (study.changed(config, **{f"class_images__{key}": 9}) for key in ("count", "num_steps"))
+
+    def folder(part, noun="dog", pretrained=cascade, config=config):
+        return study.shared_folder(tmp_path, part, noun, pretrained, config)
+
+    for part in ("class_images", "class_before"):
+        assert folder(part, config=more) == folder(part) and folder(part).parent == tmp_path / part
+        others = [folder(part, "traffic light"), folder(part, pretrained=other), folder(part, config=rounded)]
+        others += [folder(part, config=fewer)] if part == "class_images" else []
+        assert len({folder(part), *others}) == 1 + len(others)
+
+    run = tmp_path / "arm" / "rex"
+    for shared in (folder("class_images", config=fewer), folder("class_images")):  # the first as it was called before
+        study.share_class_images(run, shared)
+        assert (run / "class_images").resolve() == shared.resolve()
 
 
 def test_weights_can_be_deleted_once_scored(folder, config, subjects):

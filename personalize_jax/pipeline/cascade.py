@@ -297,8 +297,8 @@ def _check_finite(finite_B: np.ndarray, stage: str, prompts: Sequence[str], seed
         if not is_finite:
             raise UserError(
                 f"The stage {stage} gives no finite picture of {prompt!r} (seed {seed}). Its weights may hold values "
-                "that are not finite: load them again from their source. Or what is computed overflows: give "
-                "--config.compute.dtype=bfloat16 or float32."
+                "that are not finite: get them again from their source. Or what is computed overflows: give "
+                "--config.compute.dtype=float32."
             )
 
 
