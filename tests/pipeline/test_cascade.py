@@ -149,7 +149,7 @@ def test_pictures_are_enlarged_each_with_its_own_seed_and_sampling(pipeline, mon
 
 def test_pictures_that_are_not_finite_are_told_with_stage_prompt_and_seed(pipeline, monkeypatch):
     ruined = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), pipeline.params["base"])
-    sentence = "The stage base gives no finite picture of 'a dog' .seed 7.. Its weights .* float32"
+    sentence = "The stage base gives no finite picture of 'a dog' .seed 7.. Its weights .*dtype=float32"
     with pytest.raises(UserError, match=sentence):
         pipeline.replace_params(base=ruined).sample(["a dog"], [7], batch_size=2, full_batches=True)
 
