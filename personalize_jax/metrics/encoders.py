@@ -165,7 +165,8 @@ def find_dino(source: str | Path) -> Found:
     folder = _folder(source, "dino", _DINO_PARTS)
     config = _config(folder)
     if timm_vit.ARCHITECTURE in config:
-        return Found(folder, config, timm_vit.network(config), timm_vit.preprocessing(config))
+        network = timm_vit.network(config)
+        return Found(folder, config, network, timm_vit.preprocessing(network.resolution))
     return Found(folder, config, VisionTransformer.from_config(config), Preprocessing.read(folder))
 
 

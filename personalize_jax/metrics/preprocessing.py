@@ -114,5 +114,5 @@ def _crop(size: int | Mapping[str, int]) -> int:
     return size["height"]
 
 
-# The usual preparation of DINO's own code, with which most papers report this metric; a checkpoint's file may differ.
+# The preparation of DINO's own code, by which papers report this metric; a checkpoint's file may differ.
 DINO = Preprocessing(256, Image.Resampling.BICUBIC, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -4,7 +4,6 @@ The network is that of `models.vit`. timm joins the kernels of queries, keys and
 norms, as DINO's own code does.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +11,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from personalize_jax.errors import UserError
-from personalize_jax.metrics.preprocessing import Preprocessing
+from personalize_jax.metrics.preprocessing import DINO, Preprocessing
 from personalize_jax.models.params import Params
 from personalize_jax.models.vit import VisionTransformer
 
@@ -53,26 +51,15 @@ def network(config: Mapping[str, Any]) -> VisionTransformer:
     )
 
 
-def preprocessing(config: Mapping[str, Any]) -> Preprocessing:
-    """What happens to pictures, as timm's `config.json` has it: resized by the shorter side, and cropped.
+def preprocessing(resolution: int) -> Preprocessing:
+    """What happens to pictures: that of DINO's own code, by which papers report this metric.
 
-    Raises:
-        UserError: a key is missing, or the crop is another one.
+    timm's file says otherwise, .9 of the shorter side, as of all its vision transformers.
+
+    Args:
+        resolution: side of the network's pictures, pixels.
     """
-    try:
-        of_pictures = config["pretrained_cfg"]
-        if of_pictures.get("crop_mode", "center") != "center":
-            raise UserError(f"timm's config.json crops by {of_pictures['crop_mode']!r}; only 'center' is supported.")
-        side = int(of_pictures["input_size"][-1])
-        return Preprocessing(
-            size=math.floor(side / of_pictures["crop_pct"]),
-            resample=int(Image.Resampling[of_pictures["interpolation"].upper()]),
-            crop=side,
-            mean=tuple(of_pictures["mean"]),
-            deviation=tuple(of_pictures["std"]),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"timm's config.json does not say how to prepare pictures ({error!r}); restore it.") from error
+    return DINO._replace(size=resolution * DINO.size // DINO.crop, crop=resolution)
 
 
 def load_params(folder: Path, num_layers: int, abstract: Params) -> Params:
