@@ -46,7 +46,7 @@ def files(folder):
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-@pytest.mark.parametrize("source", [*PUBLIC, "facebook/dino-vits16", "a/b@main", "a/b@v1.0", "a/b@refs/pr/12"])
+@pytest.mark.parametrize("source", [*sorted(PUBLIC), "facebook/dino-vits16", "a/b@main", "a/b@v1.0", "a/b@refs/pr/12"])
 def test_names_of_repositories_are_known(source):
     assert hub.is_name(source)
 
