@@ -3,14 +3,14 @@
     python -m personalize_jax.sample --workdir=runs/rex --prompt="a [V] dog in the snow" --num_images=4 --out=out/
     python -m personalize_jax.sample --pipeline=world --prompt="a red teapot on the beach" --out=out/
 
-Picture i of a prompt has seed `--seed` + i; the same prompt and seed give the same file on the same machine; on
-a CPU, with as many cores. Each batch is written once it is drawn, and what `--out` holds already of the same weights,
-prompt and seed is not drawn again; with other weights it is replaced.
+Picture i of a prompt has seed `--seed` + i; the same command gives the same files on the same machine; on a CPU, with
+as many cores. Few pictures are drawn in a small batch, which rounds in its own way: asked for among more of them, a
+picture may differ by a level here and there. Each batch is written once it is drawn, and what `--out` holds already of
+the same weights, prompt and seed is not drawn again; with other weights it is replaced.
 """
 
 from pathlib import Path
 
-import jax
 from absl import flags
 from tqdm import tqdm
 
@@ -18,6 +18,7 @@ from personalize_jax import command, hosts
 from personalize_jax.errors import UserError
 from personalize_jax.personalized import load_personalized, load_placed
 from personalize_jax.pictures import file_name
+from personalize_jax.pipeline.cascade import batch_of
 from personalize_jax.pipeline.kept import draw_kept
 from personalize_jax.subject.identifier import PLACEHOLDER, substitute, warn_without_placeholder
 
@@ -54,7 +55,7 @@ def main(_: list[str]) -> None:
     jobs = [(prompt, seed) for prompt in dict.fromkeys(prompts) for seed in seeds]
     texts = [substitute(prompt, identifier, pipeline.tokenizer) for prompt, _ in jobs]
     files = [out / file_name(prompt, seed) for prompt, seed in jobs]
-    batch_size = arguments.batch_size + -arguments.batch_size % jax.device_count()  # which share a batch
+    batch_size = batch_of(len(jobs), arguments.batch_size)  # the same, however many of them are there already
     with tqdm(total=len(jobs), desc="sampling", unit="img") as bar:
         draw_kept(pipeline, pipeline.fingerprint, texts, [seed for _, seed in jobs], files, batch_size, bar.update)
     if hosts.is_first():

@@ -214,8 +214,7 @@ class Pipeline:
             raise ValueError(
                 f"{len(prompts)} prompts and {len(seeds)} seeds were given; give one seed for each prompt."
             )
-        size = batch_size if full_batches else min(batch_size, 1 << (len(prompts) - 1).bit_length())
-        size += -size % jax.device_count()
+        size = batch_of(batch_size if full_batches else len(prompts), batch_size)
         null, params = self.encode([""] * size), _on_every_device(self.params[stage.name])
         drawn = []
         for start in range(0, len(prompts), size):
@@ -273,6 +272,16 @@ def encode_pictures(codec: AutoencoderKL, params: Params, x_BHWC: Array) -> tupl
     """Mean and standard deviation of the latents of pictures in [-1, 1], scaled as they are denoised."""
     mean, std = codec.apply({"params": params}, x_BHWC, method="encode")
     return mean * codec.scaling_factor, std * codec.scaling_factor
+
+
+def batch_of(count: int, batch_size: int) -> int:
+    """How many pictures are drawn at once where `count` are asked for: few in a small batch, many in full ones.
+
+    It is the next power of two, of which there are few, as each is a program of its own; `batch_size` at most; and a
+    multiple of the number of devices, which share a batch.
+    """
+    size = min(batch_size, 1 << (count - 1).bit_length())
+    return size + -size % jax.device_count()
 
 
 def to_float(u: Array) -> Array:
