@@ -20,7 +20,7 @@ class Counting:
     """A pipeline that counts what it draws."""
 
     def __init__(self, pipeline):
-        self.pipeline, self.drawn = pipeline, []
+        self.pipeline, self.tokenizer, self.drawn = pipeline, pipeline.tokenizer, []
 
     def sample(self, prompts, seeds, batch_size, full_batches):
         assert full_batches  # or what is missing would be drawn in batches of other sizes, which round otherwise

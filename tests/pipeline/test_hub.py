@@ -174,7 +174,10 @@ def test_a_slash_at_the_end_of_a_name_is_pointed_out():
             read("a/b/")
 
 
-@pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "model_index.json"])
+POINTED = ("unet/diffusion_pytorch_model.safetensors", "model_index.json", "tokenizer/tokenizer.json")
+
+
+@pytest.mark.parametrize("file", POINTED)
 def test_pointers_of_git_lfs_are_no_weights(file, saved, tmp_path):
     for name, data in files(saved / "StableDiffusionPipeline").items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -1,12 +1,13 @@
 """Specs of public pipelines: what diffusers' pipelines mend, and what cannot be used and is said before any compute."""
 
+import inspect
 import json
 
 import pytest
-from diffusers import StableDiffusionPipeline
+from diffusers import IFPipeline, IFSuperResolutionPipeline, StableDiffusionPipeline
 
 from personalize_jax.errors import UserError
-from personalize_jax.pipeline import load_pipeline
+from personalize_jax.pipeline import load_pipeline, save_pipeline
 from personalize_jax.pipeline.public import OURS, architecture
 from personalize_jax.planning import published
 from tests import tiny_public
@@ -120,3 +121,18 @@ def test_a_damaged_file_of_our_own_is_named(content, saved):
     with pytest.raises(UserError, match=OURS):
         load_pipeline(saved)
     file.unlink()
+
+
+def test_super_resolution_is_told_the_level_of_diffusers():
+    stage = built(IF).stages[1]
+    theirs = inspect.signature(IFSuperResolutionPipeline.__call__).parameters["noise_level"].default
+    assert stage.augmentation.network_time(stage.sampling.augmentation_level) == pytest.approx(theirs, abs=1e-3)
+
+
+@pytest.mark.parametrize(("variance", "theirs"), [("small", "fixed_small"), ("learned_range", "learned_range")])
+def test_diffusers_samples_a_saved_stage_by_the_variance_that_it_is_sampled_with_here(variance, theirs, tmp_path):
+    tiny_public.deepfloyd_if().save_pretrained(tmp_path / "before")
+    pipeline = load_pipeline(tmp_path / "before")
+    sampling = pipeline.stages[0].sampling._replace(variance=variance)
+    save_pipeline(pipeline.replace_sampling(base=sampling), tmp_path / "after", "float32")
+    assert IFPipeline.from_pretrained(tmp_path / "after").scheduler.config.variance_type == theirs

@@ -103,6 +103,19 @@ def test_training_moves_everything_that_is_trained_and_the_average_behind_it(uni
         assert line["loss"] == pytest.approx(line["instance_loss"] + 0.7 * line["prior_loss"], rel=1e-5)
 
 
+def test_checkpoints_are_no_further_apart_than_asked_for_where_dispatches_do_not_meet_them(tmp_path):
+    class Killed(Exception):
+        pass
+
+    def progress(step, metrics):
+        if step == 9:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_linear(tmp_path, progress, num_steps=12, steps_per_dispatch=3, checkpoint_every=4)
+    assert int(loop.latest(tmp_path).step) == 6
+
+
 def test_a_finished_training_is_not_continued(tmp_path):
     state = train_linear(tmp_path)
     again = train_linear(tmp_path, no_steps())
