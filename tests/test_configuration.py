@@ -213,7 +213,7 @@ def test_keys_that_nothing_reads_are_refused():
     for key, hint in (("training.num_step", "did you mean config.training.num_steps"), ("xyzzy", "leave it out")):
         with pytest.raises(UserError, match=f"config.{key} is no key that anything reads; {hint}"):
             configuration.check_values(with_value(world.get_config(), key, 3))
-    with pytest.raises(UserError, match="lacks class_images.count"):
+    with pytest.raises(UserError, match="lacks class_images.folder, class_images.count"):
         configuration.check_values(with_value(world.get_config(), "class_images", 64))
 
 

@@ -8,6 +8,7 @@ from personalize_jax.scoring import Picture, load_judges, read_rows, score, summ
 from personalize_jax.world.exact import truth_of
 from personalize_jax.world.photos import heldout_subject
 from personalize_jax.world.probe import Probe
+from personalize_jax.world.scene import COLOURS
 from tests.judges import judges, plain
 
 PHOTOS = [Picture("photo", "", None, f"{i}.png", plain("red")) for i in range(2)]
@@ -102,6 +103,16 @@ def test_rendered_pictures_of_a_subject_are_found_to_be_that_subject():
     assert metrics["is subject"] <= metrics["leakage"]
     assert metrics["colours"] == metrics["colours before"]
     assert metrics.get("diversity kept", 1) == 1  # there is none where the class had no diversity to lose
+
+
+def test_truth_that_is_given_goes_before_what_the_photos_show():
+    held = heldout_subject("car", 0)
+    told = truth_of(held.subject)
+    other = told | {"body_colour": (told["body_colour"] + 1) % len(COLOURS)}
+    photos = [Picture("photo", "", None, str(i), photo) for i, photo in enumerate(held.photos)]
+    drawn = [p._replace(role=role, prompt="a [V] car") for role in ("subject", "class") for p in photos]
+    scores = summary(score(judges(Probe.load()), "car", [*photos, *drawn], other))["car"]
+    assert scores["class"] == 1 and scores["body colour"] <= 0.2 and scores["leakage"] <= 0.2
 
 
 def test_without_truth_the_photos_tell_it():
