@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -13,6 +14,8 @@ from personalize_jax.configuration_keys import check_keys, rules_of_pretraining,
 from personalize_jax.diffusion import schedule
 from personalize_jax.diffusion.samplers import Spacing
 from personalize_jax.errors import UserError
+from personalize_jax.training.program import check_sizes
+from personalize_jax.training.sharding import AXES
 from tests import tiny_world
 
 
@@ -220,3 +223,11 @@ def test_keys_that_nothing_reads_are_refused():
 def test_rows_of_a_manifest_are_as_good_as_what_a_file_says():
     """Where tuples have become lists."""
     configuration.check_values(ConfigDict(json.loads(stable_diffusion.get_config("1.5:lora").to_json())))
+
+
+def test_parts_of_a_batch_that_the_mesh_cannot_split_are_refused():
+    mesh = jax.sharding.AbstractMesh((2, 2, 1), AXES)
+    training = with_value(world.get_config(), "training.batch_size", 8).training
+    check_sizes(with_value(training, "microbatches", 2), mesh)
+    with pytest.raises(UserError, match="microbatches 4, and the mesh splits each part 4 ways"):
+        check_sizes(with_value(training, "microbatches", 4), mesh)

@@ -46,6 +46,14 @@ def test_pictures_of_the_class_are_compared_with_photos():
     assert before == pytest.approx({"PRES before": 0}, abs=1e-5)
 
 
+def test_the_class_is_compared_with_photos_by_dino():
+    blind = judges()
+    for clip in blind.clips.values():
+        clip.images = lambda images: np.ones((len(images), 1))
+    same, other = scores_of(drawn("red", "green", role="class", prompt="a dog"), blind)
+    assert (same["PRES"], other["PRES"]) == pytest.approx((1, 0), abs=1e-5)
+
+
 def test_photos_are_compared_with_each_other():
     rows = score(judges(), "rex", [*PHOTOS, Picture("photo", "", None, "2.png", plain("blue"))])
     assert [row.scores["DINO (real)"] for row in rows] == pytest.approx([0.5, 0.5, 0], abs=1e-5)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shlex
 from html import escape
@@ -169,6 +170,9 @@ def test_pictures_that_the_probe_cannot_read_are_refused_before_any_is_drawn(cas
     showcase.check(tiny.pipeline(), without)
     with pytest.raises(UserError, match="multiple of 32 pixels, not the 8 of base; give --config.evaluation.probe=f"):
         showcase.check(tiny.pipeline(), with_probe)
+    larger = dataclasses.replace(cascade.stages[0], resolution=48)
+    with pytest.raises(UserError, match="not the 48 of base"):
+        showcase.check(dataclasses.replace(cascade, stages=(larger,)), with_probe)
 
 
 def test_the_report_says_where_class_images_come_from_if_they_were_not_drawn(photos):

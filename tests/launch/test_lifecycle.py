@@ -172,9 +172,10 @@ def test_restarts_are_counted_whether_the_machine_came_or_not(cloud):
     assert len(cloud.calls("queued-resources", "create")) == 3
 
 
-def test_a_machine_that_was_granted_unheard_is_used_and_deleted(cloud):
+@pytest.mark.parametrize("waiting", [[], ["WAITING_FOR_RESOURCES", "PROVISIONING"]])
+def test_a_machine_that_was_granted_unheard_is_used_and_deleted(cloud, waiting):
     cloud.script("true")
-    cloud.scene(unheard=True)
+    cloud.scene(unheard=True, waiting=waiting)
     assert cloud.launch() == 0
     assert len(cloud.calls("create")) == 1
     assert not cloud.exists

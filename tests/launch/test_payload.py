@@ -53,6 +53,12 @@ def test_outputs_on_the_machines_disk_are_found(words):
     assert payload.read_command(["python", *words]).local_outputs == ["runs/a"]
 
 
+def test_of_a_flag_that_is_repeated_the_last_value_counts():
+    program = payload.read_command(["python", "--workdir=gs://bucket/rex", "--workdir=runs/rex"])
+    assert program.local_outputs == ["runs/rex"]
+    assert payload.read_command(["python", "--workdir=runs/rex", "--workdir=gs://bucket/rex"]).local_outputs == []
+
+
 def test_what_git_ignores_is_left_out_unless_asked_for(project):
     for name in ("photos/a.png", "photos/more/b.png", "new.py", "deleted.py"):
         (project / name).parent.mkdir(parents=True, exist_ok=True)

@@ -198,6 +198,8 @@ def test_networks_are_read_once_for_the_fingerprints_of_all_that_share_them(pipe
     assert tuned.fingerprint == tiny.pipeline().replace_params(base=other).fingerprint != pipeline.fingerprint
     assert tuned.up_to("base").fingerprint != tuned.fingerprint == rounded.replace_params(base=other).fingerprint
     assert sorted(read) == sorted(pipeline.params)
+    guided = pipeline.stages[0].sampling._replace(guidance_scale=2.5)  # draws other pictures
+    assert pipeline.replace_sampling(base=guided).fingerprint != pipeline.fingerprint
 
 
 class Codec:

@@ -166,11 +166,11 @@ def test_adapters_that_diffusers_trained_are_read(tmp_path):
                 loaded[f"{unet_path(name)}/kernel/{factor}"].T, state[f"{name}.{stored}.weight"]
             )
 
-    network.peft_config["default"].lora_alpha = 8
-    metadata = {"unet_lora_adapter_metadata": network.peft_config["default"].to_dict()}
-    StableDiffusionPipeline.save_lora_weights(tmp_path, state, **metadata)
-    with pytest.raises(UserError, match="scales its adapters of unet.*lora_alpha"):
-        load_lora(tmp_path)
+    for scaled in ({"lora_alpha": 8}, {"use_rslora": True}, {"alpha_pattern": {"to_q": 8}}):
+        metadata = {"unet_lora_adapter_metadata": network.peft_config["default"].to_dict() | scaled}
+        StableDiffusionPipeline.save_lora_weights(tmp_path, state, **metadata)
+        with pytest.raises(UserError, match="scales its adapters of unet.*lora_alpha"):
+            load_lora(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,7 @@ def test_tokens_in_use_and_of_the_noun_are_left_alone():
     xyz, ok, sks = (WORDS.encode(word)[0] for word in ("xyz", "ok", "sks"))
     assert choose_identifier(WORDS, "dog", in_use=frozenset({xyz})).text == "ok"
     assert choose_identifier(WORDS, "xyz").text == "ok"
+    assert choose_identifier(WORDS, "dog", nouns=("red xyz", "zebra")).text == "ok"  # other classes that are known
     assert choose_identifier(WORDS, "dog", in_use=frozenset({xyz, ok})).text == "sks"
     with pytest.raises(UserError, match="'sks' is written with 'sks'.*another class noun"):
         choose_identifier(WORDS, "sks", in_use=frozenset({sks}))
