@@ -96,7 +96,8 @@ def their_shapes(make, config, kind):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "IF" else name for name in NETWORKS]
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in ("IF", "IF II") else name for name in NETWORKS],
 )
 def test_every_key_may_be_left_out_that_the_class_has_a_default_for(name):
     kind, ours, tiny, make = NETWORKS[name]
