@@ -7,7 +7,8 @@ def start(arguments, files):
     return processes.start(processes.run_module, kill_resume.COMMAND, arguments, files)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, 20])
 def test_killed_at_random_moments_and_resumed_it_is_the_uninterrupted_run_bit_for_bit(
     pretrained, photos, tmp_path, kills
 ):

@@ -29,6 +29,7 @@ NAMES = (
     "identifier_rarity",
     "training_length",
 )
+HEAVY = ("super_resolution", "subject_fidelity", "training_length")  # half a minute each
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,9 @@ ALL = pytest.param(None, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("count", [2, ALL], ids=["two", "all"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in HEAVY else name for name in NAMES]
+)
 def test_every_experiment_runs_and_tables_its_arms(name, count, folder, config, subjects, monkeypatch):
     if name == "super_resolution":
         config = study.changed(config, tune=("base", name))

@@ -16,6 +16,7 @@ pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with te
 SLICE = "v5e:2x2"
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_all_numbers(pretrained, tmp_path):
     flags = [f"--config=tests/tiny_world.py:{pretrained}", f"--topology={SLICE}", f"--out={tmp_path / 'plan.json'}"]
     flags += [f"--config.{part}.batch_size=4" for part in ("training", "super_resolution_training")]
