@@ -20,7 +20,7 @@ def training() -> ConfigDict:
     return ConfigDict(
         {
             "num_steps": 1000,
-            "batch_size": 8,  # of each half: subject and class
+            "batch_size": 8,  # of each group: instance images and class images
             "microbatches": 1,  # parts of a batch that go through the networks one after another, to save memory
             "caption_dropout": 0.0,
             "object_weight": 0.0,  # added to the loss weight of the object's pixels, where masks are known

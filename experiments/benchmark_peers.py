@@ -42,7 +42,7 @@ class Case:
         unet: arguments of diffusers' UNet2DConditionModel.
         scheduler: arguments of its scheduler.
         guidance_scale: while sampling.
-        batch: pictures sampled at once, and of each half in training.
+        batch: pictures sampled at once, and of each group in training.
     """
 
     pipeline: str
@@ -160,8 +160,8 @@ def measure_ours(case: Case, weights: Path) -> dict[str, float]:
     config.optimizer.learning_rate, config.optimizer.clip_norm = LEARNING_RATE, CLIP_NORM
     with tempfile.TemporaryDirectory() as folder:
         start = {"denoiser": params, "text_encoder": {}}
-        halves = {"instance": examples, "prior": examples}
-        training = prepare(stage, None, start, halves, config, 0, Checkpoints(Path(folder)))
+        groups = {"instance": examples, "prior": examples}
+        training = prepare(stage, None, start, groups, config, 0, Checkpoints(Path(folder)))
     state = training.state
 
     def train_step() -> None:

@@ -89,13 +89,13 @@ def training_times(pipeline: Pipeline, stage: Stage, config: ConfigDict, folder:
     """Seconds of a step in the training loop, and of the compiled program alone."""
     pictures = np.random.default_rng(0).integers(0, 256, (8, *[pipeline.stages[-1].resolution] * 2, 3), np.uint8)
     examples = with_embeddings(pipeline, stage_examples(pipeline, stage, pictures, ["a dog"] * len(pictures)))
-    halves = {"instance": examples} | ({"prior": examples} if config.prior.weight > 0 else {})
+    groups = {"instance": examples} | ({"prior": examples} if config.prior.weight > 0 else {})
     start = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
     config = config.copy_and_resolve_references().unlock()
     config.num_steps, config.checkpoint_every = STEPS, STEPS
 
     with closing(Checkpoints(folder / "program")) as checkpoints:
-        training = prepare(stage, pipeline.text_encoder, start, halves, config, 0, checkpoints)
+        training = prepare(stage, pipeline.text_encoder, start, groups, config, 0, checkpoints)
     state = training.state
 
     def step() -> object:
@@ -109,7 +109,7 @@ def training_times(pipeline: Pipeline, stage: Stage, config: ConfigDict, folder:
         stage,
         pipeline.text_encoder,
         start,
-        halves,
+        groups,
         config,
         0,
         folder / "loop",

@@ -18,11 +18,10 @@ from personalize_jax.errors import UserError
 from personalize_jax.models.attention import Implementation
 from personalize_jax.pipeline.stage import SAMPLERS, SCHEDULES
 from personalize_jax.subject.identifier import MAX_TOKENS, RULES
-from personalize_jax.training.losses import PriorForm
 from personalize_jax.training.optimizer import MOMENT_DTYPES
 from personalize_jax.training.sharding import AXES
+from personalize_jax.training.targets import PRIOR_FORMS
 
-PRIOR_FORMS = get_args(PriorForm)
 MAX_SEED = 2**32 - 1  # random keys of larger seeds are those of smaller ones
 
 

@@ -30,6 +30,7 @@ from personalize_jax.subject.dataset import MANIFEST, SubjectDataset, read_datas
 from personalize_jax.subject.images import SubjectImage, load_images
 from personalize_jax.subject.registry import keep_identifier, reserve_identifier
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
+from personalize_jax.training.groups import INSTANCE, PRIOR
 from personalize_jax.training.loop import averaged, check_length, train, trained_params
 from personalize_jax.training.prior import class_images, own_class_images, own_hashes, prior_sampling
 from personalize_jax.training.step import TrainState
@@ -274,12 +275,12 @@ def tune(
         What the tuning changed.
     """
     start = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
-    examples = {"instance": stage_examples(pipeline, stage, subject.images_NHWC, subject.labels)}
+    examples = {INSTANCE: stage_examples(pipeline, stage, subject.images_NHWC, subject.labels)}
     if config.prior.weight > 0:
         pictures = drawn[stage.name]
-        examples["prior"] = stage_examples(pipeline, stage, pictures, [subject.class_prompt] * len(pictures))
+        examples[PRIOR] = stage_examples(pipeline, stage, pictures, [subject.class_prompt] * len(pictures))
     if not configuration.trains_text_encoder(pipeline, stage.name, config):
-        examples = {half: with_embeddings(pipeline, e) for half, e in examples.items()}
+        examples = {group: with_embeddings(pipeline, of_group) for group, of_group in examples.items()}
     tokens = identifier_tokens(pipeline, subject, config.identifier_init)
     part, encoder = tracking.of(directory.name), pipeline.text_encoder
     in_full = partial(pipeline.network_in_full, stage.name)

@@ -25,6 +25,7 @@ from personalize_jax.pipeline import Pipeline, Stage, Tokenizer, load_pipeline, 
 from personalize_jax.pipeline.storage import ASSETS
 from personalize_jax.training import tracking
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
+from personalize_jax.training.groups import INSTANCE
 from personalize_jax.training.loop import check_length, train, trained_params
 from personalize_jax.training.program import check_sizes, mesh_of
 from personalize_jax.training.tracking import JSONL_ONLY, Tracking
@@ -119,7 +120,7 @@ def _trained(
             stage,
             pipeline.text_encoder,
             start,
-            {"instance": world_examples(pipeline, data)},
+            {INSTANCE: world_examples(pipeline, data)},
             config.training,
             config.seed,
             workdir,

@@ -224,12 +224,12 @@ def _curve_figure(name: str, rows: Sequence[Mapping[str, float]]) -> str:
     style |= {"axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "font.size": 11}
     with matplotlib.rc_context(style):
         axes = (figure := Figure(figsize=(4.8, 2.7), layout="constrained")).add_subplot()
-        for half, colour in _CURVES.items():
-            curve = np.array([(row["step"], row[key]) for row in rows if (key := f"{half}_loss") in row])
+        for group, colour in _CURVES.items():
+            curve = np.array([(row["step"], row[key]) for row in rows if (key := f"{group}_loss") in row])
             if len(curve):
                 steps, losses = curve.T
                 axes.plot(steps, losses, color=colour, linewidth=1, alpha=0.3)
-                axes.plot(steps, smooth(losses), color=colour, linewidth=2, label=half)
+                axes.plot(steps, smooth(losses), color=colour, linewidth=2, label=group)
         if not axes.lines:
             return ""
         axes.set(xlabel="step", ylabel="loss", ylim=(0, None))

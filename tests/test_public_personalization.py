@@ -24,9 +24,9 @@ from personalize_jax.personalization import (
 )
 from personalize_jax.personalized import load_personalized
 from personalize_jax.pipeline import load_pipeline
-from personalize_jax.training.examples import draw_batch
-from personalize_jax.training.losses import Objective, personalization_loss
-from tests import published_folders, tiny_public
+from personalize_jax.training.examples import sample_batch
+from personalize_jax.training.losses import personalization_loss
+from tests import published_folders, tiny, tiny_public
 
 PHOTOS = Path(__file__).parents[1] / ".." / "shared" / "dreambooth" / "dataset"
 LORA = {"lora.rank": 2, "trainable": ((".*", False),)}
@@ -76,10 +76,10 @@ def save_published_if(folder):
 
 
 def loss_on_fixed_batch(pipeline, subject, stage, config):
-    """The subject's half of the loss, for always the same pictures, times and noise."""
+    """The loss of the subject's group, for always the same pictures, times and noise."""
     examples = with_embeddings(pipeline, stage_examples(pipeline, stage, subject.images_NHWC, subject.labels))
-    batch = {"instance": draw_batch(examples, jax.random.key(0), 16, 0.0)}
-    objective = Objective(config.weighting, 0.0, "sampled", tuple(config.augmentation_levels))
+    batch = {"instance": sample_batch(examples, jax.random.key(0), 16, 0.0)}
+    objective = tiny.objective(config.weighting, 0.0, augmentation_levels=tuple(config.augmentation_levels))
     params = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
 
     @jax.jit

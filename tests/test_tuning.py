@@ -16,7 +16,7 @@ from tests.test_personalization import equal
 FROZEN_TEXT = (("denoiser/", True), ("text_encoder/", False))
 
 
-def test_each_half_learns_its_own_pictures_under_its_own_caption(monkeypatch, tmp_path):
+def test_each_group_learns_its_own_pictures_under_its_own_caption(monkeypatch, tmp_path):
     """Captions are embedded once, unless the text encoder is trained."""
     pipeline, given = tiny.pipeline(), []
     monkeypatch.setattr(personalization, "train", lambda *arguments: given.append(arguments[3]))
@@ -32,12 +32,12 @@ def test_each_half_learns_its_own_pictures_under_its_own_caption(monkeypatch, tm
     for trainable in (FROZEN_TEXT, ((".*", True),)):
         config = tiny.training(prior__weight=1.0, trainable=trainable)
         personalization.tune(pipeline, pipeline.stages[1], subject, {"super_resolution": drawn}, config, 0, tmp_path)
-    for half, pictures, caption in (("instance", photos, "a red dog"), ("prior", drawn, "a dog")):
-        examples = given[0][half]
+    for group, pictures, caption in (("instance", photos, "a red dog"), ("prior", drawn, "a dog")):
+        examples = given[0][group]
         np.testing.assert_array_equal(examples.image, pictures)
         np.testing.assert_array_equal(examples.tokens, pipeline.tokenizer(["", caption]))
         np.testing.assert_allclose(examples.text.embeddings, pipeline.encode(["", caption]).embeddings, atol=1e-5)
-        assert given[1][half].text is None
+        assert given[1][group].text is None
 
 
 @pytest.mark.parametrize(("vlb_weight", "variance"), [(0.0, "small"), (1.0, "learned_range")])

@@ -9,6 +9,9 @@ from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Pipeline, Stage, Tokenizer
 from personalize_jax.pipeline.storage import ASSETS
 from personalize_jax.training.examples import make_examples
+from personalize_jax.training.groups import INSTANCE, PRIOR, Group
+from personalize_jax.training.losses import Objective
+from personalize_jax.training.targets import PRIOR_FORMS
 
 TEXT = {"width": 16, "num_layers": 1, "num_heads": 2, "max_length": 8}
 BASE = {
@@ -92,6 +95,12 @@ def examples(resolution=8, low_resolution=None, seed=0, captions=CAPTIONS):
     low_res = None if low_resolution is None else rng.integers(0, 256, (6, low_resolution, low_resolution, 3), np.uint8)
     images = rng.integers(0, 256, (6, resolution, resolution, 3), np.uint8)
     return make_examples(images, pairs, tokens([""])[0], low_res)
+
+
+def objective(weighting="none", prior_weight=1.0, form="sampled", **changes):
+    """That of instance and class images, or with a prior weight of 0 of instance images alone."""
+    groups = (Group(INSTANCE), Group(PRIOR, prior_weight, PRIOR_FORMS[form]))
+    return Objective(groups if prior_weight > 0 else groups[:1], weighting, **changes)
 
 
 class LinearNetwork:

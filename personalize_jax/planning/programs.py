@@ -21,6 +21,7 @@ from personalize_jax.planning.hlo import Collective
 from personalize_jax.planning.slices import Topology
 from personalize_jax.training import sharding
 from personalize_jax.training.examples import Examples
+from personalize_jax.training.groups import INSTANCE, PRIOR, groups_of
 from personalize_jax.training.program import build, mesh_of
 
 PHOTOS, CAPTIONS = 5, 3  # of a subject, and its captions with the empty one: too little to matter
@@ -86,8 +87,10 @@ def train_step(
     pretrained = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
     tokens = {1: [1]}  # of an identifier, which rules may ask for
     program = build(stage, pipeline.text_encoder, pretrained, one, 0, mesh, tokens)
-    halves = {"instance": PHOTOS} | ({"prior": class_images} if config.prior.weight > 0 else {})
-    examples = {half: examples_of(pipeline, stage, count, not trains_text) for half, count in halves.items()}
+    counts = {INSTANCE: PHOTOS, PRIOR: class_images}
+    examples = {
+        group.name: examples_of(pipeline, stage, counts[group.name], not trains_text) for group in groups_of(config)
+    }
     examples = jax.tree.map(lambda a: Shape(a.shape, a.dtype, sharding=program.everywhere), examples)
     frozen = program.place(program.frozen_params)
     memory = {

@@ -1,4 +1,4 @@
-"""A training set that lives on the device, and batches drawn from it inside jit."""
+"""A training set that lives on the device, and batches sampled from it inside jit."""
 
 from typing import NamedTuple
 
@@ -16,13 +16,13 @@ class Examples(NamedTuple):
 
     Attributes:
         image: uint8 [N, H, W, 3]; None where latents are in its place.
-        caption: int32 [N, K], rows of `tokens`: the captions of a picture, one of which is drawn each time.
+        caption: int32 [N, K], rows of `tokens`: the captions of a picture, one of which is sampled each time.
         tokens: int32 [M, L]; row 0 is the empty caption.
         text: embeddings and mask of the M captions when the text encoder is frozen and they were computed once.
         low_res: uint8 [N, h, w, 3], each picture at the resolution of the stage before (super-resolution only).
         object_mask: uint8 [N, H, W], where the object is, for weighting the loss; or None.
         latent: mean and standard deviation, float32 [N, h, w, C] each, of the pictures' latents where those are
-            denoised, computed once; a batch then holds draws from them.
+            denoised, computed once; a batch then holds samples of them.
     """
 
     image: Array | None
@@ -35,7 +35,7 @@ class Examples(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a train step sees of a draw: B examples.
+    """B examples of a group, as a train step is given them.
 
     Attributes:
         x: float32 [B, H, W, 3] in [-1, 1], or latents.
@@ -50,6 +50,24 @@ class Batch(NamedTuple):
     text: Text | None
     low_res: Array | None
     pixel_weight: Array | None
+
+
+class NoisyBatch(NamedTuple):
+    """A network's input, and the noise in it.
+
+    Attributes:
+        z: [B, H, W, C] noisy pictures or latents z_t.
+        t: [B] times.
+        text: encoded captions.
+        low_res: the low-resolution picture and its noise level, see `Stage.condition`; or None.
+        eps: [B, H, W, C] noise in z.
+    """
+
+    z: Array
+    t: Array
+    text: Text
+    low_res: tuple[Array, Array] | None
+    eps: Array
 
 
 def make_examples(
@@ -74,14 +92,14 @@ def make_examples(
     return Examples(images, caption_NK, tokens_ML, None, low_res, object_mask)
 
 
-def draw_batch(
+def sample_batch(
     examples: Examples, key: Array, batch_size: int, caption_dropout: float, object_weight: float = 0.0
 ) -> Batch:
-    """Draw with replacement; traceable.
+    """Sample a batch with replacement; traceable.
 
     Args:
         examples: the set.
-        key: used here alone.
+        key: random key, used here alone.
         batch_size: B.
         caption_dropout: probability of the empty caption, in [0, 1]; it keeps the unconditional branch that guidance
             needs.

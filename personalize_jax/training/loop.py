@@ -30,7 +30,7 @@ class Training(NamedTuple):
         advance: (state, frozen params, examples) -> (state, metrics), jitted; the state is donated.
         state: new, or from the last checkpoint.
         frozen_params: the pretrained parameters that the step looks at.
-        examples: the set of each half, on the devices.
+        examples: the examples of each group, on the devices.
     """
 
     advance: jax.stages.Wrapped
@@ -61,7 +61,7 @@ def prepare(
     if state is None:
         state = program.make_state(program.place(program.start(in_full or pretrained.__getitem__)))
     frozen = dict(program.frozen_params)
-    if all(of_half.text is not None for of_half in examples.values()):
+    if all(of_group.text is not None for of_group in examples.values()):
         frozen.pop("text_encoder", None)  # nobody looks at it, and placing it may mean to hold it twice
     frozen = program.place(frozen)
     return Training(program.advance, state, frozen, hosts.put(examples, program.everywhere))
@@ -86,7 +86,7 @@ def train(
         stage: what to train.
         text_encoder: of the captions.
         pretrained: {"denoiser": ..., "text_encoder": ...} to start from; the frozen copy is made of it.
-        examples: the set of each half, {"instance": ...} and with prior preservation {"prior": ...}.
+        examples: the examples of each group of `groups.groups_of` by its name.
         config: keys of `configs.common.training()`.
         seed: of all randomness in this training.
         directory: for `checkpoints/`, `metrics.jsonl` and traces.

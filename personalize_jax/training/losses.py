@@ -1,27 +1,29 @@
-r"""The objective: a denoising loss on the subject and a prior-preservation loss on its class.
+r"""The objective: the denoising losses of all groups of examples, weighted and summed.
 
-    E[ w_t |x_hat(z_t, c) - x|^2  +  lambda w_t' |x_hat(z_t', c_pr) - x_pr|^2 ]
+    sum_g lambda_g E[ w_t |f(z_t, t, c) - y_g|^2 ],    z_t = alpha_t x + sigma_t eps
 
-(specification [0087]-[0090]; Ruiz et al. 2023, eq. 2), z_t = alpha_t x + sigma_t eps. Pretraining is its first term.
+DreamBooth's is that of two groups (specification [0087]-[0090]; Ruiz et al. 2023, eq. 2): instance images with a weight
+of 1, class images with the prior weight. f is the network; y_g is the group's target, see `training.targets`.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from ml_collections import ConfigDict
 
 from personalize_jax.diffusion.augmentation import sample_levels
-from personalize_jax.diffusion.prediction import Weighting, add_noise, loss_weight, per_picture, target, to_x0_eps
+from personalize_jax.diffusion.prediction import Weighting, add_noise, loss_weight, per_picture, to_x0_eps
 from personalize_jax.diffusion.variational import variational_bound
 from personalize_jax.models.params import Params
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Stage, Text
 from personalize_jax.pipeline.cascade import encode_tokens
-from personalize_jax.training.examples import Batch
-
-PriorForm = Literal["sampled", "frozen_prediction"]
+from personalize_jax.training.examples import Batch, NoisyBatch
+from personalize_jax.training.groups import Group, groups_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,48 +31,37 @@ class Objective:
     """Constants of the loss.
 
     Attributes:
+        groups: groups of examples, whose losses are summed.
         weighting: w_t as a weight in the space of the network's prediction, see `diffusion.prediction.loss_weight`.
-        prior_weight: lambda; 0 leaves the second term out.
-        prior_form: the prior term's target: "sampled" is the class picture that the frozen cascade drew,
-            "frozen_prediction" what the frozen network itself answers to the same input (specification [0082]-[0086]).
         augmentation_levels: range of the low-resolution picture's noise level while training (super-resolution only).
         offset_noise: standard deviation of noise that is the same in all of a picture, added to eps; 0 leaves it out.
-        vlb_weight: of the variational bound, by which a network learns the variance of its steps; 0 leaves that half of
-            the output alone. Where Nichol & Dhariwal (2021, eq. 16) weigh the sum over N steps with .001, this weighs
-            one of them: 1 is theirs for N = 1000.
+        vlb_weight: weight of the variational bound, by which a network learns the variance of its steps; 0 leaves that
+            part of the output alone. Where Nichol & Dhariwal (2021, eq. 16) weigh the sum over N steps with .001, this
+            weighs one of them: 1 is theirs for N = 1000.
     """
 
+    groups: tuple[Group, ...]
     weighting: Weighting
-    prior_weight: float
-    prior_form: PriorForm
-    augmentation_levels: tuple[float, float]
+    augmentation_levels: tuple[float, float] = (0.0, 0.0)
     offset_noise: float = 0.0
     vlb_weight: float = 0.0
 
 
-class NoisyBatch(NamedTuple):
-    """A network's input with what it was made of.
+def objective_of(config: ConfigDict) -> Objective:
+    """The objective of a training.
 
-    Attributes:
-        z: [B, H, W, C] noisy pictures or latents z_t.
-        t: [B] times.
-        text: of the captions.
-        low_res: what `Stage.condition` gives, or None.
-        eps: the noise in z.
+    Args:
+        config: keys of `configs.common.training()`.
     """
-
-    z: Array
-    t: Array
-    text: Text
-    low_res: tuple[Array, Array] | None
-    eps: Array
+    levels = tuple(config.augmentation_levels)
+    return Objective(groups_of(config), config.weighting, levels, config.offset_noise, config.vlb_weight)
 
 
 def diffuse(stage: Stage, batch: Batch, text: Text, key: Array, objective: Objective) -> NoisyBatch:
     """Noise a batch, each picture at a time of its own.
 
     Times are stratified over the batch, t_i = (i + u) / B: the same expectation with less variance. That is why each
-    half of a step calls this for itself: strata over both would leave one half with only the low noise.
+    group of a step is noised by itself: strata over two groups would leave one of them with only the low noise.
     """
     t_key, eps_key, level_key, augmentation_key, offset_key = jax.random.split(key, 5)
     B = batch.x.shape[0]
@@ -95,59 +86,56 @@ def personalization_loss(
     objective: Objective,
     params: Params,
     frozen_params: Params,
-    batch: dict[str, Batch],
+    batches: Mapping[str, Batch],
     rng: Array,
 ) -> tuple[Array, dict[str, Array]]:
-    """Both terms of the objective.
+    """The weighted sum of all groups' losses.
 
     Args:
         stage: the stage in training.
         text_encoder: encodes captions that carry no cached embeddings.
-        objective: constants of the loss.
+        objective: constants of the loss, and the groups.
         params: {"denoiser": ..., "text_encoder": ...}, with trained and frozen values merged.
-        frozen_params: the pretrained {"denoiser": ..., "text_encoder": ...}; only `frozen_prediction` looks at it.
-        batch: {"instance": ...}, and {"prior": ...} of the same size unless lambda is 0.
-        rng: key of this step.
+        frozen_params: the pretrained {"denoiser": ..., "text_encoder": ...}; only targets that need it read it.
+        batches: a batch of each group by its name, all of one size.
+        rng: random key of this step.
 
     Returns:
-        The scalar loss and the unweighted terms by name.
+        The scalar loss, and each group's own by name: "<group>_loss", "<group>_bound".
     """
-    halves = ["instance"] + ["prior"] * (objective.prior_weight > 0)
-    noisy = {}
-    for half, key in zip(halves, jax.random.split(rng, len(halves)), strict=True):
-        text = batch[half].text or Text(*encode_tokens(text_encoder, params["text_encoder"], batch[half].tokens))
-        noisy[half] = diffuse(stage, batch[half], text, key, objective)
-    both = interleave(*(_inputs(noisy[half]) for half in halves))
-    outputs = separate(stage.apply(params["denoiser"], *both), len(halves))
-    predictions, variances = (
-        dict(zip(halves, parts, strict=True)) for parts in zip(*map(stage.split, outputs), strict=True)
-    )
+    groups = objective.groups
+    batches = [batches[group.name] for group in groups]
 
-    targets = {half: _true_target(stage, batch[half], noisy[half]) for half in halves}
-    if "prior" in halves and objective.prior_form == "frozen_prediction":
-        frozen_text = batch["prior"].text or Text(
-            *encode_tokens(text_encoder, frozen_params["text_encoder"], batch["prior"].tokens)
-        )
-        frozen = stage.apply(frozen_params["denoiser"], *_inputs(noisy["prior"]._replace(text=frozen_text)))
-        targets["prior"] = jax.lax.stop_gradient(stage.split(frozen)[0])
+    # 1. Noise: z_t = alpha_t x + sigma_t eps, each group at times and with noise of its own.
+    texts = [_encode(text_encoder, params, batch) for batch in batches]
+    keys = jax.random.split(rng, len(groups))
+    noised = [diffuse(stage, *inputs, objective) for inputs in zip(batches, texts, keys, strict=True)]
 
-    terms = {}
-    for half in halves:
-        w = loss_weight(stage.prediction, stage.schedule.logsnr(noisy[half].t), objective.weighting)
-        error = jnp.square(predictions[half] - targets[half])
-        if batch[half].pixel_weight is not None:
-            error *= batch[half].pixel_weight
-        terms[f"{half}_loss"] = jnp.mean(per_picture(w, error) * error)
+    # 2. Prediction: f(z_t, t, c) of all groups in one call.
+    outputs = separate(stage.apply(params["denoiser"], *interleave(*map(_inputs, noised))), len(groups))
+
+    # 3. Loss: sum_g lambda_g (E[w_t |f - y_g|^2] + vlb_weight E[bound]).
+    loss, metrics = jnp.zeros(()), {}
+    for group, batch, noisy, output in zip(groups, batches, noised, outputs, strict=True):
+        prediction, variance = stage.split(output)
+        frozen_prediction = partial(_frozen_prediction, stage, text_encoder, frozen_params, batch, noisy)
+        error = jnp.square(prediction - group.target.function(stage, batch, noisy, frozen_prediction))
+        if batch.pixel_weight is not None:
+            error *= batch.pixel_weight
+        w_B = loss_weight(stage.prediction, stage.schedule.logsnr(noisy.t), objective.weighting)
+        term = jnp.mean(per_picture(w_B, error) * error)
+        metrics[f"{group.name}_loss"] = term
         if objective.vlb_weight > 0:
-            bound_B = _bound(stage, batch[half], noisy[half], predictions[half], variances[half])
-            terms[f"{half}_bound"] = jnp.mean(bound_B)
-    loss = {half: terms[f"{half}_loss"] + objective.vlb_weight * terms.get(f"{half}_bound", 0.0) for half in halves}
-    return loss["instance"] + objective.prior_weight * loss.get("prior", 0.0), terms
+            bound = jnp.mean(_bound(stage, batch, noisy, prediction, variance))
+            metrics[f"{group.name}_bound"] = bound
+            term += objective.vlb_weight * bound
+        loss += group.weight * term
+    return loss, metrics
 
 
-def interleave(*halves: tuple) -> tuple:
-    """Join pytrees of [B, ...] arrays to [len(halves) B, ...], alternating, so that a sharded batch stays in place."""
-    return jax.tree.map(lambda *a: jnp.stack(a, 1).reshape(-1, *a[0].shape[1:]), *halves)
+def interleave(*groups: tuple) -> tuple:
+    """Join pytrees of [B, ...] arrays to [len(groups) B, ...], alternating, so that a sharded batch stays in place."""
+    return jax.tree.map(lambda *a: jnp.stack(a, 1).reshape(-1, *a[0].shape[1:]), *groups)
 
 
 def separate(x: Array, count: int) -> list[Array]:
@@ -155,13 +143,22 @@ def separate(x: Array, count: int) -> list[Array]:
     return list(jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0))
 
 
+def _encode(text_encoder: TextEncoder, params: Params, batch: Batch) -> Text:
+    """The captions' embeddings: those that were computed once, or those of the text encoder."""
+    return batch.text or Text(*encode_tokens(text_encoder, params["text_encoder"], batch.tokens))
+
+
 def _inputs(noisy: NoisyBatch) -> tuple:
     return noisy.z, noisy.t, noisy.text, noisy.low_res
 
 
-def _true_target(stage: Stage, batch: Batch, noisy: NoisyBatch) -> Array:
-    alpha, sigma = stage.schedule.alpha(noisy.t), stage.schedule.sigma(noisy.t)
-    return target(stage.prediction, batch.x, noisy.eps, alpha, sigma)
+def _frozen_prediction(
+    stage: Stage, text_encoder: TextEncoder, frozen_params: Params, batch: Batch, noisy: NoisyBatch
+) -> Array:
+    """What the frozen networks predict from the same noisy pictures, their captions encoded by the frozen encoder."""
+    text = _encode(text_encoder, frozen_params, batch)
+    output = stage.apply(frozen_params["denoiser"], *_inputs(noisy._replace(text=text)))
+    return jax.lax.stop_gradient(stage.split(output)[0])
 
 
 def _bound(stage: Stage, batch: Batch, noisy: NoisyBatch, prediction: Array, v: Array) -> Array:

@@ -3,9 +3,9 @@
 Built from arrays or from their shapes alone, so that what a machine would have to hold is known without that machine.
 """
 
-import dataclasses
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,35 +21,13 @@ from personalize_jax.models.params import Params, flatten, unflatten
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Stage
 from personalize_jax.training import sharding
-from personalize_jax.training.examples import Batch, Examples, draw_batch
+from personalize_jax.training.examples import Batch, Examples
+from personalize_jax.training.groups import sample_batches
 from personalize_jax.training.lora import init_adapters
-from personalize_jax.training.losses import Objective, personalization_loss
+from personalize_jax.training.losses import objective_of, personalization_loss
 from personalize_jax.training.optimizer import make_optimizer
 from personalize_jax.training.step import TrainState, init_state, make_train_step, make_train_steps
 from personalize_jax.training.trainable import LORA, ROWS, init_rows, select
-
-
-@dataclasses.dataclass(frozen=True)
-class Draw:
-    """How batches are drawn: examples of each half, and the share of captions left empty.
-
-    Attributes:
-        batch_size: of each half.
-        caption_dropout: share of empty captions by half.
-        object_weight: additional loss weight of the object's pixels, where masks are known.
-    """
-
-    batch_size: int
-    caption_dropout: dict[str, float]
-    object_weight: float
-
-    def __call__(self, examples: dict[str, Examples], key: Array) -> dict[str, Batch]:
-        """Draw a batch for each half, with a key of its own."""
-        keys = jax.random.split(key, len(examples))
-        return {
-            half: draw_batch(examples[half], k, self.batch_size, self.caption_dropout[half], self.object_weight)
-            for half, k in zip(sorted(examples), keys, strict=True)
-        }
 
 
 class Program(NamedTuple):
@@ -103,16 +81,9 @@ def build(
     selection = select(pretrained, config)
     if selection.with_rows and not identifier:
         raise UserError("The rows of an identifier are to be trained where there is none; give True or False instead.")
-    objective = Objective(
-        config.weighting,
-        config.prior.weight,
-        config.prior.form,
-        tuple(config.augmentation_levels),
-        config.offset_noise,
-        config.vlb_weight,
-    )
-    looks_back = objective.prior_form == "frozen_prediction" and objective.prior_weight > 0
-    frozen = pretrained if looks_back else selection.frozen
+    objective = objective_of(config)
+    needs_frozen = any(group.target.needs_frozen for group in objective.groups)
+    frozen = pretrained if needs_frozen else selection.frozen
     optimizer = make_optimizer(config.optimizer, config.num_steps)
     vocabulary_size = text_encoder.vocab_size if "text_encoder" in selection.networks else None
 
@@ -138,20 +109,15 @@ def build(
     state = sharding.placed(jax.eval_shape(make_state, start(shapes.get)), config.sharding, mesh)
     state_shardings = jax.tree.map(lambda a: a.sharding, state)
 
-    draw = Draw(
-        config.batch_size,
-        {"instance": config.caption_dropout, "prior": config.prior.caption_dropout},
-        config.object_weight,
-    )
-
     def loss(params: Params, frozen_params: Params, batch: dict[str, Batch], rng: Array) -> tuple[Array, dict]:
         params, frozen_params = (sharding.gathered(p, config.sharding, mesh) for p in (params, frozen_params))
         with attention.over(mesh):
             return personalization_loss(stage, text_encoder, objective, params, frozen_params, batch, rng)
 
+    sample = partial(sample_batches, objective.groups, batch_size=config.batch_size, object_weight=config.object_weight)
     steps = make_train_steps(
         make_train_step(loss, optimizer, config.ema_decay, config.microbatches),
-        lambda examples, key: sharding.shard_batch(draw(examples, key), mesh),
+        lambda examples, key: sharding.shard_batch(sample(examples, key), mesh),
         steps_key,
         config.steps_per_dispatch,
     )

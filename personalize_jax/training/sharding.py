@@ -23,7 +23,7 @@ def make_mesh(shape: Sequence[int], batch_size: int = 1, devices: Sequence[Any] 
     Args:
         shape: sizes of data, fsdp and tensor. One of them may be -1 for "what remains"; or fsdp and tensor both, and
             then fsdp is as large as the batch can be split and tensor takes the rest.
-        batch_size: pictures of a half that go through a network at once.
+        batch_size: pictures of a group that go through a network at once.
         devices: others than this program's.
 
     Raises:

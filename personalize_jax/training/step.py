@@ -89,7 +89,7 @@ def make_train_step(
             ema = optax.incremental_update(params, ema, 1 - decay)
         counts = state.token_counts
         if counts is not None:
-            tokens = jnp.concatenate([half.tokens.ravel() for half in batch.values()])
+            tokens = jnp.concatenate([of_group.tokens.ravel() for of_group in batch.values()])
             counts = counts.at[tokens].add(1)
         metrics |= {"gradient_norm": optax.global_norm(gradient)}
         return TrainState(state.step + 1, params, ema, opt_state, counts), metrics
@@ -132,16 +132,19 @@ def accumulated(differentiated: Differentiated, count: int) -> Differentiated:
 
 
 def make_train_steps(
-    train_step: Callable, draw: Callable[[dict[str, Examples], Array], dict[str, Batch]], root_key: Array, count: int
+    train_step: Callable,
+    sample_batch: Callable[[dict[str, Examples], Array], dict[str, Batch]],
+    root_key: Array,
+    count: int,
 ) -> Callable[[TrainState, Params, dict[str, Examples]], tuple[TrainState, dict[str, Array]]]:
-    """Chain `count` steps into one program, each with a batch of its own drawn on the device.
+    """Chain `count` steps into one program, each with a batch of its own sampled on the device.
 
-    The keys of a step are folded from the training's root key and the step's number: a resumed run draws what the
-    uninterrupted run would have drawn.
+    The keys of a step are folded from the training's root key and the step's number: a resumed run samples what the
+    uninterrupted run would have sampled.
 
     Args:
         train_step: from `make_train_step`.
-        draw: (examples, key) -> batch.
+        sample_batch: (examples, key) -> batch.
         root_key: of the training; used here alone.
         count: steps in one dispatch. XLA's CPU backend runs the gradients of convolutions in a loop's body an order of
             magnitude slower than outside (jax issue 12868): use 1 there.
@@ -155,7 +158,7 @@ def make_train_steps(
     ) -> tuple[TrainState, dict[str, Array]]:
         def one_step(state: TrainState, _: None) -> tuple[TrainState, dict[str, Array]]:
             batch_key, step_key = jax.random.split(jax.random.fold_in(root_key, state.step))
-            return train_step(state, frozen_params, draw(examples, batch_key), step_key)
+            return train_step(state, frozen_params, sample_batch(examples, batch_key), step_key)
 
         if count == 1:
             return one_step(state, None)

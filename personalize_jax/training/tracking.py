@@ -8,7 +8,7 @@ step                     number of steps done
 loss, ...                of that step
 seconds                  since the line before, compiling included
 step_seconds             mean of the steps since then, saving and tracing included, compiling not
-images_per_second        pictures trained in that time, of both halves of a batch and on all devices
+images_per_second        pictures trained in that time, of all groups and on all devices
 device_memory_gib        the peak so far, of the device that holds most; on CPU, of this process
 tflops_per_second        10^12 operations, of all devices: see `Work`
 model_flops_utilization  their share of the devices' bfloat16 peak, where that is known

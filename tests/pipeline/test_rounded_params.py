@@ -13,8 +13,8 @@ from personalize_jax.pipeline import load_pipeline, save_pipeline
 from personalize_jax.training import loop
 from personalize_jax.training.checkpoint import Checkpoints
 from personalize_jax.training.examples import Batch
-from personalize_jax.training.losses import Objective, personalization_loss
-from tests import tiny_public
+from personalize_jax.training.losses import personalization_loss
+from tests import tiny, tiny_public
 
 ROUNDED, FULL = jnp.dtype("bfloat16"), jnp.dtype("float32")
 ADAPTERS = {"lora.rank": 2, "trainable": ((".*", False),)}
@@ -81,7 +81,7 @@ def test_the_loss_is_that_of_parameters_in_full(sources):
     x = jnp.asarray(rng.uniform(-1, 1, (2, *stage.shape)), jnp.float32)
     tokens = jnp.asarray(rounded.tokenizer(["a dog"] * 2))
     batch = dict.fromkeys(("instance", "prior"), Batch(x, tokens, None, low, None))
-    objective = Objective("none", 1.0, "frozen_prediction", (0.1, 0.5))
+    objective = tiny.objective("none", 1.0, "frozen_prediction", augmentation_levels=(0.1, 0.5))
 
     @jax.jit
     def terms(params, frozen):

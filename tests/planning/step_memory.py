@@ -33,7 +33,7 @@ def forget_peak():
 def main():
     config = tiny.training(batch_size=16, prior__weight=1.0, num_steps=2)
     pretrained = {"denoiser": tiny.stage_params(STAGE), "text_encoder": tiny.text_params()}
-    examples = {half: tiny.examples(seed=i, resolution=64) for i, half in enumerate(("instance", "prior"))}
+    examples = {group: tiny.examples(seed=i, resolution=64) for i, group in enumerate(("instance", "prior"))}
     program = build(STAGE, tiny.text_encoder(), pretrained, config, 0, mesh_of(config))
     frozen, examples = program.place(program.frozen_params), jax.device_put(examples, program.everywhere)
     lowered = program.advance.lower(program.state, frozen, examples)

@@ -18,8 +18,9 @@ from personalize_jax.planning.estimate import Run, Usage, fits, roofline, second
 from personalize_jax.planning.hlo import Collective
 from personalize_jax.planning.programs import bytes_per_device, measured, resident
 from personalize_jax.training.examples import Batch
-from personalize_jax.training.losses import Objective, personalization_loss
+from personalize_jax.training.losses import personalization_loss
 from personalize_jax.training.program import build, mesh_of
+from tests import tiny
 
 
 def usage(**changes):
@@ -126,15 +127,15 @@ def test_planned_operations_are_those_of_the_products():
     """XLA's count for the world's base stage against one of the products in its equations, which XLA has not seen."""
     pipeline = plan.abstract_pipeline(world.get_config())
     stage, B = pipeline.stages[0], 8
-    objective = Objective("none", 1.0, "sampled", (0.0, 0.0))
-    half = jax.eval_shape(lambda: tiny_batch(pipeline, stage, B))
+    objective = tiny.objective()
+    group = jax.eval_shape(lambda: tiny_batch(pipeline, stage, B))
     params = {"denoiser": pipeline.params["base"]}
 
     def loss(denoiser, batch):
         return personalization_loss(stage, None, objective, {"denoiser": denoiser}, {}, batch, jax.random.key(0))[0]
 
     step = jax.grad(loss)
-    batch = {"instance": half, "prior": half}
+    batch = {"instance": group, "prior": group}
     counted = product_flops(jax.make_jaxpr(step)(params["denoiser"], batch).jaxpr)
     compiled = jax.jit(step).lower(params["denoiser"], batch).compile()
     assert compiled.cost_analysis()["flops"] == pytest.approx(counted, rel=0.05)

@@ -65,11 +65,11 @@ def train_by_sgd(folder, model, mesh, directory):
     pipeline = load(folder, model, config)
     stage = pipeline.stages[-1]
     start = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
-    halves = {
+    groups = {
         "instance": examples(pipeline, stage, 1, ["a qz dog", "a photo of a qz dog"]),
         "prior": examples(pipeline, stage, 2, ["a dog"] * 3),
     }
-    return pipeline, loop.train(stage, pipeline.text_encoder, start, halves, config, 5, directory)
+    return pipeline, loop.train(stage, pipeline.text_encoder, start, groups, config, 5, directory)
 
 
 def losses(directory):

@@ -50,10 +50,10 @@ def dispatched(run=lambda step, *inputs: step(*inputs), **changes):
         **{"schedule": schedule, "augmentation": schedule},
     )
     config = tiny.training(**{"batch_size": B, "prior__weight": 0.5, "prior__caption_dropout": 0.0, **changes})
-    halves = {half: tiny.examples(16, 8, seed=i) for i, half in enumerate(("instance", "prior"))}
+    groups = {name: tiny.examples(16, 8, seed=i) for i, name in enumerate(("instance", "prior"))}
     mask = np.zeros((6, 16, 16), np.uint8)
     mask[:, :8] = 255
-    halves = jax.tree.map(jnp.asarray, {half: e._replace(object_mask=mask) for half, e in halves.items()})
+    groups = jax.tree.map(jnp.asarray, {name: group._replace(object_mask=mask) for name, group in groups.items()})
     mesh, start, batches = program.mesh_of(config), parameters(), []
     built = program.build(stage, tiny.LinearEncoder(), start, config, 0, mesh, {3: [3]})
 
@@ -65,7 +65,7 @@ def dispatched(run=lambda step, *inputs: step(*inputs), **changes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "personalization_loss", spy)
         before = built.make_state(built.start(start.get))
-        state, metrics = run(built.advance.__wrapped__, before, built.frozen_params, halves)
+        state, metrics = run(built.advance.__wrapped__, before, built.frozen_params, groups)
     return SimpleNamespace(
         batch=batches[0], calls=network.calls, metrics=metrics, before=before, state=state, lying=built.state, mesh=mesh
     )
@@ -84,8 +84,8 @@ def moment(seen, name):
     return flatten(optax.tree_utils.tree_get(seen.state.opt_state, name))["denoiser/scale"]
 
 
-def empty(seen, half):
-    return np.all(np.asarray(seen.batch[half].tokens) == EMPTY, axis=1).tolist()
+def empty(seen, group):
+    return np.all(np.asarray(seen.batch[group].tokens) == EMPTY, axis=1).tolist()
 
 
 def losses(seen):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from personalize_jax.pipeline import Text
-from personalize_jax.training.examples import downsample_uint8, draw_batch, make_examples
+from personalize_jax.training.examples import downsample_uint8, make_examples, sample_batch
 
 NULL = np.array([2, 0, 0])
 
@@ -23,31 +23,31 @@ def examples():
     return jax.tree.map(jnp.asarray, made._replace(text=Text(made.tokens[..., None] * 1.0, made.tokens != 0)))
 
 
-def draw(examples, size=400, dropout=0.25, object_weight=3.0, seed=0):
-    return draw_batch(examples, jax.random.key(seed), size, dropout, object_weight)
+def sample(examples, size=400, dropout=0.25, object_weight=3.0, seed=0):
+    return sample_batch(examples, jax.random.key(seed), size, dropout, object_weight)
 
 
 def test_everything_in_a_row_belongs_to_one_picture(examples):
-    batch = draw(examples)
+    batch = sample(examples)
     picture = np.round((np.asarray(batch.x[:, 0, 0, 0]) + 1) * 127.5).astype(int)
     assert set(picture) == set(range(5))
     assert np.all(np.abs(batch.x) <= 1) and batch.x.dtype == jnp.float32
     np.testing.assert_allclose(np.round((batch.low_res[:, 1, 1, 2] + 1) * 127.5), 100 + picture)
     captioned = batch.tokens[:, 0] != 2
     np.testing.assert_array_equal((batch.tokens[captioned, 0]) % 10, picture[captioned])
-    assert set(np.unique(batch.tokens[captioned, 0] // 10)) == {1, 2}  # both captions of a picture are drawn
+    assert set(np.unique(batch.tokens[captioned, 0] // 10)) == {1, 2}  # both captions of a picture are sampled
     np.testing.assert_array_equal(batch.text.embeddings[..., 0], batch.tokens)
     np.testing.assert_array_equal(batch.text.mask, batch.tokens != 0)
 
 
 def test_captions_are_dropped_at_the_given_rate(examples):
     for dropout in (0.0, 0.25, 1.0):
-        dropped = np.all(np.asarray(draw(examples, dropout=dropout).tokens) == NULL, axis=1).mean()
+        dropped = np.all(np.asarray(sample(examples, dropout=dropout).tokens) == NULL, axis=1).mean()
         assert dropped == pytest.approx(dropout, abs=0.0 if dropout in (0, 1) else 0.07)
 
 
 def test_object_pixels_weigh_more(examples):
-    weight = draw(examples, object_weight=3.0).pixel_weight
+    weight = sample(examples, object_weight=3.0).pixel_weight
     np.testing.assert_allclose(weight[:, 0], 4.0)
     np.testing.assert_allclose(weight[:, 1:], 1.0)
 
@@ -56,7 +56,7 @@ def test_latents_are_sampled_around_their_pictures_mean(examples):
     mean = np.broadcast_to(np.asarray(examples.image, np.float32)[:, :2, :2], (5, 2, 2, 3))
     std = 0.1 * (1 + mean)  # another one for each picture
     latents = examples._replace(image=None, latent=(jnp.asarray(mean), jnp.asarray(std)))
-    batch, other = draw(latents), draw(latents, seed=1)
+    batch, other = sample(latents), sample(latents, seed=1)
     picture = np.round((np.asarray(batch.low_res[:, 0, 0, 0]) + 1) * 127.5).astype(int) - 100
     noise = (np.asarray(batch.x) - mean[picture]) / std[picture]
     assert noise.mean() == pytest.approx(0, abs=0.05) and noise.std() == pytest.approx(1, rel=0.05)
@@ -66,7 +66,7 @@ def test_latents_are_sampled_around_their_pictures_mean(examples):
 
 def test_what_a_set_lacks_its_batches_lack():
     bare = make_examples(np.zeros((1, 4, 4, 3), np.uint8), np.ones((1, 1, 3), int), NULL)
-    batch = draw_batch(jax.tree.map(jnp.asarray, bare), jax.random.key(0), 2, 0.0)
+    batch = sample_batch(jax.tree.map(jnp.asarray, bare), jax.random.key(0), 2, 0.0)
     assert batch.text is batch.low_res is batch.pixel_weight is None
 
 

@@ -38,7 +38,7 @@ class Keys:
 def keys_of_steps(stage, monkeypatch):
     """[steps, keys, 2] of those used up and of those folded, in a training in which all is drawn that can be."""
     latent = tuple(np.ones((6, *stage.shape), np.float32) for _ in range(2))
-    half = jax.tree.map(jnp.asarray, tiny.examples(stage.resolution, stage.low_resolution)._replace(latent=latent))
+    group = jax.tree.map(jnp.asarray, tiny.examples(stage.resolution, stage.low_resolution)._replace(latent=latent))
     config = tiny.training(batch_size=1, prior__weight=1.0, offset_noise=0.1, augmentation_levels=(0.0, 0.1))
     start = tiny.linear_params()
     built = program.build(stage, tiny.LinearEncoder(), start, config, SEED, sharding.make_mesh((1, 1, 1)))
@@ -48,7 +48,7 @@ def keys_of_steps(stage, monkeypatch):
 
         def keys_of_step(n):
             keys.used.clear(), keys.folded.clear()
-            built.advance.__wrapped__(state._replace(step=n), built.frozen_params, {"instance": half, "prior": half})
+            built.advance.__wrapped__(state._replace(step=n), built.frozen_params, {"instance": group, "prior": group})
             return jnp.stack(keys.used), jnp.stack(keys.folded)
 
         return jax.jit(jax.vmap(keys_of_step))(jnp.arange(MANY))

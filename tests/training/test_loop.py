@@ -16,7 +16,7 @@ import pytest
 from personalize_jax import interruption
 from personalize_jax.errors import UserError
 from personalize_jax.pipeline import Stage
-from personalize_jax.training import loop, program
+from personalize_jax.training import groups, loop, targets
 from personalize_jax.training.loop import train, trained_params
 from personalize_jax.training.tracking import MEASURED
 from tests import tiny
@@ -28,8 +28,8 @@ ENCODER = tiny.LinearEncoder()
 EVERYTHING = ((".*", True),)
 
 
-def train_linear(directory, progress=lambda step, metrics: None, start=None, halves=("instance",), seed=0, **changes):
-    examples = {half: tiny.examples(seed=i) for i, half in enumerate(halves)}
+def train_linear(directory, progress=lambda step, metrics: None, start=None, names=("instance",), seed=0, **changes):
+    examples = {name: tiny.examples(seed=i) for i, name in enumerate(names)}
     config = tiny.training(**changes)
     return train(STAGE, ENCODER, start or tiny.linear_params(), examples, config, seed, directory, progress)
 
@@ -178,21 +178,21 @@ def test_two_steps_a_dispatch_give_the_same_parameters(tmp_path):
     assert [line["step"] for line in metrics_of(tmp_path / "two")] == [4, 6]  # the dispatches that step 3 and 6 are in
 
 
-def test_token_counts_are_those_of_the_drawn_captions_over_a_resume_too(tmp_path, monkeypatch):
-    drawn = []
-    draw_batch = program.draw_batch
+def test_token_counts_are_those_of_the_sampled_captions_over_a_resume_too(tmp_path, monkeypatch):
+    sampled = []
+    sample_batch = groups.sample_batch
 
     def recording(*args):
-        batch = draw_batch(*args)
-        jax.debug.callback(lambda tokens: drawn.append(np.asarray(tokens)), batch.tokens)
+        batch = sample_batch(*args)
+        jax.debug.callback(lambda tokens: sampled.append(np.asarray(tokens)), batch.tokens)
         return batch
 
-    monkeypatch.setattr(program, "draw_batch", recording)
+    monkeypatch.setattr(groups, "sample_batch", recording)
     for num_steps in (4, 7):
         state = train_linear(tmp_path, num_steps=num_steps, trainable=EVERYTHING, caption_dropout=0.3)
         jax.effects_barrier()
-    assert len(drawn) == 7
-    expected = np.bincount(np.concatenate(drawn).ravel(), minlength=ENCODER.vocab_size)
+    assert len(sampled) == 7
+    expected = np.bincount(np.concatenate(sampled).ravel(), minlength=ENCODER.vocab_size)
     np.testing.assert_array_equal(state.token_counts, expected)
     assert np.count_nonzero(expected) > 5
 
@@ -201,7 +201,7 @@ def test_token_counts_are_those_of_the_drawn_captions_over_a_resume_too(tmp_path
 def test_frozen_parameters_stay_as_they_are_and_usable(tmp_path, form):
     start = tiny.linear_params()
     state = train_linear(
-        tmp_path, start=start, halves=("instance", "prior"), prior__weight=1.0, prior__form=form, num_steps=3
+        tmp_path, start=start, names=("instance", "prior"), prior__weight=1.0, prior__form=form, num_steps=3
     )
     assert set(state.params) == {"denoiser"} and state.token_counts is None
     assert_equal(start, tiny.linear_params())
@@ -210,10 +210,24 @@ def test_frozen_parameters_stay_as_they_are_and_usable(tmp_path, form):
 
 
 def test_frozen_prediction_starts_without_prior_loss(tmp_path):
-    halves = {"halves": ("instance", "prior"), "prior__weight": 1.0, "prior__form": "frozen_prediction"}
-    train_linear(tmp_path, num_steps=3, optimizer__learning_rate=0.1, **halves)
+    both = {"names": ("instance", "prior"), "prior__weight": 1.0, "prior__form": "frozen_prediction"}
+    train_linear(tmp_path, num_steps=3, optimizer__learning_rate=0.1, **both)
     prior = [line["prior_loss"] for line in metrics_of(tmp_path)]
     assert prior[0] < 1e-12 < 1e-4 < prior[1] < prior[2]  # 0 but for rounding in two programs
+
+
+def test_another_form_of_the_prior_term_is_a_function_and_a_line_of_the_table(tmp_path, monkeypatch):
+    def half_way(stage, batch, noisy, frozen_prediction):
+        return (targets.picture(stage, batch, noisy, frozen_prediction) + frozen_prediction()) / 2
+
+    monkeypatch.setitem(targets.PRIOR_FORMS, "half_way", targets.Target(half_way, needs_frozen=True))
+    both = {"names": ("instance", "prior"), "prior__weight": 1.0, "num_steps": 2}
+    for form in ("sampled", "half_way"):
+        train_linear(tmp_path / form, prior__form=form, **both)
+    sampled, blended = (metrics_of(tmp_path / form) for form in ("sampled", "half_way"))
+    # Before the first step the frozen network is the one in training: half of the error is a quarter of its square.
+    assert blended[0]["prior_loss"] == pytest.approx(sampled[0]["prior_loss"] / 4, rel=1e-5)
+    assert blended[1]["loss"] != sampled[1]["loss"]
 
 
 def test_samples_come_from_the_average_where_there_is_one(tmp_path):

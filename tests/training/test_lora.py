@@ -132,7 +132,7 @@ def test_adapters_of_the_embedded_network_learn_and_nothing_else_moves(tmp_path)
         inputs = 2 if "/out/" in path else 1
         change = np.asarray(tuned[path] - start[path]).reshape(np.prod(start[path].shape[:inputs]), -1)
         assert np.linalg.matrix_rank(change, tol=1e-4) == RANK
-    instance, prior = (metric(f"{half}_loss", tmp_path) for half in ("instance", "prior"))
+    instance, prior = (metric(f"{group}_loss", tmp_path) for group in ("instance", "prior"))
     assert np.mean(instance[-15:]) < 0.95 * np.mean(instance[:15])
     assert prior[0] < 1e-9 < 1e-3 < prior[-1]  # the network without adapters is what the prior is measured from
 

@@ -10,8 +10,8 @@ from diffusers import DDPMScheduler
 from personalize_jax.models.params import flatten
 from personalize_jax.pipeline import load_pipeline
 from personalize_jax.training.examples import Batch
-from personalize_jax.training.losses import Objective, diffuse, personalization_loss
-from tests import tiny_public
+from personalize_jax.training.losses import diffuse, personalization_loss
+from tests import tiny, tiny_public
 from tests.models.torch_params import port
 
 LAMBDA = 0.7
@@ -43,19 +43,19 @@ def case(name, tmp_path):
 
 
 def batches(pipeline, stage, rng):
-    halves = {}
-    for half, caption in CAPTIONS.items():
+    groups = {}
+    for group, caption in CAPTIONS.items():
         x = rng.uniform(-1, 1, (B, *stage.shape)).astype(np.float32)
         low = None
         if stage.low_resolution is not None:
             low = jnp.asarray(rng.uniform(-1, 1, (B, stage.low_resolution, stage.low_resolution, 3)), jnp.float32)
         tokens = jnp.asarray(pipeline.tokenizer([caption] * B))
-        halves[half] = Batch(jnp.asarray(x), tokens, pipeline.encode([caption] * B), low, None)
-    return halves
+        groups[group] = Batch(jnp.asarray(x), tokens, pipeline.encode([caption] * B), low, None)
+    return groups
 
 
 def torch_loss(unet, scheduler, stage, batch, noisy, key, min_snr):
-    """One half as the method defines it, from x, eps, time and level; nothing of ours but the random draws."""
+    """One group's loss as the method defines it, from x, eps, time and level; nothing of ours but the random draws."""
     n = torch.round(torch_tensor(noisy.t) * 1000).long() - 1
     x, eps = torch_tensor(batch.x), torch_tensor(noisy.eps)
     z, options = scheduler.add_noise(x, eps, n), {}
@@ -87,13 +87,13 @@ CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in (("sd_eps", Tr
 def test_loss_and_gradients(tmp_path, name, min_snr):
     pipeline, stage, unet, scheduler = case(name, tmp_path)
     batch = batches(pipeline, stage, np.random.default_rng(0))
-    objective = Objective("min_snr" if min_snr else "none", LAMBDA, "sampled", LEVELS)
+    objective = tiny.objective("min_snr" if min_snr else "none", LAMBDA, augmentation_levels=LEVELS)
     rng = jax.random.key(3)
 
     keys = dict(zip(CAPTIONS, jax.random.split(rng, 2), strict=True))
-    noisy = {half: diffuse(stage, batch[half], batch[half].text, keys[half], objective) for half in batch}
+    noisy = {name: diffuse(stage, batch[name], batch[name].text, keys[name], objective) for name in batch}
     assert not np.array_equal(noisy["instance"].t, noisy["prior"].t)
-    parts = {half: torch_loss(unet, scheduler, stage, batch[half], noisy[half], keys[half], min_snr) for half in batch}
+    parts = {name: torch_loss(unet, scheduler, stage, batch[name], noisy[name], keys[name], min_snr) for name in batch}
     reference = parts["instance"] + LAMBDA * parts["prior"]
     reference.backward()
 

@@ -129,4 +129,4 @@ def test_what_only_several_devices_show(eight_devices):
     eighth, whole = [2, 4], [16, 4]
     assert seen["shards"] == {"stored": eighth, "gathered": whole, "gradient": eighth, "batch": eighth}
     for collective in ("all-gather", "all-to-all", "all-reduce", "collective-permute"):
-        assert collective not in seen["interleave"], "joining the halves moves rows between devices"
+        assert collective not in seen["interleave"], "joining the groups moves rows between devices"

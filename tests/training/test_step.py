@@ -48,7 +48,7 @@ def test_average_follows_closely_at_first_and_slowly_later():
     assert decays[-1] == pytest.approx(0.5, rel=1e-3)
 
 
-def test_tokens_of_both_halves_are_counted():
+def test_tokens_of_all_groups_are_counted():
     optimizer = optax.sgd(0.1)
     state = init_state({"w": jnp.array(3.0)}, optimizer, ema=False, vocabulary_size=6)
     batch = {**batch_of(tokens=((1, 2, 2), (5, 2, 0))), "prior": batch_of(tokens=((5, 0, 0),))["instance"]}
@@ -103,12 +103,12 @@ ROWS = 8
 def rows_of(tokens_per_row=2):
     x = jnp.arange(float(ROWS * 3)).reshape(ROWS, 1, 1, 3) / 10
     tokens = jnp.arange(ROWS * tokens_per_row).reshape(ROWS, -1) % 6
-    return {half: Batch(sign * x, tokens, None, None, None) for half, sign in (("instance", 1), ("prior", -2))}
+    return {name: Batch(sign * x, tokens, None, None, None) for name, sign in (("instance", 1), ("prior", -2))}
 
 
 def regression(params, frozen_params, batch, rng):
     """A mean over rows, with a gradient that differs between them and no randomness."""
-    instance, prior = (jnp.tanh(params["w"] * batch[half].x + params["offset"]) for half in ("instance", "prior"))
+    instance, prior = (jnp.tanh(params["w"] * batch[name].x + params["offset"]) for name in ("instance", "prior"))
     prior_loss = jnp.mean(jnp.square(prior - batch["prior"].x))
     return jnp.mean(jnp.square(instance - 1)) + prior_loss, {"prior_loss": prior_loss}
 

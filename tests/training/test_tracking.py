@@ -44,7 +44,7 @@ def train(directory, tracking=JSONL_ONLY, die_at=None, **changes):
         if step == die_at:
             raise Died
 
-    examples = {half: tiny.examples(seed=i) for i, half in enumerate(("instance", "prior"))}
+    examples = {group: tiny.examples(seed=i) for i, group in enumerate(("instance", "prior"))}
     config = tiny.training(prior__weight=0.5, **changes)
     encoder = tiny.LinearEncoder()
     return loop.train(STAGE, encoder, tiny.linear_params(), examples, config, 0, directory, progress, tracking=tracking)
@@ -77,7 +77,7 @@ def test_rates_are_what_was_done_by_the_time_it_took_without_compiling(tmp_path,
     assert set(first) == {"step", "loss", *MEASURED}
 
 
-def test_a_training_logs_both_halves_and_the_memory_it_holds(tmp_path):
+def test_a_training_logs_both_groups_and_the_memory_it_holds(tmp_path):
     held = np.ones((64, 2**20))  # 512 MiB
     train(tmp_path, num_steps=2)
     for line in lines_of(tmp_path):

@@ -80,8 +80,8 @@ def use_eight_devices(directory, *meshes):
     except UserError as error:
         refusal = str(error)
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(8, 1, 1), AXES)
-    half = jax.ShapeDtypeStruct((16, 4), np.float32, sharding=jax.sharding.NamedSharding(mesh, BATCH))
-    joined = jax.jit(lambda a, b: separate(2 * interleave((a,), (b,))[0], 2)).lower(half, half).compile()
+    group = jax.ShapeDtypeStruct((16, 4), np.float32, sharding=jax.sharding.NamedSharding(mesh, BATCH))
+    joined = jax.jit(lambda a, b: separate(2 * interleave((a,), (b,))[0], 2)).lower(group, group).compile()
     # What is stored in parts: the gradient of what is gathered of it, and a batch.
     in_parts, rules = jax.sharding.Mesh(np.array(jax.devices()).reshape(1, 8, 1), AXES), [("", (None, "fsdp"))]
     params = sharding.placed({"kernel": np.ones((16, 4), np.float32)}, rules, in_parts)

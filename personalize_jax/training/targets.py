@@ -1,0 +1,47 @@
+"""Targets: what a group's predictions are compared with, one function each.
+
+Another form of the prior term is a function of the same arguments and a line in `PRIOR_FORMS`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from jax import Array
+
+from personalize_jax.diffusion.prediction import target
+from personalize_jax.pipeline import Stage
+from personalize_jax.training.examples import Batch, NoisyBatch
+
+# The frozen network's prediction for the same noisy input [B, H, W, C]; it is computed only if this is called.
+FrozenPrediction = Callable[[], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What the predictions of a group are compared with.
+
+    Attributes:
+        function: (stage, batch, noisy batch, frozen prediction) -> [B, H, W, C] in the space of the stage's prediction.
+        needs_frozen: whether the function calls for the frozen prediction, so that a training must hold the pretrained
+            networks beside those that it changes.
+    """
+
+    function: Callable[[Stage, Batch, NoisyBatch, FrozenPrediction], Array]
+    needs_frozen: bool
+
+
+def picture(stage: Stage, batch: Batch, noisy: NoisyBatch, frozen_prediction: FrozenPrediction) -> Array:
+    """The prediction that would give back the clean picture x of z_t = alpha_t x + sigma_t eps."""
+    alpha, sigma = stage.schedule.alpha(noisy.t), stage.schedule.sigma(noisy.t)
+    return target(stage.prediction, batch.x, noisy.eps, alpha, sigma)
+
+
+def frozen_answer(stage: Stage, batch: Batch, noisy: NoisyBatch, frozen_prediction: FrozenPrediction) -> Array:
+    """The answer of the frozen network to the same noisy input (specification [0082]-[0086])."""
+    return frozen_prediction()
+
+
+PICTURE = Target(picture, needs_frozen=False)
+
+# By the values of config.prior.form. "sampled" is the class image that the frozen cascade has sampled.
+PRIOR_FORMS = {"sampled": PICTURE, "frozen_prediction": Target(frozen_answer, needs_frozen=True)}
