@@ -137,9 +137,8 @@ def measure_ours(case: Case, weights: Path) -> dict[str, float]:
     from personalize_jax.pipeline import Text
     from personalize_jax.pipeline.cascade import draw_pictures
     from personalize_jax.pipeline.public import stage_of
-    from personalize_jax.training.checkpoint import Checkpoints
     from personalize_jax.training.examples import Examples
-    from personalize_jax.training.loop import prepare
+    from personalize_jax.training.program import stage_program
 
     unet = json.loads((weights / "config.json").read_text())
     stage = stage_of({"class": case.pipeline, "unet": unet, "scheduler": case.scheduler}, attention="heads")
@@ -158,15 +157,13 @@ def measure_ours(case: Case, weights: Path) -> dict[str, float]:
     config = common.training()
     config.batch_size, config.prior.weight, config.prior.caption_dropout = case.batch, LAMBDA, 0.0
     config.optimizer.learning_rate, config.optimizer.clip_norm = LEARNING_RATE, CLIP_NORM
-    with tempfile.TemporaryDirectory() as folder:
-        start = {"denoiser": params, "text_encoder": {}}
-        groups = {"instance": examples, "prior": examples}
-        training = prepare(stage, None, start, groups, config, 0, Checkpoints(Path(folder)))
-    state = training.state
+    start, groups = {"denoiser": params, "text_encoder": {}}, {"instance": examples, "prior": examples}
+    program = stage_program(stage, None, start, groups, config, 0)
+    state = program.init()
 
     def train_step() -> None:
         nonlocal state
-        state, metrics = training.advance(state, training.frozen_params, training.examples)
+        state, metrics = program.advance(state, program.frozen_params, program.examples)
         float(metrics["loss"])
 
     train = fastest(train_step, TRAIN_STEPS)

@@ -13,7 +13,6 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -27,8 +26,8 @@ from personalize_jax.configuration import check_values, stage_trainings
 from personalize_jax.files import write_text
 from personalize_jax.personalization import stage_examples, with_embeddings
 from personalize_jax.pipeline import Pipeline, Stage, load_pipeline
-from personalize_jax.training.checkpoint import Checkpoints
-from personalize_jax.training.loop import prepare, train
+from personalize_jax.training.loop import train
+from personalize_jax.training.program import stage_program
 
 MATRIX = 2048
 CONVOLUTION = {"batch": 16, "side": 16, "channels": 128}
@@ -94,30 +93,19 @@ def training_times(pipeline: Pipeline, stage: Stage, config: ConfigDict, folder:
     config = config.copy_and_resolve_references().unlock()
     config.num_steps, config.checkpoint_every = STEPS, STEPS
 
-    with closing(Checkpoints(folder / "program")) as checkpoints:
-        training = prepare(stage, pipeline.text_encoder, start, groups, config, 0, checkpoints)
-    state = training.state
+    program = stage_program(stage, pipeline.text_encoder, start, groups, config, 0)
+    advance, state = program.lower().compile(), program.init()
 
     def step() -> object:
         nonlocal state
-        state, metrics = training.advance(state, training.frozen_params, training.examples)
+        state, metrics = advance(state, program.frozen_params, program.examples)
         return metrics
 
-    program = seconds(step, STEPS)
-    stamps = []
-    train(
-        stage,
-        pipeline.text_encoder,
-        start,
-        groups,
-        config,
-        0,
-        folder / "loop",
-        lambda *_: stamps.append(time.perf_counter()),
-    )
+    alone, stamps = seconds(step, STEPS), []
+    train(program, folder / "loop", lambda *_: stamps.append(time.perf_counter()))
     # Between logged steps, at which the host waits for the devices; the first of them compiles.
     logged = stamps[config.log_every - 1 :: config.log_every]
-    return (logged[-1] - logged[0]) / ((len(logged) - 1) * config.log_every), program
+    return (logged[-1] - logged[0]) / ((len(logged) - 1) * config.log_every), alone
 
 
 def stage_speed(pipeline: Pipeline, stage: Stage, config: ConfigDict, rate: float, folder: Path) -> dict[str, float]:

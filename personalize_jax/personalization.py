@@ -33,9 +33,10 @@ from personalize_jax.training.examples import Examples, downsample_uint8, make_e
 from personalize_jax.training.groups import INSTANCE, PRIOR
 from personalize_jax.training.loop import averaged, check_length, train, trained_params
 from personalize_jax.training.prior import class_images, own_class_images, own_hashes, prior_sampling
+from personalize_jax.training.program import stage_program
 from personalize_jax.training.step import TrainState
 from personalize_jax.training.tracking import JSONL_ONLY, Tracking
-from personalize_jax.training.trainable import LORA, select
+from personalize_jax.training.trainable import LORA, Identifier, select
 
 
 class SubjectPhotos(NamedTuple):
@@ -274,22 +275,22 @@ def tune(
     Returns:
         What the tuning changed.
     """
-    start = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
+    pretrained = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
     examples = {INSTANCE: stage_examples(pipeline, stage, subject.images_NHWC, subject.labels)}
     if config.prior.weight > 0:
         pictures = drawn[stage.name]
         examples[PRIOR] = stage_examples(pipeline, stage, pictures, [subject.class_prompt] * len(pictures))
     if not configuration.trains_text_encoder(pipeline, stage.name, config):
         examples = {group: with_embeddings(pipeline, of_group) for group, of_group in examples.items()}
-    tokens = identifier_tokens(pipeline, subject, config.identifier_init)
-    part, encoder = tracking.of(directory.name), pipeline.text_encoder
-    in_full = partial(pipeline.network_in_full, stage.name)
+    identifier = identifier_tokens(pipeline, subject, config.identifier_init)
+    read_float32 = partial(pipeline.network_in_full, stage.name)
+    program = stage_program(stage, pipeline.text_encoder, pretrained, examples, config, seed, identifier, read_float32)
     with command.steps_bar(f"tuning {directory.name.replace('_', ' ')}", config.num_steps) as progress:
-        state = train(stage, encoder, start, examples, config, seed, directory, progress, tokens, in_full, part)
+        state = train(program, directory, progress, tracking.of(directory.name))
     return tuned_networks(pipeline, stage, state, config)
 
 
-def identifier_tokens(pipeline: Pipeline, subject: SubjectDataset, start: str) -> dict[int, list[int]]:
+def identifier_tokens(pipeline: Pipeline, subject: SubjectDataset, start: str) -> Identifier:
     """The identifier's tokens, each with those whose embeddings it starts from.
 
     Args:
@@ -297,8 +298,10 @@ def identifier_tokens(pipeline: Pipeline, subject: SubjectDataset, start: str) -
         subject: with identifier and class noun.
         start: "pretrained", each token from its own; or "class_noun", as in Textual Inversion.
     """
+    tokens = list(dict.fromkeys(subject.identifier.token_ids))  # one may be there twice
     noun = pipeline.tokenizer.encode(subject.class_noun.noun)
-    return {token: noun if start == "class_noun" else [token] for token in subject.identifier.token_ids}
+    starts = [noun if start == "class_noun" else [token] for token in tokens]
+    return Identifier(np.array(tokens, np.int32), np.array(starts, np.int32))
 
 
 def tuned_networks(pipeline: Pipeline, stage: Stage, state: TrainState, config: ConfigDict) -> Tuned:
@@ -310,11 +313,11 @@ def tuned_networks(pipeline: Pipeline, stage: Stage, state: TrainState, config: 
         state: of the tuning, at its end or on the way.
         config: the stage's training keys.
     """
-    start = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
-    selection = select(start, config)
+    pretrained = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
+    selection = select(pretrained, config)
     changed_in_part = selection.networks & selection.frozen.keys()
-    in_full = {name: pipeline.network_in_full(stage.name, name) for name in changed_in_part}
-    params = trained_params(state, start | in_full)
+    float32 = {name: pipeline.network_in_full(stage.name, name) for name in changed_in_part}
+    params = trained_params(state, pretrained | float32)
     networks = {stage.name: params["denoiser"]}
     if "text_encoder" in selection.networks:
         networks["text_encoder"] = params["text_encoder"]

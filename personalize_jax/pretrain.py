@@ -27,7 +27,7 @@ from personalize_jax.training import tracking
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
 from personalize_jax.training.groups import INSTANCE
 from personalize_jax.training.loop import check_length, train, trained_params
-from personalize_jax.training.program import check_sizes, mesh_of
+from personalize_jax.training.program import check_sizes, mesh_of, stage_program
 from personalize_jax.training.tracking import JSONL_ONLY, Tracking
 from personalize_jax.world import dataset_builder
 
@@ -115,18 +115,10 @@ def _trained(
     """The pipeline with its last stage trained, and its tokens counted."""
     stage = pipeline.stages[-1]
     start = {"text_encoder": pipeline.params["text_encoder"], "denoiser": pipeline.params[stage.name]}
+    examples = {INSTANCE: world_examples(pipeline, data)}
+    program = stage_program(stage, pipeline.text_encoder, start, examples, config.training, config.seed)
     with command.steps_bar(f"pretraining {stage.name}", config.training.num_steps) as progress:
-        state = train(
-            stage,
-            pipeline.text_encoder,
-            start,
-            {INSTANCE: world_examples(pipeline, data)},
-            config.training,
-            config.seed,
-            workdir,
-            progress,
-            tracking=tracking.of(stage.name),
-        )
+        state = train(program, workdir, progress, tracking.of(stage.name))
     params = trained_params(state, start)
     pipeline = pipeline.replace_params(**{"text_encoder": params["text_encoder"], stage.name: params["denoiser"]})
     if state.token_counts is not None:

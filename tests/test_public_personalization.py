@@ -189,10 +189,10 @@ def test_an_export_halfway_takes_the_last_checkpoint_and_leaves_other_stages_alo
     config = small(deepfloyd_if.get_config("M"), save_if(tmp_path), tmp_path)
     pipeline, whole = load_pretrained(config), personalization.train
 
-    def train(stage, *others):
-        if stage.name == "super_resolution":
+    def train(program, directory, *others):
+        if directory.name == "super_resolution":
             raise Stopped
-        return whole(stage, *others)
+        return whole(program, directory, *others)
 
     monkeypatch.setattr(personalization, "train", train)
     with pytest.raises(Stopped):

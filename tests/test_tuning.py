@@ -19,7 +19,8 @@ FROZEN_TEXT = (("denoiser/", True), ("text_encoder/", False))
 def test_each_group_learns_its_own_pictures_under_its_own_caption(monkeypatch, tmp_path):
     """Captions are embedded once, unless the text encoder is trained."""
     pipeline, given = tiny.pipeline(), []
-    monkeypatch.setattr(personalization, "train", lambda *arguments: given.append(arguments[3]))
+    monkeypatch.setattr(personalization, "stage_program", lambda *arguments: given.append(arguments[3]))
+    monkeypatch.setattr(personalization, "train", lambda *arguments: None)
     monkeypatch.setattr(personalization, "tuned_networks", lambda *arguments: None)
     photos, drawn = (np.full((n, 16, 16, 3), value, np.uint8) for n, value in ((2, 10), (3, 200)))
     subject = SimpleNamespace(

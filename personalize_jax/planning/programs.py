@@ -22,7 +22,8 @@ from personalize_jax.planning.slices import Topology
 from personalize_jax.training import sharding
 from personalize_jax.training.examples import Examples
 from personalize_jax.training.groups import INSTANCE, PRIOR, groups_of
-from personalize_jax.training.program import build, mesh_of
+from personalize_jax.training.program import mesh_of, stage_program
+from personalize_jax.training.trainable import Identifier
 
 PHOTOS, CAPTIONS = 5, 3  # of a subject, and its captions with the empty one: too little to matter
 # The compiler tells what the whole program takes, or early on what it needs beside its arguments.
@@ -83,26 +84,23 @@ def train_step(
     devices = slices.devices(topology)
     one = config.copy_and_resolve_references().unlock()
     one.steps_per_dispatch, one.num_steps = 1, max(1, config.num_steps)
-    mesh = mesh_of(one, devices)
     pretrained = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
-    tokens = {1: [1]}  # of an identifier, which rules may ask for
-    program = build(stage, pipeline.text_encoder, pretrained, one, 0, mesh, tokens)
+    identifier = Identifier(np.ones((1,), np.int32), np.ones((1, 1), np.int32))  # which rules may ask for
     counts = {INSTANCE: PHOTOS, PRIOR: class_images}
     examples = {
         group.name: examples_of(pipeline, stage, counts[group.name], not trains_text) for group in groups_of(config)
     }
-    examples = jax.tree.map(lambda a: Shape(a.shape, a.dtype, sharding=program.everywhere), examples)
-    frozen = program.place(program.frozen_params)
+    program = stage_program(stage, pipeline.text_encoder, pretrained, examples, one, 0, identifier, devices=devices)
     memory = {
         "parameters": bytes_per_device(program.state.params),
         "optimizer": bytes_per_device(program.state.opt_state),
         "average": bytes_per_device(program.state.ema),
-        "pretrained": bytes_per_device(resident(pipeline, one, mesh)),
-        "examples": bytes_per_device(examples),
+        "pretrained": bytes_per_device(resident(pipeline, one, program.mesh)),
+        "examples": bytes_per_device(program.examples),
     }
     arguments = memory["parameters"] + memory["optimizer"] + memory["average"] + memory["examples"]
-    lowered = program.advance.lower(program.state, frozen, examples)
-    return measured(lowered, memory, arguments + bytes_per_device(frozen), one.microbatches, devices)
+    arguments += bytes_per_device(program.frozen_params)
+    return measured(program.lower(), memory, arguments, one.microbatches, devices)
 
 
 def sampling_step(

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +92,15 @@ class Checkpoints:
             args = ocp.args.PyTreeSave(state)
             self._manager.save(step, args=args, custom_metadata=_checksums(state))
 
-    def restore(self, abstract_state: Any | None) -> Any | None:
+    def restore(self, abstract_state: Any | None, defaults: Mapping[str, Any] | None = None) -> Any | None:
         """The latest state that can be read, or None without any.
 
         A damaged checkpoint is passed over with a warning, and set aside once an older one has been read.
 
         Args:
             abstract_state: shapes, dtypes and shardings of the state; None for a nested dict as it was saved.
+            defaults: fields of the state, a named tuple, that a checkpoint of an earlier version may lack, and what
+                they are then.
 
         Raises:
             UserError: there are checkpoints, and all are damaged.
@@ -111,7 +113,7 @@ class Checkpoints:
             def read(step: int = step) -> None:
                 nonlocal state, reason
                 try:
-                    state = self._read(step, abstract_state)
+                    state = self._read(step, abstract_state, defaults or {})
                 except Exception as error:
                     reason = self._damage(step, error)
 
@@ -131,7 +133,10 @@ class Checkpoints:
             )
         return None
 
-    def _read(self, step: int, abstract_state: Any | None) -> Any:
+    def _read(self, step: int, abstract_state: Any | None, defaults: Mapping[str, Any]) -> Any:
+        if lacking := self._lacking(step, defaults):
+            fields = {name: value for name, value in abstract_state._asdict().items() if name not in lacking}
+            return type(abstract_state)(**self._read(step, fields, {}), **lacking)
         if abstract_state is None:  # on this host, whatever devices it was saved from
             here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             abstract_state = jax.tree.map(
@@ -141,6 +146,14 @@ class Checkpoints:
         state = self._manager.restore(step, args=ocp.args.PyTreeRestore(abstract_state, restore_args=placed))
         _check_numbers(state, self._known_checksums(step))
         return state
+
+    def _lacking(self, step: int, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the defaults that a checkpoint of an earlier version lacks; of a damaged one, none."""
+        try:
+            saved = self._manager.item_metadata(step).tree if defaults else {}
+            return {name: value for name, value in defaults.items() if name not in saved}
+        except _DAMAGE:
+            return {}
 
     def _damage(self, step: int, error: Exception) -> str:
         """What is wrong with a checkpoint that could not be read; if that was not why, the error is raised instead."""

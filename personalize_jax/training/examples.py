@@ -1,5 +1,6 @@
 """A training set that lives on the device, and batches sampled from it inside jit."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -125,6 +126,12 @@ def sample_batch(
         low_res=None if examples.low_res is None else to_float(examples.low_res[i_B]),
         pixel_weight=weight,
     )
+
+
+def count_tokens(counts_V: Array, batches: Mapping[str, Batch]) -> Array:
+    """Add the tokens of a batch of each group to how often each token has been met; traceable."""
+    tokens = jnp.concatenate([batch.tokens.ravel() for batch in batches.values()])
+    return counts_V.at[tokens].add(1)
 
 
 def downsample_uint8(u: np.ndarray, size: int) -> np.ndarray:

@@ -1,118 +1,56 @@
-"""The training loop: the same for every stage, for pretraining and for personalisation."""
+"""The training loop: the same for every stage and network, for pretraining and for personalisation."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
-from jax import Array
 from ml_collections import ConfigDict
 
-from personalize_jax import hosts, interruption
+from personalize_jax import interruption
 from personalize_jax.errors import UserError
 from personalize_jax.models.params import Params
-from personalize_jax.models.text_encoder import TextEncoder
-from personalize_jax.pipeline import Stage
 from personalize_jax.training.checkpoint import Checkpoints
-from personalize_jax.training.examples import Examples
 from personalize_jax.training.optimizer import same_learning_rates
-from personalize_jax.training.program import build, mesh_of
-from personalize_jax.training.step import TrainState
+from personalize_jax.training.program import Program
+from personalize_jax.training.step import Metrics, TrainState
 from personalize_jax.training.tracking import JSONL_ONLY, Tracking, TrainingLog, Work, check_finite
 from personalize_jax.training.trainable import merge
 
 
-class Training(NamedTuple):
-    """A training made ready: what it starts from, where it lies, and the program that advances it.
-
-    Attributes:
-        advance: (state, frozen params, examples) -> (state, metrics), jitted; the state is donated.
-        state: new, or from the last checkpoint.
-        frozen_params: the pretrained parameters that the step looks at.
-        examples: the examples of each group, on the devices.
-    """
-
-    advance: jax.stages.Wrapped
-    state: TrainState
-    frozen_params: Params
-    examples: dict[str, Examples]
-
-    def compiled(self) -> jax.stages.Compiled:
-        """The program of `advance`, for what this training holds."""
-        return self.advance.lower(self.state, self.frozen_params, self.examples).compile()
-
-
-def prepare(
-    stage: Stage,
-    text_encoder: TextEncoder,
-    pretrained: Params,
-    examples: dict[str, Examples],
-    config: ConfigDict,
-    seed: int,
-    checkpoints: Checkpoints,
-    identifier: Mapping[int, Sequence[int]] | None = None,
-    in_full: Callable[[str], Params] | None = None,
-) -> Training:
-    """Build the program and place everything on the mesh; the arguments are those of `train`."""
-    mesh = mesh_of(config)
-    program = build(stage, text_encoder, pretrained, config, seed, mesh, identifier)
-    state = checkpoints.restore(program.state)
-    if state is None:
-        state = program.make_state(program.place(program.start(in_full or pretrained.__getitem__)))
-    frozen = dict(program.frozen_params)
-    if all(of_group.text is not None for of_group in examples.values()):
-        frozen.pop("text_encoder", None)  # nobody looks at it, and placing it may mean to hold it twice
-    frozen = program.place(frozen)
-    return Training(program.advance, state, frozen, hosts.put(examples, program.everywhere))
-
-
 def train(
-    stage: Stage,
-    text_encoder: TextEncoder,
-    pretrained: Params,
-    examples: dict[str, Examples],
-    config: ConfigDict,
-    seed: int,
+    program: Program,
     directory: Path,
     progress: Callable[[int, dict[str, float]], object] = lambda step, metrics: None,
-    identifier: Mapping[int, Sequence[int]] | None = None,
-    in_full: Callable[[str], Params] | None = None,
     tracking: Tracking = JSONL_ONLY,
 ) -> TrainState:
-    """Train one stage, from its last checkpoint in `directory` if there is one.
+    """Run a training, from its last checkpoint in `directory` if there is one.
 
     Args:
-        stage: what to train.
-        text_encoder: of the captions.
-        pretrained: {"denoiser": ..., "text_encoder": ...} to start from; the frozen copy is made of it.
-        examples: the examples of each group of `groups.groups_of` by its name.
-        config: keys of `configs.common.training()`.
-        seed: of all randomness in this training.
-        directory: for `checkpoints/`, `metrics.jsonl` and traces.
+        program: the training's program.
+        directory: folder of `checkpoints/`, `metrics.jsonl` and traces.
         progress: called with the number of steps done and the latest logged metrics, at first before any is done, and
             then after each dispatch.
-        identifier: for rules that train its rows, its tokens and what they start from: see `trainable.init_rows`.
-        in_full: reads the parameters of a network in float32, by the name it has in `pretrained`, where those are
-            rounded; called once at the start for what is trained, which nothing here then holds twice.
-        tracking: where metrics go besides `metrics.jsonl`.
+        tracking: additional destinations of metrics.
 
     Returns:
         The state after `config.num_steps`.
 
     Raises:
-        UserError: the loss is not finite, the configuration does not fit, or more steps are done than it asks for.
+        UserError: the loss is not finite, or more steps are done than the configuration asks for.
         Stopped: on request, after saving.
     """
+    config = program.config
     with contextlib.ExitStack() as opened:
         checkpoints = opened.enter_context(contextlib.closing(Checkpoints(directory / "checkpoints")))
-        training = prepare(stage, text_encoder, pretrained, examples, config, seed, checkpoints, identifier, in_full)
-        state = training.state
+        state = checkpoints.restore(program.state, program.in_earlier_checkpoints())
+        if state is None:
+            state = program.init()
         step = saved = int(state.step)
         _check_not_shorter(directory, step, config.num_steps)
         log = opened.enter_context(contextlib.closing(TrainingLog(directory, step, tracking)))
         progress(step, log.latest)
-        metrics: dict[str, Array] = {}
+        metrics: Metrics = {}
         advance: jax.stages.Compiled | None = None
         while step < config.num_steps:
             if interruption.requested():
@@ -121,11 +59,11 @@ def train(
                     checkpoints.save(step, state)
                 raise interruption.Stopped
             if advance is None:  # ahead of time, so that it is no part of a step's; and only if there are steps to do
-                advance = training.compiled()
-                log.begin(Work.of(advance, config.batch_size * len(examples), config.microbatches))
+                advance = program.lower().compile()
+                log.begin(Work.of(advance, program.images, config.microbatches))
             # The host does not wait for the devices but to log and to save.
             with log.dispatching(step, metrics):
-                state, metrics = advance(state, training.frozen_params, training.examples)
+                state, metrics = advance(state, program.frozen_params, program.examples)
             step += config.steps_per_dispatch
             last = step >= config.num_steps
             if last or step % config.log_every < config.steps_per_dispatch:
@@ -190,4 +128,4 @@ def averaged(state: TrainState) -> Params:
 
 def trained_params(state: TrainState, pretrained: Params) -> Params:
     """What to sample with: the `averaged` parameters, completed by `pretrained`, with adapters applied."""
-    return merge(averaged(state), pretrained)
+    return merge(averaged(state), pretrained, state.token_ids)

@@ -1,136 +1,203 @@
-"""The program of a training, and where what it works on lies; nothing is computed or placed here.
+"""The program of a training: what it computes, what of, and where that lies on the mesh.
 
-Built from arrays or from their shapes alone, so that what a machine would have to hold is known without that machine.
+It is made of arrays, or of their shapes alone, so that what a machine would have to hold is known without that machine.
 """
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from personalize_jax import hosts
 from personalize_jax.errors import UserError
 from personalize_jax.models import attention
 from personalize_jax.models.params import Params, flatten, unflatten
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Stage
 from personalize_jax.training import sharding
-from personalize_jax.training.examples import Batch, Examples
+from personalize_jax.training.examples import Examples
 from personalize_jax.training.groups import sample_batches
 from personalize_jax.training.lora import init_adapters
 from personalize_jax.training.losses import objective_of, personalization_loss
 from personalize_jax.training.optimizer import make_optimizer
-from personalize_jax.training.step import TrainState, init_state, make_train_step, make_train_steps
-from personalize_jax.training.trainable import LORA, ROWS, init_rows, select
+from personalize_jax.training.step import Loss, TrainState, init_state, make_train_step, make_train_steps
+from personalize_jax.training.trainable import LORA, ROWS, Identifier, Selection, init_rows, select
 
 
-class Program(NamedTuple):
-    """A training before it starts.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """What `loop.train` runs, whatever is trained.
 
     Attributes:
-        advance: (state, frozen params, examples) -> (state, metrics), jitted; the state is donated.
-        start: (network's name -> its float32 parameters) -> what the state is made of.
-        make_state: start -> the state that the training starts from, jitted; nothing of `start` is donated.
-        frozen_params: what the step looks at besides.
-        state: shapes, dtypes and shardings of the state.
-        place: gives arrays, or shapes, of parameters their shardings.
-        everywhere: the sharding of examples.
+        loss: (parameters, frozen parameters, batch, key) -> (loss, metrics).
+        sample_batch: (examples, key) -> batch; traceable.
+        init_params: (key, start, identifier) -> the parameters to train; traceable.
+        examples: what batches are sampled from, whole on every device; arrays or shapes.
+        config: the keys of `configs.common.training()` that are about steps, average, mesh and optimiser.
+        key: random key from which all randomness of the training comes.
+        mesh: the mesh that the program runs on.
+        images: pictures trained in a step.
+        frozen_params: parameters that are read and not trained, on the mesh; arrays or shapes.
+        start: shapes of the arrays that `init_params` starts from.
+        read_start: gives these arrays; called once, and only where there is no checkpoint.
+        identifier: tokens whose rows are trained, if any are.
+        vocabulary_size: number of tokens to count, or None not to.
     """
 
-    advance: Callable[[TrainState, Params, dict[str, Examples]], tuple[TrainState, dict[str, Array]]]
-    start: Callable[[Callable[[str], Params]], Params]
-    make_state: Callable[[Params], TrainState]
-    frozen_params: Params
-    state: TrainState
-    place: Callable[[Params], Params]
-    everywhere: NamedSharding
+    loss: Loss
+    sample_batch: Callable[[Any, Array], Any]
+    init_params: Callable[[Array, Any, Identifier | None], Params]
+    examples: Any
+    config: ConfigDict
+    key: Array
+    mesh: Mesh
+    images: int
+    frozen_params: Params = dataclasses.field(default_factory=dict)
+    start: Any = None
+    read_start: Callable[[], Any] = lambda: None
+    identifier: Identifier | None = None
+    vocabulary_size: int | None = None
+
+    @cached_property
+    def state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the train state."""
+        shapes = jax.eval_shape(self._first_state, self.key, self.start, self.identifier)
+        return sharding.placed(shapes, self.config.sharding, self.mesh)
+
+    def init(self) -> TrainState:
+        """The state before the first step."""
+        key, identifier = hosts.put((self.key, self.identifier), sharding.replicated(self.mesh))
+        start = sharding.placed(self.read_start(), self.config.sharding, self.mesh)
+        return jax.jit(self._first_state, out_shardings=_shardings(self.state))(key, start, identifier)
+
+    @cached_property
+    def advance(self) -> jax.stages.Wrapped:
+        """One dispatch, (state, frozen_params, examples) -> (state, metrics); jitted, and the state is donated."""
+        config, mesh = self.config, self.mesh
+        gather = partial(sharding.gathered, rules=config.sharding, mesh=mesh)
+        train_step = make_train_step(self.loss, self._optimizer, config.ema_decay, config.microbatches, gather)
+        steps = make_train_steps(
+            train_step,
+            lambda examples, key: sharding.shard_batch(self.sample_batch(examples, key), mesh),
+            config.steps_per_dispatch,
+        )
+        out_shardings = _shardings(self.state), sharding.replicated(mesh)
+        return jax.jit(steps, donate_argnums=0, out_shardings=out_shardings)
+
+    def lower(self) -> jax.stages.Lowered:
+        """`advance` for the arrays of this training, to be compiled."""
+        with attention.over(self.mesh):
+            return self.advance.lower(self.state, self.frozen_params, self.examples)
+
+    def in_earlier_checkpoints(self) -> dict[str, Any]:
+        """Fields that states in checkpoints of earlier versions lack, with the values that these trainings had."""
+        key = hosts.put(jax.random.key_data(jax.random.split(self.key)[1]), sharding.replicated(self.mesh))
+        return {"key": key, "token_ids": None}
+
+    @cached_property
+    def _optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.config.optimizer, self.config.num_steps)
+
+    def _first_state(self, key: Array, start: Any, identifier: Identifier | None) -> TrainState:
+        init_key, steps_key = jax.random.split(key)
+        params = self.init_params(init_key, start, identifier)
+        token_ids = None if identifier is None else identifier.token_ids
+        has_ema = self.config.ema_decay > 0
+        return init_state(params, self._optimizer, steps_key, has_ema, self.vocabulary_size, token_ids)
 
 
-def build(
+def stage_program(
     stage: Stage,
     text_encoder: TextEncoder,
     pretrained: Params,
+    examples: Mapping[str, Examples],
     config: ConfigDict,
     seed: int,
-    mesh: Mesh,
-    identifier: Mapping[int, Sequence[int]] | None = None,
+    identifier: Identifier | None = None,
+    read_float32: Callable[[str], Params] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Program:
-    """The program of one stage's training on a mesh.
+    """The program that trains one stage, to pretrain or to personalise it.
 
     Args:
-        stage: what to train.
-        text_encoder: of the captions.
-        pretrained: {"denoiser": ..., "text_encoder": ...}, arrays or shapes; what is frozen is of these. They may be
-            rounded: what is trained is float32, see `Program.start`.
+        stage: the stage to train.
+        text_encoder: encoder of the captions.
+        pretrained: {"denoiser": ..., "text_encoder": ...} to start from, arrays or shapes; frozen parameters are taken
+            from it. They may be rounded, see `read_float32`.
+        examples: the examples of each group of `groups.groups_of` by its name; arrays or shapes.
         config: keys of `configs.common.training()`.
-        seed: of all randomness in this training.
-        mesh: of `sharding.make_mesh`.
-        identifier: for rules that train its rows, its tokens and what they start from: see `trainable.init_rows`.
+        seed: seed of all randomness in this training.
+        identifier: tokens of the subject's identifier, for rules that train their rows.
+        read_float32: reads the parameters of a network in float32, by the name it has in `pretrained`, where those are
+            rounded; called only for networks that are trained.
+        devices: devices of the mesh; by default those of this process's program.
 
     Raises:
         UserError: the configuration does not fit the parameters or the mesh.
     """
+    mesh = mesh_of(config, devices)
     check_sizes(config, mesh)
-    adapters_key, steps_key = jax.random.split(training_key(seed, stage.name))
-    selection = select(pretrained, config)
-    if selection.with_rows and not identifier:
+    selection, objective = select(pretrained, config), objective_of(config)
+    if selection.with_rows and identifier is None:
         raise UserError("The rows of an identifier are to be trained where there is none; give True or False instead.")
-    objective = objective_of(config)
     needs_frozen = any(group.target.needs_frozen for group in objective.groups)
-    frozen = pretrained if needs_frozen else selection.frozen
-    optimizer = make_optimizer(config.optimizer, config.num_steps)
-    vocabulary_size = text_encoder.vocab_size if "text_encoder" in selection.networks else None
-
+    frozen = dict(pretrained if needs_frozen else selection.frozen)
+    if all(of_group.text is not None for of_group in examples.values()):
+        frozen.pop("text_encoder", None)  # it is not read, and placing it may mean to hold it twice
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), pretrained)
-    networks = {path.partition("/")[0] for path in (*flatten(selection.trained), *selection.with_rows)}
-
-    def start(read: Callable[[str], Params]) -> dict[str, Params]:
-        params = flatten({name: read(name) for name in networks})
-        return {
-            "trained": unflatten({path: params[path] for path in flatten(selection.trained)}),
-            "tables": unflatten({path: params[path] for path in selection.with_rows}),
-        }
-
-    def make_state(start: dict[str, Params]) -> TrainState:
-        # Copied, since the state is donated and the caller keeps the pretrained parameters.
-        params = jax.tree.map(jnp.copy, start["trained"])
-        if selection.with_rows:
-            params[ROWS] = init_rows(start["tables"], selection.with_rows, identifier)
-        if selection.adapted:
-            params[LORA] = init_adapters(shapes, selection.adapted, config.lora.rank, adapters_key)
-        return init_state(params, optimizer, config.ema_decay > 0, vocabulary_size)
-
-    state = sharding.placed(jax.eval_shape(make_state, start(shapes.get)), config.sharding, mesh)
-    state_shardings = jax.tree.map(lambda a: a.sharding, state)
-
-    def loss(params: Params, frozen_params: Params, batch: dict[str, Batch], rng: Array) -> tuple[Array, dict]:
-        params, frozen_params = (sharding.gathered(p, config.sharding, mesh) for p in (params, frozen_params))
-        with attention.over(mesh):
-            return personalization_loss(stage, text_encoder, objective, params, frozen_params, batch, rng)
-
-    sample = partial(sample_batches, objective.groups, batch_size=config.batch_size, object_weight=config.object_weight)
-    steps = make_train_steps(
-        make_train_step(loss, optimizer, config.ema_decay, config.microbatches),
-        lambda examples, key: sharding.shard_batch(sample(examples, key), mesh),
-        steps_key,
-        config.steps_per_dispatch,
-    )
-    everywhere = sharding.replicated(mesh)
     return Program(
-        jax.jit(steps, donate_argnums=0, out_shardings=(state_shardings, everywhere)),
-        start,
-        jax.jit(make_state, out_shardings=state_shardings),
-        frozen,
-        state,
-        lambda params: sharding.placed(params, config.sharding, mesh),
-        everywhere,
+        loss=partial(personalization_loss, stage, text_encoder, objective),
+        sample_batch=partial(
+            sample_batches, objective.groups, batch_size=config.batch_size, object_weight=config.object_weight
+        ),
+        init_params=partial(_init_params, selection, config.lora.rank, shapes),
+        examples=sharding.placed(examples, (("", ()),), mesh),
+        config=config,
+        key=training_key(seed, stage.name),
+        mesh=mesh,
+        images=config.batch_size * len(objective.groups),
+        frozen_params=sharding.placed(frozen, config.sharding, mesh),
+        start=_start(selection, shapes.__getitem__),
+        read_start=partial(_start, selection, read_float32 or pretrained.__getitem__),
+        identifier=identifier if selection.with_rows else None,
+        vocabulary_size=text_encoder.vocab_size if "text_encoder" in selection.networks else None,
     )
+
+
+def _start(selection: Selection, read: Callable[[str], Params]) -> Params:
+    """The float32 arrays that `_init_params` starts from, of networks that are read by name."""
+    networks = {path.partition("/")[0] for path in (*flatten(selection.trained), *selection.with_rows)}
+    params = flatten({name: read(name) for name in networks})
+    return {
+        "trained": unflatten({path: params[path] for path in flatten(selection.trained)}),
+        "tables": unflatten({path: params[path] for path in selection.with_rows}),
+    }
+
+
+def _init_params(
+    selection: Selection, rank: int, shapes: Params, key: Array, start: Params, identifier: Identifier | None
+) -> Params:
+    """What a selection trains, before the first step; traceable."""
+    # Copied, since the state is donated and the caller keeps the pretrained parameters.
+    params = jax.tree.map(jnp.copy, start["trained"])
+    if selection.with_rows:
+        params[ROWS] = init_rows(start["tables"], identifier)
+    if selection.adapted:
+        params[LORA] = init_adapters(shapes, selection.adapted, rank, key)
+    return params
+
+
+def _shardings(state: TrainState) -> TrainState:
+    return jax.tree.map(lambda a: a.sharding, state)
 
 
 def training_key(seed: int, stage_name: str) -> Array:

@@ -1,7 +1,7 @@
-"""The train step: both loss terms, their gradient, the update of params and EMA."""
+"""The train step: the gradient of the loss, and the update of the parameters and of their average."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +9,25 @@ import optax
 from jax import Array
 
 from personalize_jax.models.params import Params
-from personalize_jax.training.examples import Batch, Examples
+from personalize_jax.training.examples import count_tokens
 from personalize_jax.training.trainable import merge
 
-Loss = Callable[[Params, Params, dict[str, Batch], Array], tuple[Array, dict[str, Array]]]
+Metrics = dict[str, Array]
+Loss = Callable[[Params, Params, Any, Array], tuple[Array, Metrics]]
 
 
 class TrainState(NamedTuple):
-    """What training changes; everything a checkpoint holds.
+    """What training changes, and what its randomness comes from; everything a checkpoint holds.
 
     Attributes:
         step: number of updates done, int32.
-        params: the trained parameters, and no others; under "lora" adapters, if there are any.
+        params: the trained parameters, and no others; under "lora" adapters, under "rows" rows, if there are any.
         ema: their exponential moving average, or None when it is off.
-        opt_state: of the optimiser.
+        opt_state: state of the optimiser.
         token_counts: int32 [V], how often each token went through the text encoder in training it; or None when the
             text encoder is frozen.
+        key: uint32 [2], the data of the random key from which all steps take theirs; None in checkpoints of before.
+        token_ids: int32 [n], the tokens whose rows are trained; None where no rows are.
     """
 
     step: Array
@@ -32,18 +35,30 @@ class TrainState(NamedTuple):
     ema: Params | None
     opt_state: optax.OptState
     token_counts: Array | None
+    key: Array | None = None
+    token_ids: Array | None = None
+
+
+TrainStep = Callable[[TrainState, Params, Any, Array], tuple[TrainState, Metrics]]
 
 
 def init_state(
-    params: Params, optimizer: optax.GradientTransformation, ema: bool, vocabulary_size: int | None
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    key: Array,
+    ema: bool = False,
+    vocabulary_size: int | None = None,
+    token_ids: Array | None = None,
 ) -> TrainState:
-    """The state before the first step.
+    """The state before the first step; traceable.
 
     Args:
         params: the parameters to train.
         optimizer: optax chain.
+        key: random key of the training, used here alone.
         ema: whether to keep a moving average.
-        vocabulary_size: to count tokens, or None not to.
+        vocabulary_size: number of tokens to count, or None not to.
+        token_ids: see `TrainState`.
     """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -51,101 +66,99 @@ def init_state(
         ema=jax.tree.map(jnp.copy, params) if ema else None,
         opt_state=optimizer.init(params),
         token_counts=None if vocabulary_size is None else jnp.zeros((vocabulary_size,), jnp.int32),
+        key=jax.random.key_data(key),
+        token_ids=token_ids,
     )
 
 
 def make_train_step(
-    loss: Loss, optimizer: optax.GradientTransformation, ema_decay: float, microbatches: int = 1
-) -> Callable[[TrainState, Params, dict[str, Batch], Array], tuple[TrainState, dict[str, Array]]]:
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float = 0.0,
+    microbatches: int = 1,
+    gather: Callable[[Params], Params] = lambda params: params,
+) -> TrainStep:
     """Build `train_step(state, frozen_params, batch, rng) -> (state, metrics)`.
 
     `frozen_params` is a pytree of its own: never differentiated, never donated. The networks run with `state.params`
-    wherever a parameter is trained, and with `frozen_params` elsewhere.
+    wherever a parameter is trained, and with `frozen_params` elsewhere. Nothing of a run is built in but its constants:
+    `jax.vmap` of the step trains several subjects at once.
 
     Args:
         loss: (merged params, frozen params, batch, rng) -> (loss, metrics).
         optimizer: optax chain.
-        ema_decay: of the moving average, used when the state has one.
+        ema_decay: decay of the moving average, used when the state has one.
         microbatches: parts of the batch that go through the networks one after another, see `accumulated`.
+        gather: makes parameters that lie in parts whole, before a network uses them; see `sharding.gathered`.
     """
 
-    def train_step(
-        state: TrainState, frozen_params: Params, batch: dict[str, Batch], rng: Array
-    ) -> tuple[TrainState, dict[str, Array]]:
-        def differentiated(batch: dict[str, Batch], rng: Array) -> tuple[Params, dict[str, Array]]:
-            def objective(params: Params) -> tuple[Array, dict[str, Array]]:
-                return loss(merge(params, frozen_params), frozen_params, batch, rng)
+    def loss_of(
+        params: Params, frozen_params: Params, token_ids: Array | None, batch: Any, rng: Array
+    ) -> tuple[Array, Metrics]:
+        merged = merge(params, frozen_params, token_ids)
+        return loss(gather(merged), gather(frozen_params), batch, rng)
 
-            (value, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
-            return gradient, metrics | {"loss": value}
+    gradient_of = accumulated(jax.value_and_grad(loss_of, has_aux=True), microbatches)
 
-        gradient, metrics = accumulated(differentiated, microbatches)(batch, rng)
+    def train_step(state: TrainState, frozen_params: Params, batch: Any, rng: Array) -> tuple[TrainState, Metrics]:
+        (value, metrics), gradient = gradient_of(state.params, frozen_params, state.token_ids, batch, rng)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
+        params, ema = optax.apply_updates(state.params, updates), state.ema
         if ema is not None:
             # Early on the average follows more closely, so that it forgets the random start.
             decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
             ema = optax.incremental_update(params, ema, 1 - decay)
-        counts = state.token_counts
-        if counts is not None:
-            tokens = jnp.concatenate([of_group.tokens.ravel() for of_group in batch.values()])
-            counts = counts.at[tokens].add(1)
-        metrics |= {"gradient_norm": optax.global_norm(gradient)}
-        return TrainState(state.step + 1, params, ema, opt_state, counts), metrics
+        counts = None if state.token_counts is None else count_tokens(state.token_counts, batch)
+        state = TrainState(state.step + 1, params, ema, opt_state, counts, state.key, state.token_ids)
+        return state, metrics | {"loss": value, "gradient_norm": optax.global_norm(gradient)}
 
     return train_step
 
 
-Differentiated = Callable[[dict[str, Batch], Array], tuple[Params, dict[str, Array]]]
-
-
-def accumulated(differentiated: Differentiated, count: int) -> Differentiated:
-    """Go through a batch in parts, for a large batch in little memory: (batch, rng) -> (gradient, metrics), averaged.
+def accumulated(gradient_of: Callable, count: int) -> Callable:
+    """Go through a batch in parts, for a large batch in little memory.
 
     Each part has a key of its own. What the loss stratifies over its batch, such as times, is stratified over each
     part. The parts run in a loop, whose convolution gradients are slow on CPU, see `make_train_steps`.
 
     Args:
-        differentiated: (batch, rng) -> (gradient, metrics), both means over the batch.
+        gradient_of: (params, frozen params, token ids, batch, rng) -> ((loss, metrics), gradient), means over the
+            batch.
         count: number of parts, a divisor of the batch size; with 1 there is no loop.
+
+    Returns:
+        The same function of a whole batch.
     """
     if count == 1:
-        return differentiated
+        return gradient_of
 
     def split(a: Array) -> Array:
         # Part i has rows i, i + count, ...: a sharded batch stays in place, and every part is spread over the devices.
         return jnp.moveaxis(a.reshape(-1, count, *a.shape[1:]), 1, 0)
 
-    def means(batch: dict[str, Batch], rng: Array) -> tuple[Params, dict[str, Array]]:
-        def add_part(total: Params, part: tuple[dict[str, Batch], Array]) -> tuple[Params, dict[str, Array]]:
-            gradient, metrics = differentiated(*part)
+    def means(params: Params, frozen_params: Params, token_ids: Array | None, batch: Any, rng: Array) -> tuple:
+        def add_part(total: Params, part: tuple[Any, Array]) -> tuple[Params, tuple[Array, Metrics]]:
+            metrics, gradient = gradient_of(params, frozen_params, token_ids, *part)
             return jax.tree.map(jnp.add, total, gradient), metrics
 
         parts = jax.tree.map(split, batch), jax.random.split(rng, count)
-        first = jax.tree.map(lambda a: a[0], parts)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(differentiated, *first)[0])
-        total, metrics = jax.lax.scan(add_part, zeros, parts)
-        return jax.tree.map(lambda g: g / count, total), jax.tree.map(jnp.mean, metrics)
+        total, metrics = jax.lax.scan(add_part, jax.tree.map(jnp.zeros_like, params), parts)
+        return jax.tree.map(jnp.mean, metrics), jax.tree.map(lambda g: g / count, total)
 
     return means
 
 
 def make_train_steps(
-    train_step: Callable,
-    sample_batch: Callable[[dict[str, Examples], Array], dict[str, Batch]],
-    root_key: Array,
-    count: int,
-) -> Callable[[TrainState, Params, dict[str, Examples]], tuple[TrainState, dict[str, Array]]]:
+    train_step: TrainStep, sample_batch: Callable[[Any, Array], Any], count: int = 1
+) -> Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]:
     """Chain `count` steps into one program, each with a batch of its own sampled on the device.
 
-    The keys of a step are folded from the training's root key and the step's number: a resumed run samples what the
+    The keys of a step are folded from the state's key and the step's number: a resumed run samples what the
     uninterrupted run would have sampled.
 
     Args:
         train_step: from `make_train_step`.
         sample_batch: (examples, key) -> batch.
-        root_key: of the training; used here alone.
         count: steps in one dispatch. XLA's CPU backend runs the gradients of convolutions in a loop's body an order of
             magnitude slower than outside (jax issue 12868): use 1 there.
 
@@ -153,16 +166,13 @@ def make_train_steps(
         (state, frozen_params, examples) -> (state, metrics), metrics averaged over the steps.
     """
 
-    def steps(
-        state: TrainState, frozen_params: Params, examples: dict[str, Examples]
-    ) -> tuple[TrainState, dict[str, Array]]:
-        def one_step(state: TrainState, _: None) -> tuple[TrainState, dict[str, Array]]:
-            batch_key, step_key = jax.random.split(jax.random.fold_in(root_key, state.step))
-            return train_step(state, frozen_params, sample_batch(examples, batch_key), step_key)
+    def step(state: TrainState, frozen_params: Params, examples: Any) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        batch_key, step_key = jax.random.split(key)
+        return train_step(state, frozen_params, sample_batch(examples, batch_key), step_key)
 
-        if count == 1:
-            return one_step(state, None)
-        state, metrics = jax.lax.scan(one_step, state, length=count)
+    def steps(state: TrainState, frozen_params: Params, examples: Any) -> tuple[TrainState, Metrics]:
+        state, metrics = jax.lax.scan(lambda state, _: step(state, frozen_params, examples), state, length=count)
         return state, jax.tree.map(jnp.mean, metrics)
 
-    return steps
+    return step if count == 1 else steps

@@ -1,16 +1,16 @@
 """Which parameters are trained: regular expressions over slash-separated paths.
 
 A parameter is trained as a whole, or in those rows that stand for the tokens of the identifier (of an embedding), or
-through adapters. Rows are trained as parameters of their own, by token: those of the tokens 5 and 9 of {"text_encoder":
-{"tokens": {"embedding": [V, D]}}} are {"text_encoder": {"tokens": {"embedding": {"5": [D], "9": [D]}}}}.
+through adapters. Rows are trained as parameters of their own, [n, D] at the path of their table [V, D]. Which rows
+these are is data, so that one program can train several subjects.
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
 
-import jax.numpy as jnp
-import numpy as np
+import jax
+from jax import Array
 from ml_collections import ConfigDict
 
 from personalize_jax.errors import UserError
@@ -20,6 +20,19 @@ from personalize_jax.training.lora import adapted_kernels, apply_adapters
 # Where trained parameters hold adapters and rows, beside the networks.
 LORA = "lora"
 ROWS = "rows"
+
+
+class Identifier(NamedTuple):
+    """The tokens of an identifier whose rows are trained.
+
+    Attributes:
+        token_ids: int32 [n], each token once.
+        start_ids: int32 [n, k], for each of them the tokens whose rows' mean it starts from.
+    """
+
+    token_ids: Array
+    start_ids: Array
+
 
 Rule = tuple[str, bool | Literal["identifier"]]  # a pattern, and what is trained of the parameters that it matches
 
@@ -98,34 +111,38 @@ def select(params: Params, config: ConfigDict) -> Selection:
     return Selection(*partition(params, config.trainable, adapted), adapted)
 
 
-def init_rows(params: Params, paths: Sequence[str], tokens: Mapping[int, Sequence[int]]) -> Params:
+def init_rows(tables: Params, identifier: Identifier) -> Params:
     """Rows to train; traceable.
 
     Args:
-        params: with the embeddings [V, D].
-        paths: of these.
-        tokens: for each token of the identifier those whose rows' mean it starts from.
+        tables: the embeddings [V, D].
+        identifier: its tokens.
+
+    Returns:
+        Rows [n, D] at the path of each table.
     """
-    tables = flatten(params)
-    return unflatten(
-        {f"{path}/{i}": tables[path][np.asarray(start)].mean(0) for path in paths for i, start in tokens.items()}
-    )
+    return jax.tree.map(lambda table_VD: table_VD[identifier.start_ids].mean(1), tables)
 
 
-def merge(trained: Params, others: Params) -> Params:
+def merge(trained: Params, others: Params, token_ids: Array | None = None) -> Params:
     """Parameters as the networks take them; traceable. Rows are rounded to their table's dtype.
 
     Args:
         trained: parameters, and under "lora" adapters, under "rows" rows, if there are any.
         others: what completes them; the kernels that adapters change are here, and the embeddings.
+        token_ids: int32 [n], which rows of the embeddings are trained, where any are.
+
+    Raises:
+        UserError: rows of another kind than these embeddings'.
     """
     direct = {name: network for name, network in trained.items() if name not in (LORA, ROWS)}
     merged = {**flatten(others), **flatten(direct)}
-    by_path: dict[str, dict[int, jnp.ndarray]] = {}
-    for path, row in flatten(trained.get(ROWS, {})).items():
-        table, _, token = path.rpartition("/")
-        by_path.setdefault(table, {})[int(token)] = row
-    for path, rows in by_path.items():
-        table, values = merged[path], jnp.stack(list(rows.values()))
-        merged[path] = table.at[np.array(list(rows))].set(values.astype(table.dtype))
+    for path, rows_ND in flatten(trained.get(ROWS, {})).items():
+        if path not in merged:
+            raise UserError(
+                f"Rows of {path!r} were trained, which is no embedding here; those of a training that was begun with "
+                "an earlier version of this program cannot be read: give another --workdir."
+            )
+        table_VD = merged[path]
+        merged[path] = table_VD.at[token_ids].set(rows_ND.astype(table_VD.dtype))
     return apply_adapters(unflatten(merged), trained.get(LORA, {}))

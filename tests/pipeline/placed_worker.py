@@ -12,9 +12,8 @@ from personalize_jax.models.params import flatten
 from personalize_jax.personalized import load_personalized, load_placed
 from personalize_jax.pipeline.cascade import draw_pictures
 from personalize_jax.planning.hlo import collectives
-from personalize_jax.training import loop
-from personalize_jax.training.checkpoint import Checkpoints
 from personalize_jax.training.examples import make_examples
+from personalize_jax.training.program import stage_program
 
 PROMPTS, SEEDS = ["a qz dog", "a dog in the snow", "a teapot"], [3, 1, 4]
 LARGE = 500  # elements of a kernel that is to lie in parts
@@ -59,7 +58,7 @@ def gathered_in_loop(pipeline):
     }
 
 
-def held_twice(folder, directory):
+def held_twice(folder):
     """Frozen parameters of both stages of IF that their trainings, on other meshes, hold beside the pipeline's own."""
     config = deepfloyd_if.get_config("M").unlock()
     config.pretrained = (str(folder / "first"), str(folder / "second"))
@@ -72,11 +71,8 @@ def held_twice(folder, directory):
         low = None if stage.low_resolution is None else np.zeros((2, *[stage.low_resolution] * 2, 3), np.uint8)
         examples = make_examples(np.zeros((2, *stage.shape), np.uint8), tokens, empty, low)
         examples = examples._replace(text=pipeline.encode(["", "a dog"]))
-        checkpoints = Checkpoints(directory / stage.name)
-        made = loop.prepare(
-            stage, pipeline.text_encoder, start, {"instance": examples}, training, 0, checkpoints, None,
-            lambda name, stage=stage: pipeline.network_in_full(stage.name, name),
-        )  # fmt: skip
+        groups = {"instance": examples, "prior": examples}
+        made = stage_program(stage, pipeline.text_encoder, start, groups, training, 0)
         lying = flatten(start)
         for path, leaf in flatten(made.frozen_params).items():
             if (
@@ -98,7 +94,7 @@ def main(run, folder, directory):
         "tuned": {"shares": shares(tuned.params), "dtype": str(np.dtype(tuned.stages[0].network.dtype))},
         "bare": {"shares": shares(bare.params), "dtype": str(np.dtype(bare.stages[0].network.dtype))},
         "exchanged": exchanged,
-        "frozen": held_twice(folder, directory),
+        "frozen": held_twice(folder),
     }
     (directory / "found.json").write_text(json.dumps(found))
 

@@ -10,10 +10,10 @@ from configs import common
 from personalize_jax.models.params import flatten
 from personalize_jax.personalization import save_tuned, tuned_networks
 from personalize_jax.pipeline import load_pipeline, save_pipeline
-from personalize_jax.training import loop
-from personalize_jax.training.checkpoint import Checkpoints
 from personalize_jax.training.examples import Batch
 from personalize_jax.training.losses import personalization_loss
+from personalize_jax.training.program import stage_program
+from personalize_jax.training.trainable import Identifier
 from tests import tiny, tiny_public
 
 ROUNDED, FULL = jnp.dtype("bfloat16"), jnp.dtype("float32")
@@ -111,22 +111,24 @@ LOOKS_BACK = {"prior.form": "frozen_prediction", "prior.weight": 1.0}
     ids=["all layers", "adapters", "rows", "frozen_prediction"],
     indirect=["sources"],
 )
-def test_what_is_trained_starts_in_full_and_all_else_lies_rounded(sources, changes, expected_reads, tmp_path):
+def test_what_is_trained_starts_in_full_and_all_else_lies_rounded(sources, changes, expected_reads):
     pipeline, exact = load_pipeline(sources, dtype="bfloat16"), load_pipeline(sources)
     stage, config = pipeline.stages[-1], training(**changes)
     start, read = stage_params(pipeline, stage), []
 
-    def in_full(name):
+    def read_float32(name):
         read.append(name)
         return pipeline.network_in_full(stage.name, name)
 
-    made = loop.prepare(stage, pipeline.text_encoder, start, {}, config, 0, Checkpoints(tmp_path), {3: [3, 5]}, in_full)
-    assert set(dtypes(made.state.params).values()) == {FULL}
+    identifier = Identifier(np.array([3]), np.array([[3, 5]]))
+    made = stage_program(stage, pipeline.text_encoder, start, {}, config, 0, identifier, read_float32)
+    params = made.init().params
+    assert set(dtypes(params).values()) == {FULL}
     expected = flatten(stage_params(exact, stage))
-    for path, value in flatten(made.state.params).items():
+    for path, value in flatten(params).items():
         if path.startswith("rows/"):
-            table = expected[path.removeprefix("rows/").removesuffix("/3")]
-            np.testing.assert_allclose(value, (table[3] + table[5]) / 2, rtol=1e-6)
+            table = expected[path.removeprefix("rows/")]
+            np.testing.assert_allclose(value, (table[3:4] + table[5:6]) / 2, rtol=1e-6)
         elif not path.startswith("lora/"):
             np.testing.assert_array_equal(value, expected[path])
     assert read == expected_reads
@@ -151,10 +153,10 @@ def test_files_hold_what_was_read_whatever_lies_in_memory(sources, tmp_path):
 def test_adapters_are_merged_into_weights_in_full(sources, tmp_path):
     pipeline, exact = load_pipeline(sources, dtype="bfloat16"), load_pipeline(sources)
     stage, config = pipeline.stages[0], training(**ADAPTERS)
-    made = loop.prepare(stage, None, stage_params(pipeline, stage), {}, config, 0, Checkpoints(tmp_path / "run"))
+    state = stage_program(stage, None, stage_params(pipeline, stage), {}, config, 0).init()
     rng = np.random.default_rng(0)
-    adapters = jax.tree.map(lambda a: jnp.asarray(rng.normal(0, 0.1, a.shape), a.dtype), made.state.params["lora"])
-    tuned = tuned_networks(pipeline, stage, made.state._replace(params={"lora": adapters}), config)
+    adapters = jax.tree.map(lambda a: jnp.asarray(rng.normal(0, 0.1, a.shape), a.dtype), state.params["lora"])
+    tuned = tuned_networks(pipeline, stage, state._replace(params={"lora": adapters}), config)
     save_tuned(pipeline.replace_params(**tuned.networks), {stage.name: tuned.adapters}, tmp_path / "out")
     found = load_pipeline(tmp_path / "out")
     for name in ("text_encoder", *(other.name for other in pipeline.stages[1:])):

@@ -12,7 +12,7 @@ import jax
 
 from personalize_jax.pipeline import Stage
 from personalize_jax.planning.programs import measured
-from personalize_jax.training.program import build, mesh_of
+from personalize_jax.training.program import stage_program
 from tests import tiny
 
 # Little to compile, and much to hold: the scores of an attention over 1,024 places.
@@ -34,18 +34,17 @@ def main():
     config = tiny.training(batch_size=16, prior__weight=1.0, num_steps=2)
     pretrained = {"denoiser": tiny.stage_params(STAGE), "text_encoder": tiny.text_params()}
     examples = {group: tiny.examples(seed=i, resolution=64) for i, group in enumerate(("instance", "prior"))}
-    program = build(STAGE, tiny.text_encoder(), pretrained, config, 0, mesh_of(config))
-    frozen, examples = program.place(program.frozen_params), jax.device_put(examples, program.everywhere)
-    lowered = program.advance.lower(program.state, frozen, examples)
+    program = stage_program(STAGE, tiny.text_encoder(), pretrained, examples, config, 0)
+    lowered = program.lower()
     plan = measured(lowered, {}, 0, 1, jax.devices())
 
-    state = jax.block_until_ready(program.make_state(program.place(program.start(pretrained.__getitem__))))
+    state = jax.block_until_ready(program.init())
     run = lowered.compile()
-    arguments = sum(leaf.nbytes for leaf in jax.tree.leaves((state, frozen, examples)))
+    arguments = sum(leaf.nbytes for leaf in jax.tree.leaves((state, program.frozen_params, program.examples)))
     forget_peak()
     before = resident("VmRSS")
     for _ in range(2):
-        state, _ = jax.block_until_ready(run(state, frozen, examples))
+        state, _ = jax.block_until_ready(run(state, program.frozen_params, program.examples))
     print(json.dumps({"planned": plan.total, "measured": arguments + resident("VmHWM") - before}))
 
 

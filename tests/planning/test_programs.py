@@ -16,10 +16,10 @@ from personalize_jax.pipeline.public import architecture
 from personalize_jax.planning import slices
 from personalize_jax.planning.estimate import Run, Usage, fits, roofline, seconds
 from personalize_jax.planning.hlo import Collective
-from personalize_jax.planning.programs import bytes_per_device, measured, resident
+from personalize_jax.planning.programs import bytes_per_device, examples_of, measured, resident
 from personalize_jax.training.examples import Batch
 from personalize_jax.training.losses import personalization_loss
-from personalize_jax.training.program import build, mesh_of
+from personalize_jax.training.program import mesh_of, stage_program
 from tests import tiny
 
 
@@ -115,7 +115,10 @@ def test_pretrained_parameters_are_planned_as_they_lie():
         pipeline, mesh = plan.abstract_pipeline(config), mesh_of(config.training, jax.devices()[:1])
         held[dtype] = bytes_per_device(resident(pipeline, config.training, mesh))
         pretrained = {"denoiser": pipeline.params["base"], "text_encoder": pipeline.params["text_encoder"]}
-        program = build(pipeline.stages[0], pipeline.text_encoder, pretrained, config.training, 0, mesh)
+        stage, examples = pipeline.stages[0], {"instance": examples_of(pipeline, pipeline.stages[0], 4, with_text=True)}
+        program = stage_program(
+            stage, pipeline.text_encoder, pretrained, examples, config.training, 0, devices=jax.devices()[:1]
+        )
         trained[dtype] = bytes_per_device(program.state.params)
     count = sum(leaf.size for leaf in jax.tree.leaves(pipeline.params))
     assert held["float32"] == 4 * count and held["bfloat16"] == pytest.approx(2 * count, rel=1e-2)

@@ -69,7 +69,8 @@ def train_by_sgd(folder, model, mesh, directory):
         "instance": examples(pipeline, stage, 1, ["a qz dog", "a photo of a qz dog"]),
         "prior": examples(pipeline, stage, 2, ["a dog"] * 3),
     }
-    return pipeline, loop.train(stage, pipeline.text_encoder, start, groups, config, 5, directory)
+    made = program.stage_program(stage, pipeline.text_encoder, start, groups, config, 5)
+    return pipeline, loop.train(made, directory)
 
 
 def losses(directory):

@@ -18,7 +18,7 @@ from tests.waiting import PATIENCE
 
 def state_at(step, ema=True):
     params = {"denoiser": {"kernel": jnp.full((4, 3), float(step)), "bias": jnp.arange(3.0)}}
-    state = init_state(params, optax.adam(0.1), ema=ema, vocabulary_size=5 if ema else None)
+    state = init_state(params, optax.adam(0.1), jax.random.key(step), ema, vocabulary_size=5 if ema else None)
     return state._replace(step=jnp.asarray(step, jnp.int32))
 
 

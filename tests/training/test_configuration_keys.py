@@ -16,9 +16,11 @@ from personalize_jax.diffusion.schedule import discrete, squaredcos_betas
 from personalize_jax.models.params import flatten
 from personalize_jax.pipeline import Stage
 from personalize_jax.training import loop, program
+from personalize_jax.training.trainable import Identifier
 from tests import tiny
 
 B, EMPTY = 4, tiny.tokenizer()([""])[0]
+IDENTIFIER = Identifier(np.array([3], np.int32), np.array([[3]], np.int32))
 
 
 class Network:
@@ -54,8 +56,7 @@ def dispatched(run=lambda step, *inputs: step(*inputs), **changes):
     mask = np.zeros((6, 16, 16), np.uint8)
     mask[:, :8] = 255
     groups = jax.tree.map(jnp.asarray, {name: group._replace(object_mask=mask) for name, group in groups.items()})
-    mesh, start, batches = program.mesh_of(config), parameters(), []
-    built = program.build(stage, tiny.LinearEncoder(), start, config, 0, mesh, {3: [3]})
+    batches = []
 
     def spy(stage, encoder, objective, params, frozen_params, batch, rng):
         batches.append(batch)
@@ -64,10 +65,17 @@ def dispatched(run=lambda step, *inputs: step(*inputs), **changes):
     real = program.personalization_loss
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "personalization_loss", spy)
-        before = built.make_state(built.start(start.get))
-        state, metrics = run(built.advance.__wrapped__, before, built.frozen_params, groups)
+        made = program.stage_program(stage, tiny.LinearEncoder(), parameters(), groups, config, 0, IDENTIFIER)
+        before = made.init()
+        state, metrics = run(made.advance.__wrapped__, before, made.frozen_params, made.examples)
     return SimpleNamespace(
-        batch=batches[0], calls=network.calls, metrics=metrics, before=before, state=state, lying=built.state, mesh=mesh
+        batch=batches[0],
+        calls=network.calls,
+        metrics=metrics,
+        before=before,
+        state=state,
+        lying=made.state,
+        mesh=made.mesh,
     )
 
 
@@ -143,7 +151,7 @@ EFFECTS = {
     "trainable": (
         (("denoiser/scale", True), ("text_encoder/table", "identifier"), (".*", False)),
         lambda new, old: (
-            set(flatten(new.state.params)) == {"denoiser/scale", "rows/text_encoder/table/3"}
+            set(flatten(new.state.params)) == {"denoiser/scale", "rows/text_encoder/table"}
             and set(flatten(old.state.params)) == {f"denoiser/{name}" for name in ("scale", "variance", "kernel")}
         ),
     ),
@@ -210,8 +218,9 @@ def test_the_mesh_is_the_configured_one():
 def test_the_loop_goes_on_logs_and_saves_as_often_as_configured(tmp_path):
     stage = dataclasses.replace(Stage.from_spec(tiny.BASE), network=tiny.LinearNetwork())
     config = tiny.training(num_steps=10, log_every=4, checkpoint_every=6, steps_per_dispatch=2)
-    start, examples, done = tiny.linear_params(), {"instance": tiny.examples()}, []
-    loop.train(stage, tiny.LinearEncoder(), start, examples, config, 0, tmp_path, lambda step, _: done.append(step))
+    examples, done = {"instance": tiny.examples()}, []
+    made = program.stage_program(stage, tiny.LinearEncoder(), tiny.linear_params(), examples, config, 0)
+    loop.train(made, tmp_path, lambda step, _: done.append(step))
     assert done == [0, 2, 4, 6, 8, 10]
     assert [line.split(",")[0] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
         f'{{"step": {step}' for step in (4, 8, 10)
@@ -227,13 +236,15 @@ def test_rows_start_as_configured(monkeypatch, tmp_path):
         images_NHWC=np.zeros((1, 16, 16, 3), np.uint8),
         labels=["a dog"],
     )
-    monkeypatch.setattr(personalization, "train", lambda *arguments: told.append(arguments[8]))
+    monkeypatch.setattr(personalization, "stage_program", lambda *arguments: told.append(arguments[6]))
+    monkeypatch.setattr(personalization, "train", lambda *arguments: None)
     monkeypatch.setattr(personalization, "tuned_networks", lambda *arguments: None)
     for start in ("pretrained", "class_noun"):
         config = tiny.training(identifier_init=start)
         personalization.tune(pipeline, pipeline.stages[0], subject, {}, config, 0, tmp_path)
     noun = pipeline.tokenizer.encode("dog")
-    assert told == [{5: [5], 9: [9]}, {5: noun, 9: noun}]
+    for identifier, start_ids in zip(told, ([[5], [9]], [noun, noun]), strict=True):
+        assert identifier.token_ids.tolist() == [5, 9] and identifier.start_ids.tolist() == start_ids
 
 
 def test_no_key_is_forgotten_here():

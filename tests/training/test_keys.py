@@ -8,7 +8,7 @@ import numpy as np
 
 from personalize_jax.pipeline import Stage, Text
 from personalize_jax.pipeline.cascade import _picture_key
-from personalize_jax.training import program, sharding
+from personalize_jax.training.program import stage_program
 from tests import tiny
 
 SEED, MANY = 7, 1000
@@ -40,15 +40,15 @@ def keys_of_steps(stage, monkeypatch):
     latent = tuple(np.ones((6, *stage.shape), np.float32) for _ in range(2))
     group = jax.tree.map(jnp.asarray, tiny.examples(stage.resolution, stage.low_resolution)._replace(latent=latent))
     config = tiny.training(batch_size=1, prior__weight=1.0, offset_noise=0.1, augmentation_levels=(0.0, 0.1))
-    start = tiny.linear_params()
-    built = program.build(stage, tiny.LinearEncoder(), start, config, SEED, sharding.make_mesh((1, 1, 1)))
-    state = built.make_state(built.start(start.get))
+    examples = {"instance": group, "prior": group}
+    made = stage_program(stage, tiny.LinearEncoder(), tiny.linear_params(), examples, config, SEED)
+    state = made.init()
     with monkeypatch.context() as patch:
         keys = Keys(patch, lambda data, keys: keys.append(data))
 
         def keys_of_step(n):
             keys.used.clear(), keys.folded.clear()
-            built.advance.__wrapped__(state._replace(step=n), built.frozen_params, {"instance": group, "prior": group})
+            made.advance.__wrapped__(state._replace(step=n), made.frozen_params, made.examples)
             return jnp.stack(keys.used), jnp.stack(keys.folded)
 
         return jax.jit(jax.vmap(keys_of_step))(jnp.arange(MANY))

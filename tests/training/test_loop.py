@@ -1,7 +1,9 @@
+import contextlib
 import dataclasses
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,9 @@ from personalize_jax import interruption
 from personalize_jax.errors import UserError
 from personalize_jax.pipeline import Stage
 from personalize_jax.training import groups, loop, targets
+from personalize_jax.training.checkpoint import Checkpoints
 from personalize_jax.training.loop import train, trained_params
+from personalize_jax.training.program import stage_program
 from personalize_jax.training.tracking import MEASURED
 from tests import tiny
 from tests.training import worker
@@ -31,7 +35,8 @@ EVERYTHING = ((".*", True),)
 def train_linear(directory, progress=lambda step, metrics: None, start=None, names=("instance",), seed=0, **changes):
     examples = {name: tiny.examples(seed=i) for i, name in enumerate(names)}
     config = tiny.training(**changes)
-    return train(STAGE, ENCODER, start or tiny.linear_params(), examples, config, seed, directory, progress)
+    program = stage_program(STAGE, ENCODER, start or tiny.linear_params(), examples, config, seed)
+    return train(program, directory, progress)
 
 
 def metrics_of(directory):
@@ -120,6 +125,17 @@ def test_a_finished_training_is_not_continued(tmp_path):
     state = train_linear(tmp_path)
     again = train_linear(tmp_path, no_steps())
     assert_equal(again, state)
+
+
+def test_a_checkpoint_of_a_version_that_kept_no_key_goes_on_as_that_would_have(tmp_path):
+    expected = train_linear(tmp_path / "whole")
+    train_linear(tmp_path / "before", num_steps=3)
+    state, folder = loop.latest(tmp_path / "before"), tmp_path / "before" / "checkpoints"
+    shutil.rmtree(folder)
+    earlier = {name: value for name, value in state._asdict().items() if name not in ("key", "token_ids")}
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        checkpoints.save(3, earlier)
+    assert_equal(train_linear(tmp_path / "before"), expected)
 
 
 def test_more_steps_prolong_a_finished_training(tmp_path):

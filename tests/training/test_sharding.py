@@ -52,7 +52,7 @@ def test_small_leaves_need_no_rule_and_others_do():
 
 def test_moments_and_average_lie_where_their_parameters_do():
     params = {"layer": {"kernel": shape(6, 4)}}
-    state = jax.eval_shape(lambda p: init_state(p, optax.adam(0.1), True, None), params)
+    state = jax.eval_shape(lambda p: init_state(p, optax.adam(0.1), jax.random.key(0), ema=True), params)
     placed = sharding.shardings(state, RULES, MESH)
     moments = optax.tree_utils.tree_get(placed.opt_state, "mu")
     expected = placed.params["layer"]["kernel"]

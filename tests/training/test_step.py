@@ -10,6 +10,7 @@ from personalize_jax.training.examples import Batch
 from personalize_jax.training.step import init_state, make_train_step, make_train_steps
 
 FROZEN = {"offset": jnp.array(2.0)}
+KEY = jax.random.key(4)
 
 
 def quadratic(params, frozen_params, batch, rng):
@@ -24,7 +25,7 @@ def batch_of(value=1.0, tokens=((1, 2),)):
 
 def test_only_trained_parameters_move_and_by_their_gradient():
     optimizer = optax.sgd(0.1)
-    state = init_state({"w": jnp.array(3.0)}, optimizer, ema=False, vocabulary_size=None)
+    state = init_state({"w": jnp.array(3.0)}, optimizer, KEY)
     new, metrics = make_train_step(quadratic, optimizer, 0.0)(state, FROZEN, batch_of(), jax.random.key(0))
     assert set(new.params) == {"w"}
     assert new.params["w"] == pytest.approx(3.0 - 0.1 * 2 * 4.0)
@@ -37,7 +38,7 @@ def test_average_follows_closely_at_first_and_slowly_later():
     theirs = EMAModel([torch.nn.Parameter(torch.zeros(1))], decay=0.5)
     optimizer = optax.sgd(0.1)
     step = jax.jit(make_train_step(quadratic, optimizer, 0.5))
-    state = init_state({"w": jnp.array(3.0)}, optimizer, ema=True, vocabulary_size=None)
+    state = init_state({"w": jnp.array(3.0)}, optimizer, KEY, ema=True)
     decays = []
     for _ in range(12):
         before = state.ema["w"]
@@ -50,7 +51,7 @@ def test_average_follows_closely_at_first_and_slowly_later():
 
 def test_tokens_of_all_groups_are_counted():
     optimizer = optax.sgd(0.1)
-    state = init_state({"w": jnp.array(3.0)}, optimizer, ema=False, vocabulary_size=6)
+    state = init_state({"w": jnp.array(3.0)}, optimizer, KEY, vocabulary_size=6)
     batch = {**batch_of(tokens=((1, 2, 2), (5, 2, 0))), "prior": batch_of(tokens=((5, 0, 0),))["instance"]}
     step = make_train_step(quadratic, optimizer, 0.0)
     for _ in range(2):
@@ -68,8 +69,8 @@ def noisy_steps(count):
 
     optimizer = optax.adam(0.1)
     train_step = make_train_step(loss, optimizer, 0.9)
-    steps = make_train_steps(train_step, lambda e, key: batch_of(jax.random.normal(key)), jax.random.key(4), count)
-    return jax.jit(steps), init_state({"w": jnp.array(3.0)}, optimizer, ema=True, vocabulary_size=6)
+    steps = make_train_steps(train_step, lambda e, key: batch_of(jax.random.normal(key)), count)
+    return jax.jit(steps), init_state({"w": jnp.array(3.0)}, optimizer, KEY, ema=True, vocabulary_size=6)
 
 
 def test_two_steps_in_one_dispatch_are_two_steps():
@@ -115,7 +116,7 @@ def regression(params, frozen_params, batch, rng):
 
 def test_microbatches_give_the_step_of_the_whole_batch():
     optimizer = optax.sgd(0.1)
-    state = init_state({"w": normal_vector()}, optimizer, ema=True, vocabulary_size=6)
+    state = init_state({"w": normal_vector()}, optimizer, KEY, ema=True, vocabulary_size=6)
     whole, parts = (
         jax.jit(make_train_step(regression, optimizer, 0.9, k))(state, FROZEN, rows_of(), jax.random.key(0))
         for k in (1, 4)
@@ -139,7 +140,7 @@ def test_the_parts_of_a_batch_are_all_of_it_each_with_its_own_key_in_one_trace()
         return jnp.sum(params["w"]) * noise, {}
 
     optimizer = optax.sgd(0.1)
-    state = init_state({"w": normal_vector()}, optimizer, ema=False, vocabulary_size=None)
+    state = init_state({"w": normal_vector()}, optimizer, KEY)
     jax.block_until_ready(
         jax.jit(make_train_step(loss, optimizer, 0.0, 4))(state, FROZEN, rows_of(), jax.random.key(0))
     )

@@ -1,4 +1,3 @@
-import contextlib
 import dataclasses
 import gzip
 import json
@@ -18,7 +17,7 @@ from personalize_jax.chips import peak_flops
 from personalize_jax.errors import UserError
 from personalize_jax.pipeline import Stage
 from personalize_jax.training import loop, tracking
-from personalize_jax.training.checkpoint import Checkpoints
+from personalize_jax.training.program import stage_program
 from personalize_jax.training.tracking import (
     JSONL_ONLY,
     MEASURED,
@@ -46,8 +45,11 @@ def train(directory, tracking=JSONL_ONLY, die_at=None, **changes):
 
     examples = {group: tiny.examples(seed=i) for i, group in enumerate(("instance", "prior"))}
     config = tiny.training(prior__weight=0.5, **changes)
-    encoder = tiny.LinearEncoder()
-    return loop.train(STAGE, encoder, tiny.linear_params(), examples, config, 0, directory, progress, tracking=tracking)
+    return loop.train(program_of(examples, config), directory, progress, tracking)
+
+
+def program_of(examples, config):
+    return stage_program(STAGE, tiny.LinearEncoder(), tiny.linear_params(), examples, config, 0)
 
 
 def lines_of(directory):
@@ -140,7 +142,7 @@ def test_the_program_is_compiled_once_and_not_at_all_where_nothing_is_to_be_done
     compiled = []
 
     def heard(event, seconds, **about):
-        if event == "/jax/core/compile/backend_compile_duration" and "steps" in str(about.get("fun_name")):
+        if event == "/jax/core/compile/backend_compile_duration" and "step" in str(about.get("fun_name")):
             compiled.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(heard)
@@ -153,14 +155,12 @@ def test_the_program_is_compiled_once_and_not_at_all_where_nothing_is_to_be_done
         jax.monitoring.unregister_event_duration_listener(heard)
 
 
-def test_the_compiled_program_takes_the_place_of_the_state_and_of_nothing_else(tmp_path):
-    examples = {"instance": tiny.examples()}
-    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
-        config = tiny.training()
-        training = loop.prepare(STAGE, tiny.LinearEncoder(), tiny.linear_params(), examples, config, 0, checkpoints)
-    state, _ = training.compiled()(training.state, training.frozen_params, training.examples)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(training.state.params))
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((state, training.frozen_params, training.examples)))
+def test_the_compiled_program_takes_the_place_of_the_state_and_of_nothing_else():
+    program = program_of({"instance": tiny.examples()}, tiny.training())
+    before = program.init()
+    after, _ = program.lower().compile()(before, program.frozen_params, program.examples)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((after, program.frozen_params, program.examples)))
 
 
 # TensorBoard.

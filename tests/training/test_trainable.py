@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from personalize_jax.errors import UserError
-from personalize_jax.training.trainable import init_rows, merge, partition
+from personalize_jax.training.trainable import Identifier, init_rows, merge, partition
 
 PARAMS = {"denoiser": {"stem": {"kernel": 1, "bias": 2}, "head": {"kernel": 3}}, "text_encoder": {"tokens": 4}}
 
@@ -61,6 +61,10 @@ TABLE = {"text_encoder": {"tokens": {"embedding": jnp.arange(12.0).reshape(6, 2)
 ROWS_ONLY = [("text_encoder/tokens/embedding", "identifier"), (".*", False)]
 
 
+def identifier(token_ids, start_ids):
+    return Identifier(jnp.array(token_ids), jnp.array(start_ids))
+
+
 def test_of_a_table_only_the_rows_of_the_identifier_are_trained():
     trained, others, with_rows = partition(TABLE, ROWS_ONLY)
     assert trained == {} and others == TABLE
@@ -68,15 +72,18 @@ def test_of_a_table_only_the_rows_of_the_identifier_are_trained():
 
 
 def test_rows_start_from_themselves_or_from_the_mean_of_others():
-    paths = ["text_encoder/tokens/embedding"]
-    rows = init_rows(TABLE, paths, {4: [4], 1: [0, 2, 5]})["text_encoder"]["tokens"]["embedding"]
-    np.testing.assert_array_equal(rows["4"], [8, 9])
-    np.testing.assert_allclose(rows["1"], [7 / 3 * 2, 7 / 3 * 2 + 1], rtol=1e-6)
+    tables = {"text_encoder": {"tokens": TABLE["text_encoder"]["tokens"]}}
+    themselves, means = (
+        init_rows(tables, identifier([4, 1], starts))["text_encoder"]["tokens"]["embedding"]
+        for starts in ([[4], [1]], [[0, 2, 5], [3, 3, 3]])
+    )
+    np.testing.assert_array_equal(themselves, [[8, 9], [2, 3]])
+    np.testing.assert_allclose(means, [[7 / 3 * 2, 7 / 3 * 2 + 1], [6, 7]], rtol=1e-6)
 
 
 def test_merge_puts_rows_into_their_table_and_leaves_the_others():
-    rows = {"text_encoder": {"tokens": {"embedding": {"4": jnp.array([-1.0, -2.0]), "1": jnp.array([-3.0, -4.0])}}}}
-    merged = merge({"rows": rows}, TABLE)
+    rows = {"text_encoder": {"tokens": {"embedding": jnp.array([[-1.0, -2.0], [-3.0, -4.0]])}}}
+    merged = merge({"rows": rows}, TABLE, jnp.array([4, 1]))
     assert merged.keys() == {"text_encoder"}
     expected = [[0, 1], [-3, -4], [4, 5], [6, 7], [-1, -2], [10, 11]]
     np.testing.assert_array_equal(merged["text_encoder"]["tokens"]["embedding"], expected)
@@ -85,11 +92,12 @@ def test_merge_puts_rows_into_their_table_and_leaves_the_others():
 @pytest.mark.filterwarnings("error")
 def test_float32_rows_are_rounded_into_a_rounded_table():
     table = jax.tree.map(lambda a: a.astype(jnp.bfloat16), TABLE)
-    rows = {"text_encoder": {"tokens": {"embedding": {"4": jnp.array([1.001, -2.0]), "1": jnp.array([-3.0, 1.005])}}}}
-    merged = merge({"rows": rows}, table)["text_encoder"]["tokens"]["embedding"]
+    rows = {"text_encoder": {"tokens": {"embedding": jnp.array([[1.001, -2.0], [-3.0, 1.005]])}}}
+    ids = jnp.array([4, 1])
+    merged = merge({"rows": rows}, table, ids)["text_encoder"]["tokens"]["embedding"]
     assert merged.dtype == jnp.bfloat16
     np.testing.assert_array_equal(merged[jnp.array([1, 4])], jnp.array([[-3.0, 1.0078125], [1.0, -2.0]]))
-    gradient = jax.grad(lambda r: merge({"rows": r}, table)["text_encoder"]["tokens"]["embedding"].sum())(rows)
+    gradient = jax.grad(lambda r: merge({"rows": r}, table, ids)["text_encoder"]["tokens"]["embedding"].sum())(rows)
     assert all(leaf.dtype == jnp.float32 and np.all(leaf == 1) for leaf in jax.tree.leaves(gradient))
 
 
@@ -99,12 +107,18 @@ def test_the_gradient_reaches_a_row_as_it_would_reach_it_in_the_table():
     def loss(params):
         return jnp.sum(jnp.sin(params["text_encoder"]["tokens"]["embedding"]) * weights)
 
-    rows = init_rows(TABLE, ["text_encoder/tokens/embedding"], {3: [3]})
-    of_row = jax.grad(lambda rows: loss(merge({"rows": rows}, TABLE)))(rows)
+    rows = {"text_encoder": {"tokens": {"embedding": TABLE["text_encoder"]["tokens"]["embedding"][3:4]}}}
+    of_row = jax.grad(lambda rows: loss(merge({"rows": rows}, TABLE, jnp.array([3]))))(rows)
     of_table = jax.grad(loss)(TABLE)
     np.testing.assert_allclose(
-        of_row["text_encoder"]["tokens"]["embedding"]["3"], of_table["text_encoder"]["tokens"]["embedding"][3]
+        of_row["text_encoder"]["tokens"]["embedding"][0], of_table["text_encoder"]["tokens"]["embedding"][3]
     )
+
+
+def test_rows_of_an_earlier_version_are_refused_in_a_sentence():
+    rows = {"text_encoder": {"tokens": {"embedding": {"4": jnp.zeros(2)}}}}
+    with pytest.raises(UserError, match="text_encoder/tokens/embedding/4.*earlier version.*another --workdir"):
+        merge({"rows": rows}, TABLE)
 
 
 def test_a_rule_that_says_something_else_is_refused():

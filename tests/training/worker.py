@@ -44,7 +44,8 @@ def train(directory, progress=lambda step, metrics: None, identifier=None, **cha
         }
     )
     examples = {"instance": tiny.examples(seed=1), "prior": tiny.examples(seed=2, captions=["a dog"])}
-    return loop.train(STAGE, tiny.text_encoder(), start(), examples, config, 5, directory, progress, identifier)
+    made = program.stage_program(STAGE, tiny.text_encoder(), start(), examples, config, 5, identifier)
+    return loop.train(made, directory, progress)
 
 
 def train_by_sgd(directory, **changes):
