@@ -15,11 +15,10 @@ Of the shipped CLIP, steps 300 to 800 ran under a learning rate that fell to 0 b
 below say. The instance encoder hardly sees proportions: see "changed" in its quality.json.
 """
 
-import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,7 @@ from absl import flags
 from jax import Array
 from ml_collections import ConfigDict
 
-from personalize_jax import command, interruption
+from personalize_jax import command
 from personalize_jax.files import write_text
 from personalize_jax.metrics.encoders import load_clip, load_dino
 from personalize_jax.metrics.preprocessing import FILE, Preprocessing
@@ -38,37 +37,28 @@ from personalize_jax.models.port_weights import Network, save_weights
 from personalize_jax.models.vit import VisionTransformer
 from personalize_jax.pipeline.storage import ASSETS
 from personalize_jax.pipeline.tokenizer import Tokenizer
-from personalize_jax.training.checkpoint import Checkpoints
-from personalize_jax.training.contrastive import info_nce, nt_xent
-from personalize_jax.training.optimizer import make_optimizer
-from personalize_jax.training.step import init_state, make_train_step, make_train_steps
-from personalize_jax.training.tracking import MetricsLog
+from personalize_jax.training.program import Program
 from personalize_jax.world import dataset_builder, encoder_quality
+from personalize_jax.world.contrastive import info_nce, nt_xent
 from personalize_jax.world.probe import RESOLUTION as BASE_RESOLUTION
 from personalize_jax.world.probe import degrade
 from personalize_jax.world.scene import CONTEXTS, Scene, sample_views
+from personalize_jax.world.training import SEED, network_program, train_network, training_config
 
 RENDER_RESOLUTION = 64
 CLIP_COUNT = 60_000  # pictures
 INSTANCE_COUNT = 24_576  # subjects: the first of those pictures, and another view of each
 TEST_COUNT = 2_048
-SEED = 0
 CLASSES_IN_BATCH = 2  # of the instance encoder: most of a subject's negatives are of its own class
 INSTANCE_SCALE = 10.0
 MAX_LOGIT_SCALE = 100.0  # as CLIP
 MAX_NOISE, MAX_BLUR = 0.15, 0.8  # of degraded pictures, see `probe.degrade`; a good cascade's have about .1 and .6
 _TRAINING = {
-    "learning_rate": 1e-3,
-    "b1": 0.9,
-    "b2": 0.98,
-    "weight_decay": 0.05,
-    "clip_norm": 1.0,
-    "moment_dtype": "float32",
-    "warmup_steps": 60,
+    **{"log_every": 10, "checkpoint_every": 50},
+    **{"learning_rate": 1e-3, "b1": 0.9, "b2": 0.98, "weight_decay": 0.05, "warmup_steps": 60},
 }
-CLIP_TRAINING = ConfigDict(_TRAINING | {"batch_size": 128, "num_steps": 1_400, "decay_steps": 600})
-INSTANCE_TRAINING = ConfigDict(_TRAINING | {"batch_size": 64, "num_steps": 700, "decay_steps": 400})
-LOG_EVERY, CHECKPOINT_EVERY = 10, 50  # steps
+CLIP_TRAINING = training_config(num_steps=1_400, batch_size=128, decay_steps=600, **_TRAINING)
+INSTANCE_TRAINING = training_config(num_steps=700, batch_size=64, decay_steps=400, **_TRAINING)
 
 # The networks, as their config.json says it.
 _TOWER = {"num_attention_heads": 4, "layer_norm_eps": 1e-5}
@@ -103,36 +93,18 @@ INSTANCE_PROCESSOR = _PROCESSOR | {
 }
 
 
-class Lesson(NamedTuple):
-    """What one encoder learns from.
-
-    Attributes:
-        init: (key) -> parameters.
-        draw: (examples, key) -> batch.
-        loss: (parameters, batch, key) -> loss.
-        examples: arrays to draw from.
-        config: batch size, steps and optimiser.
-    """
-
-    init: Callable[[Array], Params]
-    draw: Callable[[Mapping[str, Array], Array], Mapping[str, Array]]
-    loss: Callable[[Params, Mapping[str, Array], Array], Array]
-    examples: Mapping[str, np.ndarray]
-    config: ConfigDict
-
-
-def clip_lesson(data: Mapping[str, np.ndarray], config: ConfigDict = CLIP_TRAINING) -> Lesson:
-    """Pictures with their captions.
+def clip_program(data: Mapping[str, np.ndarray], config: ConfigDict = CLIP_TRAINING) -> Program:
+    """The program that trains the CLIP on pictures with their captions.
 
     Args:
         data: as `dataset_builder.load` gives them.
-        config: of the training.
+        config: keys of the training.
     """
     network = Clip.from_config(CLIP)
     captions = data["captions"]
     tokens_NKL = tokenizer()(captions.ravel().tolist()).reshape(*captions.shape, -1)
 
-    def draw(examples: Mapping[str, Array], key: Array) -> dict[str, Array]:
+    def sample_batch(examples: Mapping[str, Array], key: Array) -> dict[str, Array]:
         row_key, caption_key = jax.random.split(key)
         N, K, _ = examples["tokens"].shape
         rows = jax.random.choice(row_key, N, (config.batch_size,), replace=False)
@@ -146,26 +118,27 @@ def clip_lesson(data: Mapping[str, np.ndarray], config: ConfigDict = CLIP_TRAINI
     def init(key: Array) -> Params:
         return network.init(key, jnp.zeros((1, _SIDE, _SIDE, 3)), tokens_NKL[:1, 0])["params"]
 
-    return Lesson(init, draw, loss, {"images": resized(data["image"]), "tokens": tokens_NKL}, config)
+    examples = {"images": resized(data["image"]), "tokens": tokens_NKL}
+    return network_program(loss, sample_batch, init, examples, config)
 
 
-def instance_lesson(
+def instance_program(
     class_id: np.ndarray, first: np.ndarray, second: np.ndarray, config: ConfigDict = INSTANCE_TRAINING
-) -> Lesson:
-    """Subjects in two views each.
+) -> Program:
+    """The program that trains the instance encoder on subjects in two views each.
 
     Args:
         class_id: int [N], of each subject.
         first: uint8 [N, R, R, 3 or more], one view of each.
         second: another.
-        config: of the training; its batches count subjects.
+        config: keys of the training, whose batches are of subjects.
     """
     network = VisionTransformer.from_config(INSTANCE)
     views_N2HWC = np.stack([resized(first), resized(second)], axis=1)
     rows = [np.flatnonzero(class_id == k) for k in np.unique(class_id)]
     M = min(map(len, rows))  # subjects of each class that are used, so that one array holds all
 
-    def draw(examples: Mapping[str, Array], key: Array) -> dict[str, Array]:
+    def sample_batch(examples: Mapping[str, Array], key: Array) -> dict[str, Array]:
         class_key, *keys = jax.random.split(key, CLASSES_IN_BATCH + 1)
         classes = jax.random.choice(class_key, len(rows), (CLASSES_IN_BATCH,), replace=False)
         count = config.batch_size // CLASSES_IN_BATCH
@@ -182,50 +155,8 @@ def instance_lesson(
     def init(key: Array) -> Params:
         return network.init(key, jnp.zeros((1, _SIDE, _SIDE, 3)))["params"]
 
-    return Lesson(init, draw, loss, {"views": views_N2HWC[np.stack([r[:M] for r in rows])]}, config)
-
-
-def learn(lesson: Lesson, directory: Path, description: str = "training") -> Params:
-    """Train one encoder, from its last checkpoint in `directory` if there is one.
-
-    Args:
-        lesson: what from.
-        directory: for `checkpoints/` and `metrics.jsonl`.
-        description: on the progress bar.
-
-    Raises:
-        UserError: the loss is not finite, or the directory cannot be used.
-        Stopped: on request, after saving.
-    """
-    config = lesson.config
-    optimizer = make_optimizer(config, config.num_steps)
-    init_key, root_key = jax.random.split(jax.random.key(SEED))
-
-    def loss(params: Params, _: Params, batch: Mapping[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
-        return lesson.loss(params, batch, key), {}
-
-    steps = make_train_steps(make_train_step(loss, optimizer, ema_decay=0.0), lesson.draw, root_key, count=1)
-    advance = jax.jit(steps, donate_argnums=0)
-    with contextlib.closing(Checkpoints(directory / "checkpoints")) as checkpoints:
-        state = init_state(jax.jit(lesson.init)(init_key), optimizer, ema=False, vocabulary_size=None)
-        state = checkpoints.restore(state) or state
-        examples = jax.device_put(lesson.examples)
-        start = int(state.step)
-        log = MetricsLog(directory / "metrics.jsonl", start)
-        with command.steps_bar(description, config.num_steps) as progress:
-            progress(start, log.latest)
-            for step in range(start + 1, config.num_steps + 1):
-                if interruption.requested():
-                    if step > start + 1:
-                        checkpoints.save(step - 1, state)
-                    raise interruption.Stopped
-                state, metrics = advance(state, {}, examples)
-                if step % LOG_EVERY == 0:
-                    log.write(step, metrics)  # refuses what is not finite, so before saving
-                if step % CHECKPOINT_EVERY == 0 or step == config.num_steps:
-                    checkpoints.save(step, state)
-                progress(step, log.latest)
-    return state.params
+    examples = {"views": views_N2HWC[np.stack([r[:M] for r in rows])]}
+    return network_program(loss, sample_batch, init, examples, config)
 
 
 def augmented(images_BHWC: Array, key: Array) -> Array:
@@ -321,14 +252,14 @@ def main(_: list[str]) -> None:
     output, data_dir = Path(flags.FLAGS.output), Path(flags.FLAGS.data_dir)
     data = dataset_builder.load(RENDER_RESOLUTION, "train", CLIP_COUNT, data_dir)
     if "clip" in flags.FLAGS.encoder:
-        params = learn(clip_lesson(data), output / "clip_training", "training the CLIP")
+        params = train_network(clip_program(data), output / "clip_training", "training the CLIP")
         save(params, "clip", output / "clip")
         test = dataset_builder.load(RENDER_RESOLUTION, "heldout", TEST_COUNT, data_dir)
         _write_quality(output / "clip", encoder_quality.of_clip(load_clip(output / "clip"), test))
     if "dino" in flags.FLAGS.encoder:
         first = {name: column[:INSTANCE_COUNT] for name, column in data.items()}
-        lesson = instance_lesson(first["class_id"], first["image"], second_views(first, data_dir))
-        params = learn(lesson, output / "dino_training", "training the instance encoder")
+        program = instance_program(first["class_id"], first["image"], second_views(first, data_dir))
+        params = train_network(program, output / "dino_training", "training the instance encoder")
         save(params, "vit", output / "dino")
         dino = load_dino(output / "dino")
         quality = encoder_quality.of_instance_encoder(dino, *encoder_quality.heldout_pictures())

@@ -13,10 +13,8 @@ of at most .15; guessing has .25. The shipped weights come from 7000 steps, the 
 properties alike and followed the learning rate of a training of 5000.
 """
 
-import functools
-import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,6 @@ import numpy as np
 import optax
 from absl import flags
 from jax import Array
-from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from personalize_jax import command
 from personalize_jax.errors import UserError
@@ -36,10 +32,10 @@ from personalize_jax.metrics.world import IDENTITY, Reading, accuracy, is_subjec
 from personalize_jax.models.params import Params
 from personalize_jax.models.probe import ProbeNetwork
 from personalize_jax.pipeline.storage import ASSETS, load_params, save_params
-from personalize_jax.training.checkpoint import Checkpoints
-from personalize_jax.training.optimizer import make_optimizer
+from personalize_jax.training.program import Program
 from personalize_jax.world import dataset_builder
 from personalize_jax.world.scene import CLASSES
+from personalize_jax.world.training import SEED, network_program, train_network, training_config
 
 RESOLUTION = 32
 BATCH_SIZE = 64
@@ -47,20 +43,12 @@ BATCH_SIZE = 64
 RENDER_RESOLUTION = 64
 TRAIN_COUNT = 60_000
 TEST_COUNT = 2_048
-SEED = 0
 NUM_STEPS = 7_000
-OPTIMIZER = {
-    "learning_rate": 2e-3,
-    "b1": 0.9,
-    "b2": 0.99,
-    "weight_decay": 1e-2,
-    "clip_norm": 1.0,
-    "moment_dtype": "float32",
-}
+OPTIMIZER = {"learning_rate": 2e-3, "b1": 0.9, "b2": 0.99, "weight_decay": 1e-2}
 MAX_SHIFT = 2  # pixels
 BLANK_SHARE = 1 / 16  # of a batch; see `_blanks`
 MILD_NOISE, MILD_BLUR = 0.1, 0.6  # about what samples of a good cascade have; see `degrade`
-CHECKPOINT_STEPS = 500
+LOG_EVERY, CHECKPOINT_EVERY = 50, 500  # steps
 
 NUM_PROPORTIONS = 4  # those of each class mean something else: each is read by outputs of its own
 SHAPE_DEVIATION = 0.15  # of the normal distribution whose likelihood weighs proportions against the other properties
@@ -165,36 +153,20 @@ def degrade(x_BHWC: Array, key: Array, noise_B: Array, blur_B: Array) -> Array:
     return jnp.clip(x_BHWC, -1, 1)
 
 
-def train(data: Mapping[str, np.ndarray], num_steps: int = NUM_STEPS, checkpoints: Checkpoints | None = None) -> Params:
-    """Train a probe.
+def probe_program(data: Mapping[str, np.ndarray], num_steps: int = NUM_STEPS) -> Program:
+    """The program that trains a probe.
 
     Args:
         data: "image" uint8 [N, R, R, 3 or more], and the true values of each property under its name: int [N], and
             float [N, 4] of "shape".
         num_steps: batches of 64.
-        checkpoints: where to go on from, and to save every 500 steps; None to do neither.
     """
     blocks = np.array_split(data["image"], max(1, len(data["image"]) // 1000))  # spares memory
-    images_u8 = np.concatenate([_as_uint8(reduced(block[..., :3])) for block in blocks])
+    images = np.concatenate([_as_uint8(reduced(block[..., :3])) for block in blocks])
+    examples = {"image": images} | {name: data[name] for name in Reading._fields}
     schedule = {"warmup_steps": num_steps // 16, "decay_steps": num_steps * 3 // 4}
-    optimizer = make_optimizer(ConfigDict(OPTIMIZER | schedule), num_steps)
-    params = ProbeNetwork(OUTPUTS).init(jax.random.key(SEED), jnp.zeros((1, RESOLUTION, RESOLUTION, 3)))["params"]
-    state = {"step": 0, "params": params, "optimizer": optimizer.init(params)}
-    if checkpoints:
-        state = checkpoints.restore(state) or state
-    params, optimizer_state, done = state["params"], state["optimizer"], int(state["step"])
-    step = jax.jit(functools.partial(_train_step, optimizer), donate_argnums=(0, 1))
-    keys = jax.random.split(jax.random.key(SEED + 1), num_steps)
-    batches = itertools.islice(_shuffled(len(images_u8), num_steps), done, None)
-    with tqdm(batches, total=num_steps, initial=done, desc="training the probe", unit="step") as bar:
-        for i, rows in enumerate(bar, start=done):  # not a scan: XLA's CPU convolutions are slow in loops
-            truth = {name: data[name][rows] for name in Reading._fields}
-            params, optimizer_state, loss = step(params, optimizer_state, images_u8[rows], truth, keys[i])
-            if i % 50 == 0:
-                bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
-            if checkpoints and (i + 1) % CHECKPOINT_STEPS == 0:
-                checkpoints.save(i + 1, {"step": i + 1, "params": params, "optimizer": optimizer_state})
-    return params
+    config = training_config(num_steps, BATCH_SIZE, LOG_EVERY, CHECKPOINT_EVERY, **OPTIMIZER, **schedule)
+    return network_program(_loss, _sample_batch, _init, examples, config)
 
 
 def evaluate(probe: Probe, data: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
@@ -202,7 +174,7 @@ def evaluate(probe: Probe, data: Mapping[str, np.ndarray]) -> dict[str, dict[str
 
     Args:
         probe: to be measured.
-        data: as in `train`.
+        data: as in `probe_program`.
 
     Returns:
         The `accuracy` of each property, and as "is_subject" the share of pictures in which `is_subject` is true, as it
@@ -237,7 +209,7 @@ def save(params: Params, tests: Mapping[str, Mapping[str, np.ndarray]], output: 
 
     Args:
         params: of the network.
-        tests: data as in `train` by name; "heldout" says which proportions can be read.
+        tests: data as in `probe_program` by name; "heldout" says which proportions can be read.
         output: folder of the two files.
     """
     output.mkdir(parents=True, exist_ok=True)
@@ -251,30 +223,26 @@ def save(params: Params, tests: Mapping[str, Mapping[str, np.ndarray]], output: 
     return probe
 
 
-def _train_step(
-    optimizer: optax.GradientTransformation,
-    params: Params,
-    optimizer_state: optax.OptState,
-    images: Array,
-    truth: dict[str, Array],
-    key: Array,
-) -> tuple[Params, optax.OptState, Array]:
-    """One step on uint8 [B, 32, 32, 3] pictures."""
+def _init(key: Array) -> Params:
+    return ProbeNetwork(OUTPUTS).init(key, jnp.zeros((1, RESOLUTION, RESOLUTION, 3)))["params"]
+
+
+def _sample_batch(examples: Mapping[str, Array], key: Array) -> dict[str, Array]:
+    rows = jax.random.randint(key, (BATCH_SIZE,), 0, len(examples["image"]))
+    return {name: column[rows] for name, column in examples.items()}
+
+
+def _loss(params: Params, batch: Mapping[str, Array], key: Array) -> Array:
+    """The mean of `_losses` over uint8 [B, 32, 32, 3] pictures that are made worse, or blank."""
     choice_key, blank_key, key = jax.random.split(key, 3)
+    images = batch["image"]
     blank = jax.random.bernoulli(choice_key, BLANK_SHARE, (len(images),))
     x = _augmented(images.astype(jnp.float32) / 127.5 - 1, key)
     x = jnp.where(blank[:, None, None, None], _blanks(len(x), blank_key), x)
-
-    def loss_of(params: Params) -> Array:
-        outputs = ProbeNetwork(OUTPUTS).apply({"params": params}, x)
-        return jnp.mean(_losses(outputs, truth, blank))
-
-    loss, gradients = jax.value_and_grad(loss_of)(params)
-    updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
-    return optax.apply_updates(params, updates), optimizer_state, loss
+    return jnp.mean(_losses(ProbeNetwork(OUTPUTS).apply({"params": params}, x), batch, blank))
 
 
-def _losses(outputs: dict[str, Array], truth: dict[str, Array], blank: Array) -> Array:
+def _losses(outputs: Mapping[str, Array], truth: Mapping[str, Array], blank: Array) -> Array:
     """Negative log-likelihoods [B], summed over properties by WEIGHTS; of blank pictures every value is as likely."""
     B = len(blank)
     total = jnp.zeros(B)
@@ -323,17 +291,6 @@ def _as_uint8(x: np.ndarray) -> np.ndarray:
     return np.round((x + 1) * 127.5).astype(np.uint8)
 
 
-def _shuffled(n: int, num_batches: int) -> Iterator[np.ndarray]:
-    """Rows of `num_batches` batches: every one of n rows once an epoch."""
-    rng = np.random.default_rng(SEED)
-    rows = np.empty(0, np.int64)
-    for _ in range(num_batches):
-        if len(rows) < BATCH_SIZE:
-            rows = np.concatenate([rows, *(rng.permutation(n) for _ in range(-(-BATCH_SIZE // n)))])
-        yield rows[:BATCH_SIZE]
-        rows = rows[BATCH_SIZE:]
-
-
 def define_flags() -> None:
     """The command line."""
     flags.DEFINE_string("output", None, "Folder of checkpoints, weights and accuracies.")
@@ -343,9 +300,8 @@ def define_flags() -> None:
 def main(_: list[str]) -> None:
     """Render or read the data, train, measure, save."""
     output, data_dir = Path(flags.FLAGS.output), Path(flags.FLAGS.data_dir)
-    checkpoints = Checkpoints(output / "checkpoints")
-    params = train(dataset_builder.load(RENDER_RESOLUTION, "train", TRAIN_COUNT, data_dir), checkpoints=checkpoints)
-    checkpoints.close()
+    program = probe_program(dataset_builder.load(RENDER_RESOLUTION, "train", TRAIN_COUNT, data_dir))
+    params = train_network(program, output, "training the probe")
     tests = {name: dataset_builder.load(RENDER_RESOLUTION, name, TEST_COUNT, data_dir) for name in ("heldout", "test")}
     save(params, tests, output)
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from ml_collections import ConfigDict
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, ViTImageProcessorPil, ViTModel
 
@@ -14,9 +13,10 @@ from personalize_jax.metrics.encoders import load_clip, load_dino
 from personalize_jax.metrics.similarity import similarities, similarities_within
 from personalize_jax.models.params import flatten
 from personalize_jax.pipeline.storage import ASSETS
+from personalize_jax.training.loop import train
 from personalize_jax.world import dataset_builder, encoder
 from personalize_jax.world.captions import caption_variants, prompt
-from personalize_jax.world.encoder import augmented, clip_lesson, instance_lesson, learn, save, second_views
+from personalize_jax.world.encoder import augmented, clip_program, instance_program, save, second_views
 from personalize_jax.world.encoder_quality import mild
 from personalize_jax.world.render import render
 from personalize_jax.world.scene import CLASSES, CONTEXTS, Scene, sample_subjects, sample_views
@@ -137,21 +137,21 @@ def small(monkeypatch):
     """Networks and trainings that take seconds."""
     for tower in (encoder.CLIP["vision_config"], encoder.CLIP["text_config"], encoder.INSTANCE):
         monkeypatch.setitem(tower, "num_hidden_layers", 1)
-    monkeypatch.setattr(encoder, "LOG_EVERY", 1)
-    monkeypatch.setattr(encoder, "CHECKPOINT_EVERY", 3)
 
 
 def config(num_steps, batch_size):
-    changes = {"num_steps": num_steps, "batch_size": batch_size, "warmup_steps": 2, "decay_steps": 0}
-    return ConfigDict(encoder.CLIP_TRAINING.to_dict() | changes)
+    config = encoder.CLIP_TRAINING.copy_and_resolve_references()
+    config.update(num_steps=num_steps, batch_size=batch_size, log_every=1, checkpoint_every=3)
+    config.optimizer.update(warmup_steps=2, decay_steps=0)
+    return config
 
 
-def lessons(fresh, num_steps=8):
-    """A lesson of each encoder."""
+def programs(fresh, num_steps=8):
+    """The training of each encoder."""
     scenes, images = fresh
     captions = np.array(caption_variants(scenes, np.random.default_rng(0), 2))
-    yield clip_lesson({"image": images, "captions": captions}, config(num_steps, 24))
-    yield instance_lesson(scenes.subject.class_id[::2], images[::2], images[1::2], config(num_steps, 6))
+    yield clip_program({"image": images, "captions": captions}, config(num_steps, 24))
+    yield instance_program(scenes.subject.class_id[::2], images[::2], images[1::2], config(num_steps, 6))
 
 
 def losses(directory):
@@ -160,29 +160,28 @@ def losses(directory):
 
 @pytest.mark.slow
 def test_training_lowers_the_clips_loss(small, fresh, tmp_path):
-    learn(next(lessons(fresh)), tmp_path)
+    train(next(programs(fresh)), tmp_path)
     assert np.mean(losses(tmp_path)[-3:]) < np.mean(losses(tmp_path)[:3])
 
 
 @pytest.mark.slow
 def test_training_lowers_the_instance_encoders_loss_and_goes_on_where_it_was_stopped(small, fresh, tmp_path):
-    (_, part), (_, whole) = lessons(fresh, num_steps=4), lessons(fresh)
-    learn(part, tmp_path)
+    (_, part), (_, whole) = programs(fresh, num_steps=4), programs(fresh)
+    train(part, tmp_path)
     before = losses(tmp_path)
-    params = learn(whole, tmp_path)
+    params = train(whole, tmp_path).params
     after = losses(tmp_path)
     assert (len(before), len(after)) == (4, 8) and after[:4] == before
     assert np.mean(after[-3:]) < np.mean(after[:3])
-    again = flatten(learn(whole, tmp_path))  # there is nothing left to do
+    again = flatten(train(whole, tmp_path).params)  # there is nothing left to do
     for path, leaf in flatten(params).items():
         np.testing.assert_array_equal(again[path], leaf, err_msg=path)
 
 
 @pytest.mark.slow
 def test_saved_encoders_embed_as_trained_but_for_half_precision(small, fresh, tmp_path):
-    (clip, dino), (network, load) = lessons(fresh), (("clip", "vit"), (load_clip, load_dino))
-    for lesson, name, read in zip((clip, dino), network, load, strict=True):
-        params = jax.jit(lesson.init)(jax.random.key(0))
+    for program, name, read in zip(programs(fresh), ("clip", "vit"), (load_clip, load_dino), strict=True):
+        params = program.init().params
         save(params, name, tmp_path / name)
         restored = read(tmp_path / name)
         embedded = (restored.images if name == "clip" else restored)(fresh[1][:3])

@@ -12,10 +12,10 @@ from personalize_jax.models.probe import ProbeNetwork
 from personalize_jax.pipeline.storage import ASSETS
 from personalize_jax.subject.class_noun import determine
 from personalize_jax.subject.images import SubjectImage
-from personalize_jax.training.checkpoint import Checkpoints
+from personalize_jax.training.loop import train
 from personalize_jax.world import probe as probe_module
 from personalize_jax.world.dataset_builder import LABELS
-from personalize_jax.world.probe import GUESS_ERROR, READABLE, Probe, degrade, evaluate, reduced, save, train
+from personalize_jax.world.probe import GUESS_ERROR, READABLE, Probe, degrade, evaluate, probe_program, reduced, save
 from personalize_jax.world.render import render
 from personalize_jax.world.scene import CLASSES, COLOURS, Scene, sample_subjects, sample_views
 
@@ -165,7 +165,8 @@ def small(monkeypatch):
 
 @pytest.mark.slow
 def test_training_learns_colours_and_is_written_and_read_back(tmp_path, small):
-    written = save(train(small, num_steps=STEPS), {"heldout": small}, tmp_path)
+    trained = train(probe_program(small, STEPS), tmp_path / "training").params
+    written = save(trained, {"heldout": small}, tmp_path)
     assert written.accuracies["heldout"]["clean"]["body_colour"] == 1.0
     assert written.readable[0].all() and not written.readable[1:].any()  # the data hold one class only
     read = Probe.load(tmp_path)
@@ -175,23 +176,20 @@ def test_training_learns_colours_and_is_written_and_read_back(tmp_path, small):
 
 @pytest.mark.slow
 def test_training_goes_on_where_it_was_stopped(tmp_path, small, monkeypatch):
-    monkeypatch.setattr(probe_module, "CHECKPOINT_STEPS", STEPS // 2)
-    whole = train(small, num_steps=STEPS)
+    monkeypatch.setattr(probe_module, "CHECKPOINT_EVERY", STEPS // 2)
+    program = probe_program(small, STEPS)
+    whole = train(program, tmp_path / "whole").params
 
-    class Stopped(Exception):
+    class Died(Exception):
         pass
 
-    class StoppedAfterSaving(Checkpoints):
-        def save(self, step, state):
-            super().save(step, state)
-            raise Stopped
+    def die(step, metrics):
+        if step == STEPS // 2 + 1:
+            raise Died
 
-    stopped, resumed = StoppedAfterSaving(tmp_path), Checkpoints(tmp_path)
-    with pytest.raises(Stopped):
-        train(small, num_steps=STEPS, checkpoints=stopped)
-    stopped.close()
-    jax.tree.map(np.testing.assert_array_equal, train(small, num_steps=STEPS, checkpoints=resumed), whole)
-    resumed.close()
+    with pytest.raises(Died):
+        train(program, tmp_path / "resumed", die)
+    jax.tree.map(np.testing.assert_array_equal, train(program, tmp_path / "resumed").params, whole)
 
 
 def test_weights_are_small():

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from personalize_jax.training.contrastive import info_nce, nt_xent
+from personalize_jax.world.contrastive import info_nce, nt_xent
 
 B, D = 6, 16
 
