@@ -39,6 +39,7 @@ class Case:
 
     Attributes:
         pipeline: the class whose U-Net it resembles.
+        latents: their channels, and pixels to a latent's side; None where pictures are denoised.
         unet: arguments of diffusers' UNet2DConditionModel.
         scheduler: arguments of its scheduler.
         guidance_scale: while sampling.
@@ -46,6 +47,7 @@ class Case:
     """
 
     pipeline: str
+    latents: tuple[int, int] | None
     unet: dict[str, Any]
     scheduler: dict[str, Any]
     guidance_scale: float
@@ -55,6 +57,7 @@ class Case:
 CASES = {
     "Stable Diffusion": Case(
         "StableDiffusionPipeline",
+        (4, 8),
         {
             "sample_size": 32,
             "block_out_channels": (64, 128, 256, 256),
@@ -66,6 +69,7 @@ CASES = {
     ),
     "DeepFloyd IF": Case(
         "IFPipeline",
+        None,
         {
             "sample_size": 64,
             "in_channels": 3,
@@ -133,16 +137,19 @@ def measure_ours(case: Case, weights: Path) -> dict[str, float]:
     import jax
 
     from configs import common
-    from personalize_jax.models.port_weights import load_weights
-    from personalize_jax.pipeline import Text
+    from personalize_jax.families.text import Text
+    from personalize_jax.families.unet_stage import Latents, Usual, unet_stage
+    from personalize_jax.formats.port_weights import load_weights
     from personalize_jax.pipeline.cascade import draw_pictures
-    from personalize_jax.pipeline.public import stage_of
     from personalize_jax.training.examples import Examples
     from personalize_jax.training.program import stage_program
 
     unet = json.loads((weights / "config.json").read_text())
-    stage = stage_of({"class": case.pipeline, "unet": unet, "scheduler": case.scheduler}, attention="heads")
-    abstract = jax.eval_shape(lambda key: stage.init_params(key, TEXT["width"]), jax.random.key(0))
+    spec = {"class": case.pipeline, "unet": unet, "scheduler": case.scheduler}
+    latents = None if case.latents is None else Latents(*case.latents)
+    stage = unet_stage(spec, Usual("base", 1, 1.0), latents, attention="heads")
+    cond = Text(embeddings(1), np.ones((1, TEXT["length"]), bool))
+    abstract = jax.eval_shape(lambda key: stage.init_params(key, cond), jax.random.key(0))
     params = load_weights(weights, abstract, "unet")
 
     x = pictures(case, 8)
@@ -151,7 +158,7 @@ def measure_ours(case: Case, weights: Path) -> dict[str, float]:
         image=np.zeros((8, 1, 1, 3), np.uint8),
         caption=np.ones((8, 1), np.int32),
         tokens=np.zeros((2, TEXT["length"]), np.int32),
-        text=text,
+        cond=text,
         latent=(x, np.zeros_like(x)),
     )
     config = common.training()

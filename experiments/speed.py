@@ -80,7 +80,7 @@ def forward_flops(pipeline: Pipeline, stage: Stage) -> float:
     """FLOPs of the network for one picture, as the compiler counts them."""
     z, one = jnp.zeros((1, stage.resolution, stage.resolution, 3)), jnp.ones((1,))
     low_res = None if stage.low_resolution is None else (z, one)
-    lowered = jax.jit(stage.apply).lower(pipeline.params[stage.name], z, one, pipeline.encode([""]), low_res)
+    lowered = jax.jit(stage.apply).lower(pipeline.params[stage.name], z, one, pipeline.condition([""]), low_res)
     return lowered.compile().cost_analysis()["flops"]
 
 
@@ -89,11 +89,11 @@ def training_times(pipeline: Pipeline, stage: Stage, config: ConfigDict, folder:
     pictures = np.random.default_rng(0).integers(0, 256, (8, *[pipeline.stages[-1].resolution] * 2, 3), np.uint8)
     examples = with_embeddings(pipeline, stage_examples(pipeline, stage, pictures, ["a dog"] * len(pictures)))
     groups = {"instance": examples} | ({"prior": examples} if config.prior.weight > 0 else {})
-    start = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
+    start = pipeline.networks(stage.name)
     config = config.copy_and_resolve_references().unlock()
     config.num_steps, config.checkpoint_every = STEPS, STEPS
 
-    program = stage_program(stage, pipeline.text_encoder, start, groups, config, 0)
+    program = stage_program(stage, pipeline.family, start, groups, config, 0)
     advance, state = program.lower().compile(), program.init()
 
     def step() -> object:

@@ -23,7 +23,7 @@ from experiments import tables
 from personalize_jax import command, manifest
 from personalize_jax.benchmark.loading import load_benchmark
 from personalize_jax.benchmark.subjects import BenchmarkSubject
-from personalize_jax.configuration import changed, check, check_values, num_steps
+from personalize_jax.configuration import changed, check, check_values, num_steps, training_sections
 from personalize_jax.errors import UserError
 from personalize_jax.evaluation import evaluate
 from personalize_jax.metrics.table import Row
@@ -133,7 +133,7 @@ def run(make_study: Callable[[ConfigDict], Study]) -> None:
 def quick(config: ConfigDict) -> ConfigDict:
     """The configuration with so few steps and pictures that nothing but running can be seen."""
     changes = {"class_images__count": 4, "evaluation__images_per_prompt": 2, "evaluation__class_samples": 4}
-    for training in set(config) & {"training", "super_resolution_training"}:
+    for training in training_sections(config).values():
         changes |= {f"{training}__num_steps": config[training].steps_per_dispatch, f"{training}__batch_size": 2}
     for method, numbers in config.get("methods", {}).items():
         if "num_steps" in numbers:

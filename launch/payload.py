@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from launch.worker import BUCKETS
 from personalize_jax.errors import UserError
+from personalize_jax.families.registry import EMBEDDED
 from personalize_jax.files import replacing
-from personalize_jax.pipeline import hub
-from personalize_jax.pipeline.storage import EMBEDDED
+from personalize_jax.formats import hub
 
 ROOT = Path(__file__).parent.parent
 OUTPUT_FLAGS = ("workdir", "out", "output")  # by which the project's commands are told where to write

@@ -37,10 +37,10 @@ from personalize_jax.benchmark.prompts import LIVE_CLASSES, read_prompts
 from personalize_jax.benchmark.subjects import BenchmarkSubject
 from personalize_jax.configuration import changed, check_values
 from personalize_jax.errors import UserError
+from personalize_jax.files import write_text
 from personalize_jax.metrics.encoders import label
 from personalize_jax.metrics.table import estimates
 from personalize_jax.personalization import class_knowledge, load_subject
-from personalize_jax.pipeline.storage import write_text
 from personalize_jax.scoring import summary
 from personalize_jax.subject.class_noun import determine
 from personalize_jax.subject.images import list_images, read_image

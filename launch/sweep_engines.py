@@ -241,10 +241,14 @@ def _rows_file(folder: Path) -> Path:
 
 def _asked(config: ConfigDict) -> str:
     """Which models a configuration names, and where their parameters go."""
-    lying = {}
+    lying, sections = {}, configuration.training_sections(config)
     for name, training in configuration.stage_trainings(config).items():
         sizes = tuple(mesh_of(training).shape.values())  # which depend on the batch's, that sweeps may vary
-        lying[configuration.TRAININGS[name]] = {"mesh": sizes, "sharding": training.sharding, **_ONE_PICTURE}
+        lying[sections[name]] = {
+            "mesh": sizes,
+            "sharding": training.sharding,
+            **_ONE_PICTURE,
+        }
     named = {"pretrained": config.pretrained, **lying} | ({"compute": config.compute} if "compute" in config else {})
     return ConfigDict({**named, "evaluation": config.evaluation}).to_json(sort_keys=True)
 

@@ -14,10 +14,9 @@ from matplotlib.figure import Figure
 
 from experiments.tables import CLASS_METRICS, PAPER_METRICS, SHOWN, SUBJECT_METRICS
 from launch.sweep_points import Point, varied
-from personalize_jax.files import replacing
+from personalize_jax.files import replacing, write_text
 from personalize_jax.metrics.similarity import Estimate
 from personalize_jax.metrics.table import cell
-from personalize_jax.pipeline.storage import write_text
 
 LOWER_IS_BETTER = ("PRES", "leakage", "is subject")
 MAX_TICKS = 8

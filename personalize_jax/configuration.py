@@ -3,10 +3,9 @@
 from ml_collections import ConfigDict
 
 from personalize_jax import configuration_keys
-from personalize_jax.configuration_keys import TRAININGS, check_keys, rules_of_run
+from personalize_jax.configuration_keys import check_keys, rules_of_run, training_sections
 from personalize_jax.diffusion.samplers import timesteps
 from personalize_jax.errors import UserError
-from personalize_jax.models.params import Params
 from personalize_jax.pipeline import Pipeline, Stage
 from personalize_jax.subject.frequency import token_frequencies
 from personalize_jax.training import sharding
@@ -19,7 +18,7 @@ EVALUATION = tuple(configuration_keys.EVALUATION)  # keys of that section
 
 def stage_trainings(config: ConfigDict) -> dict[str, ConfigDict]:
     """The training keys of each stage."""
-    return {stage: config[part] for stage, part in TRAININGS.items() if part in config}
+    return {stage: config[section] for stage, section in training_sections(config).items()}
 
 
 def num_steps(config: ConfigDict) -> int:
@@ -52,20 +51,21 @@ def check(pipeline: Pipeline, config: ConfigDict) -> None:
     names = [stage.name for stage in pipeline.stages if stage.name in trainings]
     if not config.tune or len(set(config.tune) - set(names)) or len(set(config.tune)) < len(config.tune):
         raise UserError(f"config.tune is {tuple(config.tune)}; give one or more of {', '.join(names)}, each once.")
+    sections = training_sections(config)
     for i, name in enumerate(config.tune):
         stage, training = pipeline.stage(name), trainings[name]
         mesh = mesh_of(training)
         check_sizes(training, mesh)
-        trains_text = trains_text_encoder(pipeline, name, training)  # refuses rules that do not fit, too
-        if trains_text and i > 0:
+        trains_encoder = trains_encoders(pipeline, name, training)  # refuses rules that do not fit, too
+        if trains_encoder and i > 0:
             raise UserError(
                 f"The rules for {name} train the text encoder, which the stages tuned before it have been fitted to; "
                 f"leave that to the first stage of config.tune, {config.tune[0]}."
             )
-        sharding.shardings(_networks(pipeline, name), training.sharding, mesh)  # likewise
+        sharding.shardings(pipeline.networks(name), training.sharding, mesh)  # likewise
         if training.vlb_weight > 0 and not stage.learned_variance:
             raise UserError(
-                f"config.{TRAININGS[name]}.vlb_weight is {training.vlb_weight}, and the {name} network tells no "
+                f"config.{sections[name]}.vlb_weight is {training.vlb_weight}, and the {name} network tells no "
                 "variances that it could train; give 0."
             )
     if any(trainings[name].prior.weight > 0 for name in config.tune):
@@ -92,13 +92,9 @@ def changed(config: ConfigDict, **changes: object) -> ConfigDict:
     return copy.lock()
 
 
-def trains_text_encoder(pipeline: Pipeline, stage_name: str, training: ConfigDict) -> bool:
-    """Whether tuning a stage changes the text encoder too, by the rules of its training."""
-    return "text_encoder" in select(_networks(pipeline, stage_name), training).networks
-
-
-def _networks(pipeline: Pipeline, stage_name: str) -> Params:
-    return {"denoiser": pipeline.params[stage_name], "text_encoder": pipeline.params["text_encoder"]}
+def trains_encoders(pipeline: Pipeline, stage_name: str, training: ConfigDict) -> bool:
+    """Whether tuning a stage changes what gives captions their conditioning, too, by the rules of its training."""
+    return bool(select(pipeline.networks(stage_name), training).networks & {*pipeline.family.encoders})
 
 
 def _check_steps(base: Stage, config: ConfigDict) -> None:

@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 from personalize_jax.diffusion.prediction import Prediction, Weighting
 from personalize_jax.diffusion.samplers import Variance
 from personalize_jax.errors import UserError
+from personalize_jax.families.stage import SAMPLERS
+from personalize_jax.families.world import SCHEDULES
 from personalize_jax.models.attention import Implementation
-from personalize_jax.pipeline.stage import SAMPLERS, SCHEDULES
 from personalize_jax.subject.identifier import MAX_TOKENS, RULES
 from personalize_jax.training.optimizer import MOMENT_DTYPES
 from personalize_jax.training.sharding import AXES
@@ -179,7 +180,7 @@ TRAINING: Rules = {
     "optimizer.clip_norm": number(above=0),
     "optimizer.moment_dtype": one_of(*MOMENT_DTYPES),
 }
-TRAININGS = {"base": "training", "super_resolution": "super_resolution_training"}
+BASE, OTHERS = "training", "_training"  # the sections of the base stage's training, and how others' names end
 
 EVALUATION: Rules = {
     "prompts": text("world, dreambooth, or a file of prompts"),
@@ -201,7 +202,6 @@ COMPUTE: Rules = {
 _RUN: Rules = {
     "seed": whole(0, MAX_SEED),
     "pretrained": either(NAME, several("one for each stage", NAME)),
-    "tune": several(f"one or more of {', '.join(TRAININGS)}, each once", one_of(*TRAININGS)),
     **within(
         "subject",
         {
@@ -239,7 +239,7 @@ _RUN: Rules = {
 }
 
 _STAGE: Rules = {
-    "name": one_of(*TRAININGS),
+    "name": Rule("a name such as base", lambda value: isinstance(value, str) and value.isidentifier()),
     "resolution": COUNT,
     "low_resolution": either(COUNT, Rule("None of a base model", lambda value: value is None)),
     **within(
@@ -270,11 +270,19 @@ _STAGE: Rules = {
 }
 
 
+def training_sections(config: ConfigDict) -> dict[str, str]:
+    """The section of a configuration that each stage's training has, by the stage's name, in their order there."""
+    others = {key.removesuffix(OTHERS): key for key in config if key.endswith(OTHERS)}
+    return ({"base": BASE} if BASE in config else {}) | others
+
+
 def rules_of_run(config: ConfigDict) -> Rules:
     """What a personalisation's configuration must hold, with the optional sections that this one has."""
     rules = dict(_RUN)
-    if "super_resolution_training" in config:
-        rules |= within("super_resolution_training", TRAINING)
+    sections = training_sections(config)
+    rules["tune"] = several(f"one or more of {', '.join(sections)}, each once", one_of(*sections))
+    for section in sections.values():
+        rules |= within(section, TRAINING)
     if "compute" in config:
         rules |= within("compute", COMPUTE)
     for method in {key.split(".")[1] for key in _values(config) if key.startswith("methods.")}:

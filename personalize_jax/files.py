@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and where those lie that ship with the package."""
 
 import contextlib
 import errno
@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+ASSETS = Path(__file__).parent / "assets"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says of a full disk, quota or file
 
 _HOST = re.sub(r"[^\w.-]", "_", socket.gethostname())

@@ -21,10 +21,7 @@ from personalize_jax.errors import UserError
 from personalize_jax.manifest import phase
 from personalize_jax.models.params import Params
 from personalize_jax.personalized import Personalized, load_placed
-from personalize_jax.pipeline import Pipeline, Stage, Text, save_pipeline
-from personalize_jax.pipeline.cascade import encode_tokens
-from personalize_jax.pipeline.lora_file import save_lora
-from personalize_jax.pipeline.public import stage_folders
+from personalize_jax.pipeline import Pipeline, Stage, save_pipeline
 from personalize_jax.subject.class_noun import Classifier, determine
 from personalize_jax.subject.dataset import MANIFEST, SubjectDataset, read_dataset, write_dataset
 from personalize_jax.subject.images import SubjectImage, load_images
@@ -155,10 +152,11 @@ def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir
         _check_same(read_dataset(workdir / "subject"), photos, workdir)
     else:
         configuration.check_identifier(pipeline, config)
+    sections = configuration.training_sections(config)
     for name, training in stage_trainings(config).items():
-        key = f"{configuration.TRAININGS[name]}.num_steps"
+        key = f"{sections[name]}.num_steps"
         check_length(workdir / name, training, manifest.recorded(workdir, key, training.num_steps))
-    may_change = [f"{part}.num_steps" for part in configuration.TRAININGS.values()]
+    may_change = [f"{part}.num_steps" for part in sections.values()]
     may_change += ["subject.registry", *(f"evaluation.{key}" for key in configuration.EVALUATION)]
     manifest.record_config(config, workdir, may_change)
     hosts.wait()  # so that all of them read the same
@@ -175,7 +173,7 @@ def tune_again(
 ) -> Personalized:
     """The tuned cascade with one stage tuned in another way, to compare.
 
-    A stage starts from the text encoder that it started from in the run, and is sampled with what became of that.
+    A stage starts from the encoders that it started from in the run, and is sampled with what became of them.
 
     Args:
         pipeline: the pretrained cascade.
@@ -186,21 +184,21 @@ def tune_again(
         directory: for checkpoints and metrics of this tuning; its seconds go to the manifest beside it.
         tracking: where its metrics go besides.
     """
-    stage, start, text = pipeline.stage(name), pipeline, {}
+    stage, start, encoders = pipeline.stage(name), pipeline, {}
     run = manifest.read_config(workdir)
-    first = run.tune[0]  # no other stage may train the text encoder
-    if configuration.trains_text_encoder(pipeline, first, stage_trainings(run)[first]):
-        encoder = pipeline if name == first else tuned.pipeline
-        text = {"text_encoder": encoder.params_in_full("text_encoder")}
-        start = pipeline if name == first else pipeline.replace_params(**text)
+    first = run.tune[0]  # no other stage may train the encoders
+    if configuration.trains_encoders(pipeline, first, stage_trainings(run)[first]):
+        source = pipeline if name == first else tuned.pipeline
+        encoders = {encoder: source.params_in_full(encoder) for encoder in pipeline.family.encoders}
+        start = pipeline if name == first else pipeline.replace_params(**encoders)
     if name not in config.tune:
-        untuned = tuned.pipeline.replace_params(**text, **{name: pipeline.params_in_full(name)})
+        untuned = tuned.pipeline.replace_params(**encoders, **{name: pipeline.params_in_full(name)})
         return Personalized(untuned.replace_sampling(**{name: stage.sampling}), tuned.subject)
     training = stage_trainings(config)[name]
     drawn = draw_class_images(pipeline, tuned.subject, [name], config, workdir) if training.prior.weight > 0 else {}
     with phase(directory.parent, f"tuning {directory.name}".replace("_", " ")):
         networks, _ = tune(start, stage, tuned.subject, drawn, training, config.seed, directory, tracking)
-    changed = tuned.pipeline.replace_params(**{**text, **networks}).replace_sampling(**{name: stage.sampling})
+    changed = tuned.pipeline.replace_params(**{**encoders, **networks}).replace_sampling(**{name: stage.sampling})
     return Personalized(with_tuned_sampling(changed, config, [name]), tuned.subject)
 
 
@@ -275,16 +273,16 @@ def tune(
     Returns:
         What the tuning changed.
     """
-    pretrained = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
+    pretrained = pipeline.networks(stage.name)
     examples = {INSTANCE: stage_examples(pipeline, stage, subject.images_NHWC, subject.labels)}
     if config.prior.weight > 0:
         pictures = drawn[stage.name]
         examples[PRIOR] = stage_examples(pipeline, stage, pictures, [subject.class_prompt] * len(pictures))
-    if not configuration.trains_text_encoder(pipeline, stage.name, config):
+    if not configuration.trains_encoders(pipeline, stage.name, config):
         examples = {group: with_embeddings(pipeline, of_group) for group, of_group in examples.items()}
     identifier = identifier_tokens(pipeline, subject, config.identifier_init)
     read_float32 = partial(pipeline.network_in_full, stage.name)
-    program = stage_program(stage, pipeline.text_encoder, pretrained, examples, config, seed, identifier, read_float32)
+    program = stage_program(stage, pipeline.family, pretrained, examples, config, seed, identifier, read_float32)
     with command.steps_bar(f"tuning {directory.name.replace('_', ' ')}", config.num_steps) as progress:
         state = train(program, directory, progress, tracking.of(directory.name))
     return tuned_networks(pipeline, stage, state, config)
@@ -313,14 +311,13 @@ def tuned_networks(pipeline: Pipeline, stage: Stage, state: TrainState, config: 
         state: of the tuning, at its end or on the way.
         config: the stage's training keys.
     """
-    pretrained = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
+    pretrained = pipeline.networks(stage.name)
     selection = select(pretrained, config)
     changed_in_part = selection.networks & selection.frozen.keys()
     float32 = {name: pipeline.network_in_full(stage.name, name) for name in changed_in_part}
     params = trained_params(state, pretrained | float32)
-    networks = {stage.name: params["denoiser"]}
-    if "text_encoder" in selection.networks:
-        networks["text_encoder"] = params["text_encoder"]
+    encoders = {name: params[name] for name in pipeline.family.encoders if name in selection.networks}
+    networks = {stage.name: params["denoiser"], **encoders}
     return Tuned(networks, averaged(state).get(LORA))
 
 
@@ -333,29 +330,24 @@ def save_tuned(pipeline: Pipeline, adapters: Mapping[str, Params], folder: Path)
         folder: see `save_pipeline`.
     """
     save_pipeline(pipeline, folder, np.float32)
-    if pipeline.is_public:
-        for stage, target in zip(pipeline.stages, stage_folders(folder, pipeline.stages), strict=True):
-            if stage.name in adapters:
-                whole = jax.tree.map(hosts.whole, adapters[stage.name])
-                hosts.first_does(lambda whole=whole, target=target: save_lora(whole, target / "lora"))
+    whole = jax.tree.map(hosts.whole, dict(adapters))
+    hosts.first_does(lambda: pipeline.family.write_adapters(whole, folder))
 
 
 def stage_examples(pipeline: Pipeline, stage: Stage, pictures: np.ndarray, labels: Sequence[str]) -> Examples:
     """Labelled pictures at a stage's own resolution, with low-resolution versions or latents where it needs them."""
     pictures = downsample_uint8(pictures, stage.resolution)
     low_res = None if stage.low_resolution is None else downsample_uint8(pictures, stage.low_resolution)
-    tokens, null_tokens = pipeline.tokenizer(list(labels))[:, None], pipeline.tokenizer([""])[0]
-    examples = make_examples(pictures, tokens, null_tokens, low_res)
-    if pipeline.codec is None:
+    examples = make_examples(pictures, np.array(labels)[:, None], pipeline.family.tokenize, low_res)
+    if (latents := pipeline.to_latents(pictures)) is None:
         return examples
     # The pictures are not kept: a thousand class images would take a TPU chip a tenth of its memory.
-    return examples._replace(image=None, latent=pipeline.to_latents(pictures))
+    return examples._replace(image=None, latent=latents)
 
 
 def with_embeddings(pipeline: Pipeline, examples: Examples) -> Examples:
-    """The examples with the frozen text encoder's embeddings, computed once."""
-    encoded = encode_tokens(pipeline.text_encoder, pipeline.params["text_encoder"], examples.tokens)
-    return examples._replace(text=Text(*encoded))
+    """The examples with the frozen encoders' conditioning, computed once."""
+    return examples._replace(cond=pipeline.family.condition(pipeline.params, examples.tokens))
 
 
 def with_tuned_sampling(pipeline: Pipeline, config: ConfigDict, names: Sequence[str]) -> Pipeline:

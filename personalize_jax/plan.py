@@ -22,11 +22,16 @@ from ml_collections import ConfigDict, config_flags
 
 from personalize_jax import command
 from personalize_jax.chips import GIB
-from personalize_jax.configuration import TRAININGS, changed, check_values, stage_trainings, trains_text_encoder
-from personalize_jax.pipeline import Pipeline, load_pipeline
-from personalize_jax.pipeline.diffusers_folder import read_components
-from personalize_jax.pipeline.public import architecture, spec_of
-from personalize_jax.pipeline.storage import saved_folders, write_text
+from personalize_jax.configuration import (
+    changed,
+    check_values,
+    stage_trainings,
+    training_sections,
+    trains_encoders,
+)
+from personalize_jax.families import public, registry
+from personalize_jax.files import write_text
+from personalize_jax.pipeline import Pipeline
 from personalize_jax.planning import published, slices
 from personalize_jax.planning.compiler import apart
 from personalize_jax.planning.estimate import Run, fits, roofline, seconds
@@ -66,15 +71,13 @@ def abstract_pipeline(config: ConfigDict) -> Pipeline:
     """The pretrained cascade that a configuration names, with shapes in place of parameters and without vocabulary."""
     named = config.pretrained
     sources = [named] if isinstance(named, str) else list(named)
-    spec = published.spec(sources)
-    if spec is None and (folders := [found for source in sources for found in saved_folders(Path(source))]):
-        spec = spec_of([read_components(folder) for folder in folders])
-    if spec is None:  # ours, which are small
-        pipeline = load_pipeline(named)
-        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), pipeline.params)
-        return pipeline.replace_params(**shapes)
-    built = architecture(spec, "tpu", **config.get("compute", {}))
-    return Pipeline(None, built.text_encoder, built.stages, built.abstract_params(), spec, built.codec)
+    compute = {"platform": "tpu", **config.get("compute", {})}
+    if spec := published.spec(sources):
+        family = registry.family_of(spec["stages"][0]["class"])
+        model = public.build(family, spec, None, **compute)
+    else:
+        model = registry.describe(sources, **compute)
+    return Pipeline(model, model.shapes())
 
 
 def plan(
@@ -120,7 +123,7 @@ def plan(
 def tuning(pipeline: Pipeline, config: ConfigDict, name: str, topology: Topology) -> Usage:
     """What the tuning of a stage takes."""
     training = stage_trainings(config)[name]
-    trains_text = trains_text_encoder(pipeline, name, training)
+    trains_text = trains_encoders(pipeline, name, training)
     count, stage = config.class_images.count, pipeline.stage(name)
     return apart(train_step, pipeline, stage, training, count, trains_text, topology)
 
@@ -155,7 +158,7 @@ def changes_that_fit(pipeline: Pipeline, config: ConfigDict, name: str, topology
 
 def _candidates(config: ConfigDict, name: str) -> Iterator[tuple[str, Any]]:
     """Dotted keys with values that take less memory than those that the configuration has."""
-    part, training = TRAININGS[name], stage_trainings(config)[name]
+    part, training = training_sections(config)[name], stage_trainings(config)[name]
     if tuple(training.mesh) != (1, -1, -1):
         yield f"{part}.mesh", (1, -1, -1)
     if "compute" in config and config.compute.attention not in ("auto", "flash"):  # which is what "auto" is on TPUs

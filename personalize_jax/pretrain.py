@@ -20,9 +20,11 @@ from ml_collections import ConfigDict, config_flags
 from personalize_jax import command, hosts, manifest
 from personalize_jax.configuration_keys import check_keys, rules_of_pretraining
 from personalize_jax.errors import UserError
+from personalize_jax.families.world import World
+from personalize_jax.files import ASSETS
+from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.models.text_encoder import TextEncoder
-from personalize_jax.pipeline import Pipeline, Stage, Tokenizer, load_pipeline, save_pipeline
-from personalize_jax.pipeline.storage import ASSETS
+from personalize_jax.pipeline import Pipeline, load_pipeline, save_pipeline
 from personalize_jax.training import tracking
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
 from personalize_jax.training.groups import INSTANCE
@@ -46,30 +48,24 @@ def starting_pipeline(config: ConfigDict) -> Pipeline:
         before = load_pipeline(config.pretrained)
     else:
         tokenizer = Tokenizer.read(ASSETS / "world" / "tokenizer.json", config.text_encoder.max_length)
-        text_spec = {"vocab_size": tokenizer.size, **config.text_encoder}
-        encoder = TextEncoder(**text_spec)
+        encoder = TextEncoder(vocab_size=tokenizer.size, **config.text_encoder)
         tokens = np.ones((1, encoder.max_length), np.int32)
         params = {"text_encoder": encoder.init(jax.random.fold_in(key, 0), tokens)["params"]}
-        before = Pipeline(tokenizer, encoder, (), params, {"text_encoder": text_spec, "stages": []})
-    spec = config.stage.to_dict()
-    stage = Stage.from_spec(spec)
-    params = before.params
-    names = [known.name for known in before.stages]
-    i = names.index(stage.name) if stage.name in names else len(names)
-    if i == len(names):
-        random = stage.init_params(jax.random.fold_in(key, 1), before.text_encoder.width)
-        params = {**params, stage.name: random}
-    elif before.stages[i].network != stage.network:
+        before = Pipeline(World(tokenizer, encoder, (), ()), params)
+    if not isinstance(before.family, World):
+        raise UserError(f"{config.pretrained} is a public model; pretraining goes on from one of this project's own.")
+    family = before.family.with_stage(config.stage.to_dict())
+    stage, params = family.stages[-1], before.params
+    known = {stage.name: stage for stage in before.stages}
+    if stage.name not in known:
+        cond = jax.eval_shape(family.condition, params, family.token_shapes(1))
+        params = {**params, stage.name: stage.init_params(jax.random.fold_in(key, 1), cond)}
+    elif known[stage.name].network != stage.network:
         raise UserError(
             f"The {stage.name} of {config.pretrained} has another network than config.stage; give the same to go on "
             "from it."
         )
-    return dataclasses.replace(
-        before,
-        stages=(*before.stages[:i], stage),
-        params=params,
-        spec={**before.spec, "stages": [*before.spec["stages"][:i], spec]},
-    )
+    return dataclasses.replace(before, family=family, params=params)
 
 
 def world_examples(pipeline: Pipeline, data: dict[str, np.ndarray]) -> Examples:
@@ -80,11 +76,9 @@ def world_examples(pipeline: Pipeline, data: dict[str, np.ndarray]) -> Examples:
         data: "image", uint8 [N, R, R, 4] with the object's mask as fourth channel, and "captions", K strings a picture.
     """
     stage = pipeline.stages[-1]
-    captions = data["captions"]
-    tokens = pipeline.tokenizer(captions.ravel().tolist()).reshape(*captions.shape, -1)
     rgba = downsample_uint8(data["image"], stage.resolution)
     low_res = None if stage.low_resolution is None else downsample_uint8(rgba[..., :3], stage.low_resolution)
-    return make_examples(rgba[..., :3], tokens, pipeline.tokenizer([""])[0], low_res, rgba[..., 3])
+    return make_examples(rgba[..., :3], data["captions"], pipeline.family.tokenize, low_res, rgba[..., 3])
 
 
 def pretrain(
@@ -114,9 +108,9 @@ def _trained(
 ) -> Pipeline:
     """The pipeline with its last stage trained, and its tokens counted."""
     stage = pipeline.stages[-1]
-    start = {"text_encoder": pipeline.params["text_encoder"], "denoiser": pipeline.params[stage.name]}
+    start = pipeline.networks(stage.name)
     examples = {INSTANCE: world_examples(pipeline, data)}
-    program = stage_program(stage, pipeline.text_encoder, start, examples, config.training, config.seed)
+    program = stage_program(stage, pipeline.family, start, examples, config.training, config.seed)
     with command.steps_bar(f"pretraining {stage.name}", config.training.num_steps) as progress:
         state = train(program, workdir, progress, tracking.of(stage.name))
     params = trained_params(state, start)
@@ -125,7 +119,8 @@ def _trained(
         counts = hosts.whole(state.token_counts).astype(np.int64)
         counts[sorted(pipeline.tokenizer.special_ids)] = 0  # padding is not processed
         counts += pipeline.tokenizer.counts
-        pipeline = dataclasses.replace(pipeline, tokenizer=dataclasses.replace(pipeline.tokenizer, counts=counts))
+        family = dataclasses.replace(pipeline.family, tokenizer=dataclasses.replace(pipeline.tokenizer, counts=counts))
+        pipeline = dataclasses.replace(pipeline, family=family)
     return pipeline
 
 

@@ -7,9 +7,9 @@ import pytest
 
 import personalize_jax as pj
 from configs import common, world
+from personalize_jax.families.world import read_stage
+from personalize_jax.files import ASSETS
 from personalize_jax.personalization import class_knowledge
-from personalize_jax.pipeline import Stage
-from personalize_jax.pipeline.storage import ASSETS
 from personalize_jax.subject.class_noun import determine
 from personalize_jax.subject.identifier import choose_identifier
 from personalize_jax.world.scene import CLASSES, COLOURS, CONTEXTS
@@ -30,7 +30,7 @@ def test_weights_are_small():
 
 def test_stages_are_those_of_the_configuration(pipeline):
     for stage, config in zip(pipeline.stages, (common.base_stage(), common.super_resolution_stage()), strict=True):
-        expected = Stage.from_spec(config.to_dict())
+        expected = read_stage(config.to_dict())
         assert (stage.name, stage.network, stage.schedule) == (expected.name, expected.network, expected.schedule)
         assert (stage.resolution, stage.prediction) == (expected.resolution, expected.prediction)
 

@@ -62,7 +62,7 @@ def test_more_steps_than_a_schedule_has_are_refused(pretrained):
     pipeline = pj.load_pipeline(pretrained)
     discrete = schedule.discrete(np.linspace(1e-4, 0.02, 100))
     base = dataclasses.replace(pipeline.stages[0], schedule=discrete, spacing=Spacing("leading", 1))
-    pipeline = dataclasses.replace(pipeline, stages=(base, *pipeline.stages[1:]))
+    pipeline = dataclasses.replace(pipeline, family=pipeline.family.with_stages((base, *pipeline.stages[1:])))
     configuration.check(pipeline, tiny_world.get_config(pretrained, class_images__num_steps=50))
     too_many = tiny_world.get_config(pretrained, class_images__num_steps=100)
     with pytest.raises(UserError, match="class_images.num_steps is 100, more than fit the 100 steps of the base"):

@@ -89,7 +89,7 @@ def test_a_stage_that_goes_on_is_as_its_configuration_says(base):
     more.stage.sampling = {**more.stage.sampling, "guidance_scale": 7.5}
     pipeline = starting_pipeline(more)
     assert pipeline.stages[0].sampling.guidance_scale == 7.5
-    assert pipeline.spec["stages"][0]["sampling"]["guidance_scale"] == 7.5
+    assert pipeline.family.specs[0]["sampling"]["guidance_scale"] == 7.5
     jax.tree.map(np.testing.assert_array_equal, pipeline.params["base"], load_pipeline(folder).params["base"])
     more.stage.network = {**SMALLEST, "channels": (32,)}
     with pytest.raises(UserError, match="another network than config.stage"):

@@ -80,12 +80,12 @@ def loss_on_fixed_batch(pipeline, subject, stage, config):
     examples = with_embeddings(pipeline, stage_examples(pipeline, stage, subject.images_NHWC, subject.labels))
     batch = {"instance": sample_batch(examples, jax.random.key(0), 16, 0.0)}
     objective = tiny.objective(config.weighting, 0.0, augmentation_levels=tuple(config.augmentation_levels))
-    params = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
+    params = pipeline.networks(stage.name)
 
     @jax.jit
     def loss(params, batch):
         key = jax.random.key(1)
-        return personalization_loss(stage, pipeline.text_encoder, objective, params, params, batch, key)[0]
+        return personalization_loss(stage, pipeline.family, objective, params, params, batch, key)[0]
 
     return float(loss(params, batch))
 
@@ -162,7 +162,7 @@ def theirs_read_it(pipeline, folder, adapters):
         channels = stage.channels * (1 if stage.low_resolution is None else 2)
         x = rng.normal(size=(2, *stage.shape[:2], channels)).astype(np.float32)
         z, low = x[..., : stage.channels], x[..., stage.channels :]
-        text = pipeline.encode(["a dog", "a teapot"])
+        text = pipeline.condition(["a dog", "a teapot"])
         low_res = None if stage.low_resolution is None else (low, np.array([0.3, 0.5], np.float32))
         ours = jax.jit(stage.apply)(pipeline.params[stage.name], z, np.array([0.5, 0.1], np.float32), text, low_res)
         options = {} if low_res is None else {"class_labels": torch.tensor([299, 499])}

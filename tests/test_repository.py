@@ -31,6 +31,8 @@ ROOMS = (
     "chips",
     "diffusion",
     "models",
+    "formats",
+    "families",
     "pipeline",
     "command",
     "subject",

@@ -37,8 +37,8 @@ def test_each_group_learns_its_own_pictures_under_its_own_caption(monkeypatch, t
         examples = given[0][group]
         np.testing.assert_array_equal(examples.image, pictures)
         np.testing.assert_array_equal(examples.tokens, pipeline.tokenizer(["", caption]))
-        np.testing.assert_allclose(examples.text.embeddings, pipeline.encode(["", caption]).embeddings, atol=1e-5)
-        assert given[1][group].text is None
+        np.testing.assert_allclose(examples.cond.embeddings, pipeline.condition(["", caption]).embeddings, atol=1e-5)
+        assert given[1][group].cond is None
 
 
 @pytest.mark.parametrize(("vlb_weight", "variance"), [(0.0, "small"), (1.0, "learned_range")])
@@ -46,7 +46,7 @@ def test_variances_that_were_not_trained_are_not_sampled_with(vlb_weight, varian
     pipeline = tiny.pipeline()
     sampling = pipeline.stages[0].sampling._replace(sampler="ancestral", variance="learned_range")
     base = dataclasses.replace(pipeline.stages[0], sampling=sampling, learned_variance=True)
-    pipeline = dataclasses.replace(pipeline, stages=(base, pipeline.stages[1]))
+    pipeline = dataclasses.replace(pipeline, family=pipeline.family.with_stages((base, pipeline.stages[1])))
     config = tiny_world.get_config("pretrained", training__vlb_weight=vlb_weight)
     tuned = personalization.with_tuned_sampling(pipeline, config, ["base"])
     assert tuned.stage("base").sampling.variance == variance

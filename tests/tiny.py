@@ -5,9 +5,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import common
+from personalize_jax.families.world import World, read_stage
+from personalize_jax.files import ASSETS
+from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.models.text_encoder import TextEncoder
-from personalize_jax.pipeline import Pipeline, Stage, Tokenizer
-from personalize_jax.pipeline.storage import ASSETS
+from personalize_jax.pipeline import Pipeline
 from personalize_jax.training.examples import make_examples
 from personalize_jax.training.groups import INSTANCE, PRIOR, Group
 from personalize_jax.training.losses import Objective
@@ -62,21 +64,25 @@ def text_params():
 
 
 def stage_params(stage):
-    return random_params(lambda key: stage.init_params(key, TEXT["width"]), seed=2)
+    cond = jax.numpy.zeros((1, 1, TEXT["width"])), jax.numpy.ones((1, 1), bool)
+    return random_params(lambda key: stage.init_params(key, cond), seed=2)
 
 
 def pipeline(resolution=8, **network):
     """Both stages, the second of twice the resolution; `network` changes arguments of their U-Nets."""
-    encoder = text_encoder()
     sizes = {"resolution": resolution}, {"resolution": 2 * resolution, "low_resolution": resolution}
     specs = [
         {**spec, **size, "network": {**spec["network"], **network}}
         for spec, size in zip((BASE, SUPER_RESOLUTION), sizes, strict=True)
     ]
-    stages = tuple(Stage.from_spec(spec) for spec in specs)
+    stages = tuple(read_stage(spec) for spec in specs)
     params = {"text_encoder": text_params(), **{stage.name: stage_params(stage) for stage in stages}}
-    spec = {"text_encoder": {"vocab_size": encoder.vocab_size, **TEXT}, "stages": specs}
-    return Pipeline(tokenizer(), encoder, stages, params, spec)
+    return Pipeline(World(tokenizer(), text_encoder(), stages, tuple(specs)), params)
+
+
+def family():
+    """The tiny cascade without its parameters."""
+    return pipeline().family
 
 
 def training(**changes):
@@ -90,11 +96,10 @@ def training(**changes):
 def examples(resolution=8, low_resolution=None, seed=0, captions=CAPTIONS):
     """Six random pictures with the captions, two each."""
     rng = np.random.default_rng(seed)
-    tokens = tokenizer()
-    pairs = tokens([captions[(i + j) % len(captions)] for i in range(6) for j in range(2)]).reshape(6, 2, -1)
+    pairs = np.array([[captions[(i + j) % len(captions)] for j in range(2)] for i in range(6)])
     low_res = None if low_resolution is None else rng.integers(0, 256, (6, low_resolution, low_resolution, 3), np.uint8)
     images = rng.integers(0, 256, (6, resolution, resolution, 3), np.uint8)
-    return make_examples(images, pairs, tokens([""])[0], low_res)
+    return make_examples(images, pairs, tokenizer(), low_res)
 
 
 def objective(weighting="none", prior_weight=1.0, form="sampled", **changes):
@@ -111,19 +116,20 @@ class LinearNetwork:
         return params["scale"] * z + (text.mean(1) @ params["text"])[:, None, None, :]
 
 
-class LinearEncoder:
-    """In place of a text encoder: a table of embeddings."""
+class LinearFamily:
+    """In place of a family where conditioning does not matter: a table of embeddings."""
 
-    vocab_size = 8000
+    vocabulary_size = 8000
+    encoders = ("text_encoder",)
 
-    def apply(self, variables, tokens):
-        return variables["params"]["table"][tokens], tokens > 0
+    def condition(self, params, tokens):
+        return params["text_encoder"]["table"][tokens], tokens > 0
 
 
 def linear_params(seed=0):
     rng = np.random.default_rng(seed)
     values = {
         "denoiser": {"scale": rng.normal(size=(3,)), "text": rng.normal(size=(4, 3))},
-        "text_encoder": {"table": rng.normal(size=(LinearEncoder.vocab_size, 4))},
+        "text_encoder": {"table": rng.normal(size=(LinearFamily.vocabulary_size, 4))},
     }
     return jax.tree.map(lambda a: jax.numpy.asarray(a, jax.numpy.float32), values)

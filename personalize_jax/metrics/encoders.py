@@ -1,6 +1,6 @@
 """Encoders with which the paper measures: DINO, CLIP and LPIPS, read from safetensors without torch.
 
-DINO's and CLIP's are named on the Hugging Face hub (see `pipeline.hub`), or by a folder with the same files, DINO's as
+DINO's and CLIP's are named on the Hugging Face hub (see `formats.hub`), or by a folder with the same files, DINO's as
 transformers or timm publishes it; "world" are those that ship, trained on the rendered world by `world.encoder`. LPIPS
 comes as pickles only, of which `_CONVERT_LPIPS` makes a folder. Where there is none, `cosine_distance` of an encoder
 stands in for it.
@@ -19,15 +19,15 @@ from jax.sharding import NamedSharding
 
 from personalize_jax import hosts
 from personalize_jax.errors import UserError
+from personalize_jax.files import ASSETS
+from personalize_jax.formats import hub
+from personalize_jax.formats.port_weights import load_weights
+from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.metrics import timm_vit
 from personalize_jax.metrics.preprocessing import Preprocessing
 from personalize_jax.models.clip import Clip
 from personalize_jax.models.lpips import Backbone, Lpips
-from personalize_jax.models.port_weights import load_weights
 from personalize_jax.models.vit import VisionTransformer
-from personalize_jax.pipeline import hub
-from personalize_jax.pipeline.storage import ASSETS
-from personalize_jax.pipeline.tokenizer import Tokenizer
 from personalize_jax.training.sharding import BATCH, make_mesh, replicated
 
 BATCH_SIZE = 64

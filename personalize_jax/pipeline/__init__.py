@@ -1,8 +1,8 @@
-"""The text-to-image cascade: tokenizer, text encoder and a chain of diffusion stages."""
+"""A pretrained or tuned text-to-image model, of any family, as one object."""
 
-from personalize_jax.pipeline.cascade import Pipeline, Text
-from personalize_jax.pipeline.stage import Sampling, Stage
+from personalize_jax.families.stage import Sampling, Stage
+from personalize_jax.formats.tokenizer import Tokenizer
+from personalize_jax.pipeline.cascade import Pipeline
 from personalize_jax.pipeline.storage import is_pipeline, load_pipeline, save_pipeline
-from personalize_jax.pipeline.tokenizer import Tokenizer
 
-__all__ = ["Pipeline", "Sampling", "Stage", "Text", "Tokenizer", "is_pipeline", "load_pipeline", "save_pipeline"]
+__all__ = ["Pipeline", "Sampling", "Stage", "Tokenizer", "is_pipeline", "load_pipeline", "save_pipeline"]

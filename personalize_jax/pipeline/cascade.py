@@ -1,11 +1,11 @@
-"""The cascade as one object: prompts and seeds in, pictures out."""
+"""A pretrained or tuned model as one object: prompts and seeds in, pictures out."""
 
 import dataclasses
 import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,51 +16,38 @@ from jax.sharding import PartitionSpec as P
 
 from personalize_jax import hosts, interruption
 from personalize_jax.errors import UserError
+from personalize_jax.families.base import UNCONDITIONAL, Family
+from personalize_jax.families.stage import Conditioning, Sampling, Stage
+from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.models import attention
-from personalize_jax.models.autoencoder_kl import AutoencoderKL
 from personalize_jax.models.params import Params
-from personalize_jax.models.text_encoder import TextEncoder
-from personalize_jax.pipeline.stage import Sampling, Stage
-from personalize_jax.pipeline.tokenizer import Tokenizer
-
-
-class Text(NamedTuple):
-    """Encoded captions: embeddings [B, L, D] and mask [B, L], True at tokens."""
-
-    embeddings: Array
-    mask: Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
-    """Tokenizer, text encoder and stages with their parameters.
+    """A model of any family with its parameters.
 
     Attributes:
-        tokenizer: with the recorded token frequencies.
-        text_encoder: shared by all stages.
-        stages: in the order of sampling; each after the first enlarges what the one before it drew.
-        params: {"text_encoder": ..., stage name: ...}, and "codec" if there is one; as they are computed with.
-        spec: the architectures as plain data, {"text_encoder": ..., "stages": [...]}; see `pipeline.storage` and
-            `pipeline.public`.
-        codec: between pictures and the latents that a latent diffusion model denoises; None where pictures themselves
-            are denoised.
+        family: the model, all but its parameters.
+        params: by network, as they are computed with.
         in_full: what reads the parameters of a network in float32, by name, where `params` has them rounded.
         digests: of networks in full, by name; filled in by `fingerprint`, and kept by copies that share the networks.
     """
 
-    tokenizer: Tokenizer
-    text_encoder: TextEncoder
-    stages: tuple[Stage, ...]
+    family: Family
     params: Params
-    spec: Mapping[str, Any]
-    codec: AutoencoderKL | None = None
     in_full: Mapping[str, Callable[[], Params]] = dataclasses.field(default_factory=dict)
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
-    def is_public(self) -> bool:
-        """Whether the networks are public ones, whose configurations name their kind."""
-        return "model_type" in self.spec["text_encoder"]
+    def stages(self) -> tuple[Stage, ...]:
+        """In the order of sampling; each after the first enlarges what the one before it made."""
+        return self.family.stages
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The vocabulary that identifiers are chosen from."""
+        return self.family.tokenizer
 
     @property
     def fingerprint(self) -> str:
@@ -95,8 +82,13 @@ class Pipeline:
         """
         return self.in_full[name]() if name in self.in_full else self.params[name]
 
+    def networks(self, stage: str) -> Params:
+        """What a stage's training is about: its "denoiser", and the networks that turn captions into conditioning."""
+        encoders = {name: self.params[name] for name in self.family.encoders}
+        return {"denoiser": self.params[stage], **encoders}
+
     def network_in_full(self, stage: str, name: str) -> Params:
-        """The same by the name that a training of a stage has for a network, "denoiser" or "text_encoder"."""
+        """The float32 parameters of a network by the name that `networks` has for it."""
         return self.params_in_full(stage if name == "denoiser" else name)
 
     def replace_params(self, **params: Params) -> "Pipeline":
@@ -110,11 +102,7 @@ class Pipeline:
         stages = tuple(
             dataclasses.replace(stage, sampling=samplings.get(stage.name, stage.sampling)) for stage in self.stages
         )
-        specs = [
-            {**spec, "sampling": stage.sampling._asdict()}
-            for spec, stage in zip(self.spec["stages"], stages, strict=True)
-        ]
-        return dataclasses.replace(self, stages=stages, spec={**self.spec, "stages": specs})
+        return dataclasses.replace(self, family=self.family.with_stages(stages))
 
     def up_to(self, name: str) -> "Pipeline":
         """The cascade that ends with the stage of that name.
@@ -123,27 +111,31 @@ class Pipeline:
             UserError: there is none.
         """
         end = self.stages.index(self.stage(name)) + 1
-        return dataclasses.replace(
-            self, stages=self.stages[:end], spec={**self.spec, "stages": self.spec["stages"][:end]}
-        )
+        return dataclasses.replace(self, family=self.family.with_stages(self.stages[:end]))
 
-    def encode(self, prompts: Sequence[str]) -> Text:
-        """Encode prompts with the text encoder."""
-        return self._encode(tuple(prompts))
+    def condition(self, prompts: Sequence[str]) -> Conditioning:
+        """What the denoisers see of prompts."""
+        return self._condition(tuple(prompts))
 
     @functools.cached_property
-    def _encode(self) -> Callable[[tuple[str, ...]], Text]:
+    def _condition(self) -> Callable[[tuple[str, ...]], Conditioning]:
         """The last few batches are remembered: the empty prompt and that of class images come batch after batch."""
 
-        def encode(prompts: tuple[str, ...]) -> Text:
-            return Text(*encode_tokens(self.text_encoder, self.params["text_encoder"], self.tokenizer(prompts)))
+        def condition(prompts: tuple[str, ...]) -> Conditioning:
+            return self.family.condition(self.params, self.family.tokenize(prompts))
 
-        return functools.lru_cache(maxsize=4)(encode)
+        return functools.lru_cache(maxsize=4)(condition)
 
-    def to_latents(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of the latents of uint8 pictures [N, H, W, 3], float32 [N, h, w, C] each."""
-        pairs = [encode_pictures(self.codec, self.params["codec"], to_float(picture[None])) for picture in pictures]
-        return tuple(np.concatenate([hosts.whole(a) for a in part]) for part in zip(*pairs, strict=True))
+    def to_latents(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Mean and standard deviation of the latents of uint8 pictures [N, H, W, 3], float32 [N, h, w, C] each.
+
+        None of a model that denoises pictures themselves.
+        """
+        pairs = [self.family.to_latents(self.params, to_float(picture[None])) for picture in pictures]
+        if None in pairs:
+            return None
+        mean, std = (np.concatenate([hosts.whole(a) for a in part]) for part in zip(*pairs, strict=True))
+        return mean, std
 
     def sample(
         self,
@@ -215,28 +207,21 @@ class Pipeline:
                 f"{len(prompts)} prompts and {len(seeds)} seeds were given; give one seed for each prompt."
             )
         size = batch_of(batch_size if full_batches else len(prompts), batch_size)
-        null, params = self.encode([""] * size), _on_every_device(self.params[stage.name])
+        null, params = self.condition([UNCONDITIONAL] * size), _on_every_device(self.params[stage.name])
         drawn = []
         for start in range(0, len(prompts), size):
             interruption.check()
             rows = [min(start + i, len(prompts) - 1) for i in range(size)]
             keys = jnp.stack([_picture_key(seeds[row], self.stages.index(stage)) for row in rows])
-            text = self.encode([prompts[row] for row in rows])
-            inputs = _split_over_devices((keys, text, null, None if low_res is None else low_res[rows]))
+            cond = self.condition([prompts[row] for row in rows])
+            inputs = _split_over_devices((keys, cond, null, None if low_res is None else low_res[rows]))
             batch = draw_pictures(stage, sampling or stage.sampling, _devices(), params, *inputs)
-            if self.codec is not None:
-                batch = decode_latents(self.codec, self.params["codec"], batch)
+            batch = self.family.to_pictures(self.params, batch)
             kept = slice(start, start + size)
             _check_finite(hosts.whole(finite(batch)), stage.name, prompts[kept], seeds[kept])
             drawn.append(hosts.whole(to_uint8(batch))[: len(prompts[kept])])
             progress(len(drawn[-1]))
         return np.concatenate(drawn)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def encode_tokens(text_encoder: TextEncoder, params: Params, tokens_BL: Array) -> tuple[Array, Array]:
-    """Embeddings and mask of token ids."""
-    return text_encoder.apply({"params": params}, tokens_BL)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -246,8 +231,8 @@ def draw_pictures(
     mesh: Mesh,
     params: Params,
     keys_B: Array,
-    text: Text,
-    null_text: Text,
+    cond: Conditioning,
+    null_cond: Conditioning,
     low_res: Array | None,
 ) -> Array:
     """`Stage.draw`, from uint8 low-resolution pictures, compiled, over a mesh whose devices split the batch.
@@ -258,20 +243,7 @@ def draw_pictures(
     low = None if low_res is None else to_float(low_res)
     params = jax.lax.with_sharding_constraint(params, NamedSharding(mesh, P()))
     with attention.over(mesh):
-        return stage.draw(params, keys_B, text, null_text, sampling, low)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def decode_latents(codec: AutoencoderKL, params: Params, z_BHWC: Array) -> Array:
-    """Pictures, about in [-1, 1], of latents as they are denoised."""
-    return codec.apply({"params": params}, z_BHWC / codec.scaling_factor, method="decode")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def encode_pictures(codec: AutoencoderKL, params: Params, x_BHWC: Array) -> tuple[Array, Array]:
-    """Mean and standard deviation of the latents of pictures in [-1, 1], scaled as they are denoised."""
-    mean, std = codec.apply({"params": params}, x_BHWC, method="encode")
-    return mean * codec.scaling_factor, std * codec.scaling_factor
+        return stage.draw(params, keys_B, cond, null_cond, sampling, low)
 
 
 def batch_of(count: int, batch_size: int) -> int:

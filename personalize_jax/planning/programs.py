@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from personalize_jax.errors import UserError
-from personalize_jax.pipeline import Pipeline, Sampling, Stage, Text
+from personalize_jax.families.stage import Conditioning
+from personalize_jax.pipeline import Pipeline, Sampling, Stage
 from personalize_jax.pipeline.cascade import draw_pictures
 from personalize_jax.planning import slices
 from personalize_jax.planning.compiler import ask
@@ -84,13 +85,13 @@ def train_step(
     devices = slices.devices(topology)
     one = config.copy_and_resolve_references().unlock()
     one.steps_per_dispatch, one.num_steps = 1, max(1, config.num_steps)
-    pretrained = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
+    pretrained = pipeline.networks(stage.name)
     identifier = Identifier(np.ones((1,), np.int32), np.ones((1, 1), np.int32))  # which rules may ask for
     counts = {INSTANCE: PHOTOS, PRIOR: class_images}
     examples = {
         group.name: examples_of(pipeline, stage, counts[group.name], not trains_text) for group in groups_of(config)
     }
-    program = stage_program(stage, pipeline.text_encoder, pretrained, examples, one, 0, identifier, devices=devices)
+    program = stage_program(stage, pipeline.family, pretrained, examples, one, 0, identifier, devices=devices)
     memory = {
         "parameters": bytes_per_device(program.state.params),
         "optimizer": bytes_per_device(program.state.opt_state),
@@ -120,12 +121,11 @@ def sampling_step(
     B = batch_size + -batch_size % len(devices)
     mesh = Mesh(np.array(devices).ravel(), ("data",))
     over_devices = NamedSharding(mesh, P("data"))
-    L, D = pipeline.text_encoder.max_length, pipeline.text_encoder.width
-    text = Text(Shape((B, L, D), jnp.float32), Shape((B, L), jnp.bool_))
+    cond = conditioning(pipeline, B)
     side = stage.low_resolution
     low_res = None if side is None else Shape((B, side, side, 3), jnp.uint8)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
-    inputs = jax.tree.map(lambda a: Shape(a.shape, a.dtype, sharding=over_devices), (keys, text, text, low_res))
+    inputs = jax.tree.map(lambda a: Shape(a.shape, a.dtype, sharding=over_devices), (keys, cond, cond, low_res))
     held = resident(pipeline, config, mesh_of(config, devices))
     memory = {"pretrained": bytes_per_device(held), "batch": bytes_per_device(inputs)}
     lowered = draw_pictures.lower(stage, sampling, mesh, held[stage.name], *inputs)
@@ -165,27 +165,30 @@ def _refused(message: str, arguments: int) -> int:
     raise UserError(f"The program cannot be compiled: {message.splitlines()[0]}")
 
 
-def examples_of(pipeline: Pipeline, stage: Stage, count: int, with_text: bool) -> Examples:
+def examples_of(pipeline: Pipeline, stage: Stage, count: int, with_cond: bool) -> Examples:
     """Shapes of a training set."""
-    L, D = pipeline.text_encoder.max_length, pipeline.text_encoder.width
-    text = Text(Shape((CAPTIONS, L, D), jnp.float32), Shape((CAPTIONS, L), jnp.bool_))
     low, side = stage.low_resolution, stage.resolution
+    pictures = Shape((count, side, side, 3), jnp.float32)
+    latents = jax.eval_shape(pipeline.family.to_latents, pipeline.params, pictures)
     return Examples(
-        Shape((count, side, side, 3), jnp.uint8) if pipeline.codec is None else None,
+        Shape(pictures.shape, jnp.uint8) if latents is None else None,
         Shape((count, 1), jnp.int32),
-        Shape((CAPTIONS, L), jnp.int32),
-        text if with_text else None,
+        pipeline.family.token_shapes(CAPTIONS),
+        conditioning(pipeline, CAPTIONS) if with_cond else None,
         None if low is None else Shape((count, low, low, 3), jnp.uint8),
         None,
-        None if pipeline.codec is None else (Shape((count, *stage.shape), jnp.float32),) * 2,
+        latents,
     )
 
 
+def conditioning(pipeline: Pipeline, count: int) -> Conditioning:
+    """Shapes of the conditioning of so many captions."""
+    return jax.eval_shape(pipeline.family.condition, pipeline.params, pipeline.family.token_shapes(count))
+
+
 def resident(pipeline: Pipeline, config: ConfigDict, mesh: Mesh) -> Any:
-    """The pretrained cascade as it is held throughout a run: a public one in parts, others whole on each device."""
-    if pipeline.is_public:
-        return sharding.placed(pipeline.params, config.sharding, mesh)
-    return sharding.placed(pipeline.params, (("", ()),), mesh)
+    """The pretrained cascade as it is held throughout a run: in parts."""
+    return sharding.placed(pipeline.params, config.sharding, mesh)
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -24,7 +24,7 @@ _REPOSITORIES = {
 
 
 def spec(repositories: Sequence[str]) -> dict[str, Any] | None:
-    """What `pipeline.public.architecture` builds of published repositories; None if they are not all known here.
+    """What `families.public.build` builds of published repositories; None if they are not all known here.
 
     Args:
         repositories: on the hub, one a stage, such as "DeepFloyd/IF-I-XL-v1.0".

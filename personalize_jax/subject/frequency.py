@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from personalize_jax.errors import UserError
-from personalize_jax.pipeline.tokenizer import Tokenizer
+from personalize_jax.formats.tokenizer import Tokenizer
 
 _CAPTIONS_AT_ONCE = 10_000
 

@@ -1,6 +1,6 @@
 """A training set that lives on the device, and batches sampled from it inside jit."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from personalize_jax.pipeline import Text
+from personalize_jax.families.base import UNCONDITIONAL, Tokens
+from personalize_jax.families.stage import Conditioning
 from personalize_jax.pipeline.cascade import to_float
 
 
@@ -18,8 +19,8 @@ class Examples(NamedTuple):
     Attributes:
         image: uint8 [N, H, W, 3]; None where latents are in its place.
         caption: int32 [N, K], rows of `tokens`: the captions of a picture, one of which is sampled each time.
-        tokens: int32 [M, L]; row 0 is the empty caption.
-        text: embeddings and mask of the M captions when the text encoder is frozen and they were computed once.
+        tokens: tokens of M captions; row 0 is the unconditional one.
+        cond: conditioning of the M captions when the encoders are frozen and it was computed once.
         low_res: uint8 [N, h, w, 3], each picture at the resolution of the stage before (super-resolution only).
         object_mask: uint8 [N, H, W], where the object is, for weighting the loss; or None.
         latent: mean and standard deviation, float32 [N, h, w, C] each, of the pictures' latents where those are
@@ -28,8 +29,8 @@ class Examples(NamedTuple):
 
     image: Array | None
     caption: Array
-    tokens: Array
-    text: Text | None = None
+    tokens: Tokens
+    cond: Conditioning | None = None
     low_res: Array | None = None
     object_mask: Array | None = None
     latent: tuple[Array, Array] | None = None
@@ -40,15 +41,15 @@ class Batch(NamedTuple):
 
     Attributes:
         x: float32 [B, H, W, 3] in [-1, 1], or latents.
-        tokens: int32 [B, L].
-        text: embeddings and mask, or None when the step has to encode `tokens`.
+        tokens: tokens of B captions.
+        cond: their conditioning, or None when the step has to compute it.
         low_res: float32 [B, h, w, 3] in [-1, 1], or None.
         pixel_weight: float32 [B, H, W, 1], or None for 1 everywhere.
     """
 
     x: Array
-    tokens: Array
-    text: Text | None
+    tokens: Tokens
+    cond: Conditioning | None
     low_res: Array | None
     pixel_weight: Array | None
 
@@ -59,22 +60,22 @@ class NoisyBatch(NamedTuple):
     Attributes:
         z: [B, H, W, C] noisy pictures or latents z_t.
         t: [B] times.
-        text: encoded captions.
+        cond: conditioning of the captions.
         low_res: the low-resolution picture and its noise level, see `Stage.condition`; or None.
         eps: [B, H, W, C] noise in z.
     """
 
     z: Array
     t: Array
-    text: Text
+    cond: Conditioning
     low_res: tuple[Array, Array] | None
     eps: Array
 
 
 def make_examples(
     images: np.ndarray,
-    tokens_NKL: np.ndarray,
-    null_tokens_L: np.ndarray,
+    captions_NK: np.ndarray,
+    tokenize: Callable[[Sequence[str]], Tokens],
     low_res: np.ndarray | None = None,
     object_mask: np.ndarray | None = None,
 ) -> Examples:
@@ -82,15 +83,14 @@ def make_examples(
 
     Args:
         images: uint8 [N, H, W, 3].
-        tokens_NKL: K captions for each picture.
-        null_tokens_L: the empty caption.
+        captions_NK: K captions for each picture, strings.
+        tokenize: gives captions their tokens, see `families.base.Family`.
         low_res: see `Examples`.
         object_mask: see `Examples`.
     """
-    unique, index = np.unique(tokens_NKL.reshape(-1, tokens_NKL.shape[-1]), axis=0, return_inverse=True)
-    tokens_ML = np.concatenate([null_tokens_L[None], unique]).astype(np.int32)
-    caption_NK = index.reshape(tokens_NKL.shape[:2]).astype(np.int32) + 1
-    return Examples(images, caption_NK, tokens_ML, None, low_res, object_mask)
+    unique, index = np.unique(captions_NK, return_inverse=True)
+    caption_NK = index.reshape(captions_NK.shape).astype(np.int32) + 1
+    return Examples(images, caption_NK, tokenize([UNCONDITIONAL, *unique.tolist()]), None, low_res, object_mask)
 
 
 def sample_batch(
@@ -121,8 +121,8 @@ def sample_batch(
         x = mean + std * jax.random.normal(latent_key, mean.shape)
     return Batch(
         x=x,
-        tokens=examples.tokens[m_B],
-        text=None if examples.text is None else jax.tree.map(lambda a: a[m_B], examples.text),
+        tokens=jax.tree.map(lambda a: a[m_B], examples.tokens),
+        cond=None if examples.cond is None else jax.tree.map(lambda a: a[m_B], examples.cond),
         low_res=None if examples.low_res is None else to_float(examples.low_res[i_B]),
         pixel_weight=weight,
     )
@@ -130,8 +130,8 @@ def sample_batch(
 
 def count_tokens(counts_V: Array, batches: Mapping[str, Batch]) -> Array:
     """Add the tokens of a batch of each group to how often each token has been met; traceable."""
-    tokens = jnp.concatenate([batch.tokens.ravel() for batch in batches.values()])
-    return counts_V.at[tokens].add(1)
+    ids = jax.tree.leaves([batch.tokens for batch in batches.values()])
+    return counts_V.at[jnp.concatenate([tokens.ravel() for tokens in ids])].add(1)
 
 
 def downsample_uint8(u: np.ndarray, size: int) -> np.ndarray:

@@ -18,10 +18,9 @@ from ml_collections import ConfigDict
 from personalize_jax.diffusion.augmentation import sample_levels
 from personalize_jax.diffusion.prediction import Weighting, add_noise, loss_weight, per_picture, to_x0_eps
 from personalize_jax.diffusion.variational import variational_bound
+from personalize_jax.families.base import Family
+from personalize_jax.families.stage import Conditioning, Stage
 from personalize_jax.models.params import Params
-from personalize_jax.models.text_encoder import TextEncoder
-from personalize_jax.pipeline import Stage, Text
-from personalize_jax.pipeline.cascade import encode_tokens
 from personalize_jax.training.examples import Batch, NoisyBatch
 from personalize_jax.training.groups import Group, groups_of
 
@@ -57,7 +56,7 @@ def objective_of(config: ConfigDict) -> Objective:
     return Objective(groups_of(config), config.weighting, levels, config.offset_noise, config.vlb_weight)
 
 
-def diffuse(stage: Stage, batch: Batch, text: Text, key: Array, objective: Objective) -> NoisyBatch:
+def diffuse(stage: Stage, batch: Batch, cond: Conditioning, key: Array, objective: Objective) -> NoisyBatch:
     """Noise a batch, each picture at a time of its own.
 
     Times are stratified over the batch, t_i = (i + u) / B: the same expectation with less variance. That is why each
@@ -77,12 +76,12 @@ def diffuse(stage: Stage, batch: Batch, text: Text, key: Array, objective: Objec
     if batch.low_res is not None:
         noise = jax.random.normal(augmentation_key, batch.x.shape)
         low_res = stage.condition(batch.low_res, sample_levels(level_key, B, *objective.augmentation_levels), noise)
-    return NoisyBatch(z, t_B, text, low_res, eps)
+    return NoisyBatch(z, t_B, cond, low_res, eps)
 
 
 def personalization_loss(
     stage: Stage,
-    text_encoder: TextEncoder,
+    family: Family,
     objective: Objective,
     params: Params,
     frozen_params: Params,
@@ -93,10 +92,10 @@ def personalization_loss(
 
     Args:
         stage: the stage in training.
-        text_encoder: encodes captions that carry no cached embeddings.
+        family: the model's family, which gives captions their conditioning where they carry none.
         objective: constants of the loss, and the groups.
-        params: {"denoiser": ..., "text_encoder": ...}, with trained and frozen values merged.
-        frozen_params: the pretrained {"denoiser": ..., "text_encoder": ...}; only targets that need it read it.
+        params: {"denoiser": ...} and the family's encoders, with trained and frozen values merged.
+        frozen_params: the pretrained ones; only targets that need them read them.
         batches: a batch of each group by its name, all of one size.
         rng: random key of this step.
 
@@ -107,9 +106,9 @@ def personalization_loss(
     batches = [batches[group.name] for group in groups]
 
     # 1. Noise: z_t = alpha_t x + sigma_t eps, each group at times and with noise of its own.
-    texts = [_encode(text_encoder, params, batch) for batch in batches]
+    conds = [_condition(family, params, batch) for batch in batches]
     keys = jax.random.split(rng, len(groups))
-    noised = [diffuse(stage, *inputs, objective) for inputs in zip(batches, texts, keys, strict=True)]
+    noised = [diffuse(stage, *inputs, objective) for inputs in zip(batches, conds, keys, strict=True)]
 
     # 2. Prediction: f(z_t, t, c) of all groups in one call.
     outputs = separate(stage.apply(params["denoiser"], *interleave(*map(_inputs, noised))), len(groups))
@@ -118,7 +117,7 @@ def personalization_loss(
     loss, metrics = jnp.zeros(()), {}
     for group, batch, noisy, output in zip(groups, batches, noised, outputs, strict=True):
         prediction, variance = stage.split(output)
-        frozen_prediction = partial(_frozen_prediction, stage, text_encoder, frozen_params, batch, noisy)
+        frozen_prediction = partial(_frozen_prediction, stage, family, frozen_params, batch, noisy)
         error = jnp.square(prediction - group.target.function(stage, batch, noisy, frozen_prediction))
         if batch.pixel_weight is not None:
             error *= batch.pixel_weight
@@ -143,21 +142,19 @@ def separate(x: Array, count: int) -> list[Array]:
     return list(jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0))
 
 
-def _encode(text_encoder: TextEncoder, params: Params, batch: Batch) -> Text:
-    """The captions' embeddings: those that were computed once, or those of the text encoder."""
-    return batch.text or Text(*encode_tokens(text_encoder, params["text_encoder"], batch.tokens))
+def _condition(family: Family, params: Params, batch: Batch) -> Conditioning:
+    """The captions' conditioning: what was computed once, or what the encoders give."""
+    return batch.cond or family.condition(params, batch.tokens)
 
 
 def _inputs(noisy: NoisyBatch) -> tuple:
-    return noisy.z, noisy.t, noisy.text, noisy.low_res
+    return noisy.z, noisy.t, noisy.cond, noisy.low_res
 
 
-def _frozen_prediction(
-    stage: Stage, text_encoder: TextEncoder, frozen_params: Params, batch: Batch, noisy: NoisyBatch
-) -> Array:
-    """What the frozen networks predict from the same noisy pictures, their captions encoded by the frozen encoder."""
-    text = _encode(text_encoder, frozen_params, batch)
-    output = stage.apply(frozen_params["denoiser"], *_inputs(noisy._replace(text=text)))
+def _frozen_prediction(stage: Stage, family: Family, frozen_params: Params, batch: Batch, noisy: NoisyBatch) -> Array:
+    """What the frozen networks predict from the same noisy pictures, with the frozen encoders' conditioning."""
+    cond = _condition(family, frozen_params, batch)
+    output = stage.apply(frozen_params["denoiser"], *_inputs(noisy._replace(cond=cond)))
     return jax.lax.stop_gradient(stage.split(output)[0])
 
 

@@ -19,10 +19,10 @@ from ml_collections import ConfigDict
 
 from personalize_jax import hosts
 from personalize_jax.errors import UserError
+from personalize_jax.families.base import Family
+from personalize_jax.families.stage import Stage
 from personalize_jax.models import attention
 from personalize_jax.models.params import Params, flatten, unflatten
-from personalize_jax.models.text_encoder import TextEncoder
-from personalize_jax.pipeline import Stage
 from personalize_jax.training import sharding
 from personalize_jax.training.examples import Examples
 from personalize_jax.training.groups import sample_batches
@@ -117,7 +117,7 @@ class Program:
 
 def stage_program(
     stage: Stage,
-    text_encoder: TextEncoder,
+    family: Family,
     pretrained: Params,
     examples: Mapping[str, Examples],
     config: ConfigDict,
@@ -130,9 +130,9 @@ def stage_program(
 
     Args:
         stage: the stage to train.
-        text_encoder: encoder of the captions.
-        pretrained: {"denoiser": ..., "text_encoder": ...} to start from, arrays or shapes; frozen parameters are taken
-            from it. They may be rounded, see `read_float32`.
+        family: the model's family.
+        pretrained: {"denoiser": ...} and the family's encoders to start from, arrays or shapes; frozen parameters are
+            taken from it. They may be rounded, see `read_float32`.
         examples: the examples of each group of `groups.groups_of` by its name; arrays or shapes.
         config: keys of `configs.common.training()`.
         seed: seed of all randomness in this training.
@@ -151,11 +151,12 @@ def stage_program(
         raise UserError("The rows of an identifier are to be trained where there is none; give True or False instead.")
     needs_frozen = any(group.target.needs_frozen for group in objective.groups)
     frozen = dict(pretrained if needs_frozen else selection.frozen)
-    if all(of_group.text is not None for of_group in examples.values()):
-        frozen.pop("text_encoder", None)  # it is not read, and placing it may mean to hold it twice
+    if all(of_group.cond is not None for of_group in examples.values()):
+        for name in family.encoders:  # they are not read, and placing them may mean to hold them twice
+            frozen.pop(name, None)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), pretrained)
     return Program(
-        loss=partial(personalization_loss, stage, text_encoder, objective),
+        loss=partial(personalization_loss, stage, family, objective),
         sample_batch=partial(
             sample_batches, objective.groups, batch_size=config.batch_size, object_weight=config.object_weight
         ),
@@ -169,7 +170,7 @@ def stage_program(
         start=_start(selection, shapes.__getitem__),
         read_start=partial(_start, selection, read_float32 or pretrained.__getitem__),
         identifier=identifier if selection.with_rows else None,
-        vocabulary_size=text_encoder.vocab_size if "text_encoder" in selection.networks else None,
+        vocabulary_size=family.vocabulary_size if selection.networks & {*family.encoders} else None,
     )
 
 

@@ -22,6 +22,7 @@ from transformers import (
 
 from configs import common
 from personalize_jax.errors import UserError
+from personalize_jax.formats.port_weights import load_weights
 from personalize_jax.metrics import preprocessing
 from personalize_jax.metrics.encoders import (
     BATCH_SIZE,
@@ -35,7 +36,6 @@ from personalize_jax.metrics.encoders import (
 from personalize_jax.metrics.similarity import distances_within
 from personalize_jax.models.clip import Clip
 from personalize_jax.models.lpips import SLICES
-from personalize_jax.models.port_weights import load_weights
 from personalize_jax.scoring import find_judges
 from tests import hub_cache, tiny_public
 from tests.metrics.conftest import PHOTOS

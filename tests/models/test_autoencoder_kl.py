@@ -6,8 +6,8 @@ import torch
 from diffusers import AutoencoderKL as Reference
 
 from personalize_jax.errors import UserError
+from personalize_jax.formats.port_weights import load_weights
 from personalize_jax.models.autoencoder_kl import AutoencoderKL
-from personalize_jax.models.port_weights import load_weights
 from tests.models.torch_params import count, scramble
 
 

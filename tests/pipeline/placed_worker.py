@@ -66,13 +66,13 @@ def held_twice(folder):
     config.training.prior.form = config.super_resolution_training.prior.form = "frozen_prediction"
     pipeline, copied, meshes = load_placed(config.pretrained, config), [], []
     for stage, training in zip(pipeline.stages, (config.training, config.super_resolution_training), strict=True):
-        start = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
-        tokens, empty = pipeline.tokenizer(["a dog"] * 2)[:, None], pipeline.tokenizer([""])[0]
+        start = pipeline.networks(stage.name)
         low = None if stage.low_resolution is None else np.zeros((2, *[stage.low_resolution] * 2, 3), np.uint8)
-        examples = make_examples(np.zeros((2, *stage.shape), np.uint8), tokens, empty, low)
-        examples = examples._replace(text=pipeline.encode(["", "a dog"]))
+        pictures, captions = np.zeros((2, *stage.shape), np.uint8), np.full((2, 1), "a dog")
+        examples = make_examples(pictures, captions, pipeline.family.tokenize, low)
+        examples = examples._replace(cond=pipeline.condition(["", "a dog"]))
         groups = {"instance": examples, "prior": examples}
-        made = stage_program(stage, pipeline.text_encoder, start, groups, training, 0)
+        made = stage_program(stage, pipeline.family, start, groups, training, 0)
         lying = flatten(start)
         for path, leaf in flatten(made.frozen_params).items():
             if (

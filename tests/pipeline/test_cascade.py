@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from personalize_jax.errors import UserError
+from personalize_jax.families.text import Text
+from personalize_jax.families.world import World
 from personalize_jax.pipeline import cascade
 from tests import tiny
 
@@ -115,11 +117,11 @@ def test_few_pictures_take_small_batches_but_where_full_ones_are_asked_for(
 def test_prompts_that_come_again_are_not_encoded_again(pipeline, recording, monkeypatch):
     encoded, pipeline = [], pipeline.replace_params()
 
-    def encode(encoder, params, tokens):
+    def condition(family, params, tokens):
         encoded.append(len(tokens))
-        return jnp.zeros((len(tokens), 1, 1)), jnp.ones((len(tokens), 1), bool)
+        return Text(jnp.zeros((len(tokens), 1, 1)), jnp.ones((len(tokens), 1), bool))
 
-    monkeypatch.setattr(cascade, "encode_tokens", encode)
+    monkeypatch.setattr(World, "condition", condition)
     pipeline.sample(["a dog"] * 6, range(6), batch_size=2)
     assert encoded == [2, 2]  # the empty prompt, and "a dog"
 
@@ -172,11 +174,11 @@ def test_parts_are_replaced_in_a_copy(pipeline):
     sampling = pipeline.stages[1].sampling._replace(num_steps=9)
     changed = pipeline.replace_sampling(super_resolution=sampling)
     assert changed.stage("super_resolution").sampling.num_steps == 9
-    assert changed.spec["stages"][1]["sampling"]["num_steps"] == 9
-    assert pipeline.stages[1].sampling.num_steps == pipeline.spec["stages"][1]["sampling"]["num_steps"] == 2
+    assert changed.family.specs[1]["sampling"]["num_steps"] == 9
+    assert pipeline.stages[1].sampling.num_steps == pipeline.family.specs[1]["sampling"]["num_steps"] == 2
     assert pipeline.replace_params(base={}).params["base"] == {} != pipeline.params["base"]
     short = pipeline.up_to("base")
-    assert [stage.name for stage in short.stages] == [spec["name"] for spec in short.spec["stages"]] == ["base"]
+    assert [stage.name for stage in short.stages] == [spec["name"] for spec in short.family.specs] == ["base"]
 
 
 def test_stages_that_there_are_not_are_told_by_those_that_there_are(pipeline):
@@ -200,43 +202,3 @@ def test_networks_are_read_once_for_the_fingerprints_of_all_that_share_them(pipe
     assert sorted(read) == sorted(pipeline.params)
     guided = pipeline.stages[0].sampling._replace(guidance_scale=2.5)  # draws other pictures
     assert pipeline.replace_sampling(base=guided).fingerprint != pipeline.fingerprint
-
-
-class Codec:
-    """Latents are twice the pictures, and scaled by a quarter to be denoised."""
-
-    scaling_factor = 0.25
-
-    def apply(self, variables, x, method):
-        return (2 * x, 0 * x + 0.8) if method == "encode" else x / 2
-
-
-def test_latents_are_scaled_to_be_denoised_and_back_to_be_decoded(pipeline, monkeypatch):
-    x = jax.random.uniform(jax.random.key(0), (2, 8, 8, 3), minval=-1)
-    mean, std = cascade.encode_pictures(Codec(), {}, x)
-    np.testing.assert_allclose(mean, x / 2, rtol=1e-6)
-    np.testing.assert_allclose(std, 0.2, rtol=1e-6)
-    np.testing.assert_allclose(cascade.decode_latents(Codec(), {}, mean), x, rtol=1e-6)
-
-    latent = dataclasses.replace(pipeline.replace_params(codec={}), codec=Codec()).up_to("base")
-    pictures = np.asarray(cascade.to_uint8(x))
-    mean, std = latent.to_latents(pictures)
-    np.testing.assert_allclose(mean, cascade.to_float(pictures) / 2, rtol=1e-6)
-    assert mean.shape == std.shape == x.shape
-    monkeypatch.setattr(cascade, "draw_pictures", Recording(lambda stage, keys, low: jnp.asarray(mean)))
-    np.testing.assert_array_equal(latent.sample(["a dog"] * 2, range(2))[0], pictures)
-
-
-def test_levels_of_a_byte_are_rounded_to_and_come_back():
-    u = np.arange(256, dtype=np.uint8)
-    x = cascade.to_float(u)
-    assert x[0] == -1 and x[255] == 1
-    np.testing.assert_array_equal(cascade.to_uint8(x), u)
-    np.testing.assert_array_equal(cascade.to_uint8(x[:-1] + 0.6 / 127.5), u[1:])
-    np.testing.assert_array_equal(cascade.to_uint8(x[:-1] + 0.4 / 127.5), u[:-1])
-    np.testing.assert_array_equal(cascade.to_uint8(jnp.array([-3.0, 3.0])), [0, 255])
-
-
-def test_each_prompt_needs_a_seed(pipeline):
-    with pytest.raises(ValueError, match="5 prompts and 1 seeds"):
-        pipeline.sample(PROMPTS, [0])

@@ -56,7 +56,7 @@ def training(**changes):
 
 
 def stage_params(pipeline, stage):
-    return {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
+    return pipeline.networks(stage.name)
 
 
 def test_what_networks_round_lies_rounded_and_is_read_in_full(sources):
@@ -86,7 +86,7 @@ def test_the_loss_is_that_of_parameters_in_full(sources):
     @jax.jit
     def terms(params, frozen):
         key = jax.random.key(1)
-        return personalization_loss(stage, rounded.text_encoder, objective, params, frozen, batch, key)[1]
+        return personalization_loss(stage, rounded.family, objective, params, frozen, batch, key)[1]
 
     full, lying = stage_params(exact, stage), stage_params(rounded, stage)
     expected = float(terms(full, full)["instance_loss"])
@@ -121,7 +121,7 @@ def test_what_is_trained_starts_in_full_and_all_else_lies_rounded(sources, chang
         return pipeline.network_in_full(stage.name, name)
 
     identifier = Identifier(np.array([3]), np.array([[3, 5]]))
-    made = stage_program(stage, pipeline.text_encoder, start, {}, config, 0, identifier, read_float32)
+    made = stage_program(stage, pipeline.family, start, {}, config, 0, identifier, read_float32)
     params = made.init().params
     assert set(dtypes(params).values()) == {FULL}
     expected = flatten(stage_params(exact, stage))

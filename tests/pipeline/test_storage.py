@@ -10,8 +10,8 @@ import pytest
 from personalize_jax.diffusion.schedule import cosine, linear
 from personalize_jax.errors import UserError
 from personalize_jax.files import write_text
-from personalize_jax.pipeline import Sampling, Stage, load_pipeline, save_pipeline
-from personalize_jax.pipeline.storage import load_params, save_params
+from personalize_jax.formats.parameters import load_params, save_params
+from personalize_jax.pipeline import Sampling, load_pipeline, save_pipeline
 from tests import tiny
 
 PARAMS = {"a": {"kernel": jnp.array([[1.0, 1e-3], [-2.5, 7.0]]), "bias": jnp.arange(3.0)}, "b": jnp.ones(())}
@@ -29,7 +29,7 @@ def saved(tmp_path_factory):
 def test_a_pipeline_comes_back_as_it_was(saved):
     pipeline, folder = saved
     loaded = load_pipeline(folder)
-    assert loaded.stages == pipeline.stages and loaded.text_encoder == pipeline.text_encoder
+    assert loaded.stages == pipeline.stages and loaded.family == pipeline.family
     assert jax.tree.structure(loaded.params) == jax.tree.structure(pipeline.params)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, pipeline.params)
     np.testing.assert_array_equal(loaded.tokenizer.counts, pipeline.tokenizer.counts)
@@ -53,10 +53,8 @@ def test_stages_come_back_with_all_that_tells_them_from_the_usual(saved, tmp_pat
     sampling = {"sampler": "ancestral", "num_steps": 7, "guidance_scale": 3.0, "augmentation_level": 0.2}
     sampling |= {"threshold_percentile": 0.9, "threshold_max": 2.5, "variance": "large"}
     schedules = {"schedule": {"kind": "linear"}, "augmentation": {"kind": "cosine", "shift": 0.5}}
-    specs = [pipeline.spec["stages"][0], {**tiny.SUPER_RESOLUTION, **schedules, "sampling": sampling}]
-    stages = tuple(Stage.from_spec(spec) for spec in specs)
-    spec = {**pipeline.spec, "stages": specs}
-    save_pipeline(dataclasses.replace(pipeline, stages=stages, spec=spec), tmp_path, jnp.float32)
+    family = pipeline.family.with_stage({**tiny.SUPER_RESOLUTION, **schedules, "sampling": sampling})
+    save_pipeline(dataclasses.replace(pipeline, family=family), tmp_path, jnp.float32)
     _, loaded = load_pipeline(tmp_path).stages
     assert loaded.sampling == Sampling(**sampling)
     t = np.linspace(0.1, 0.9, 5)

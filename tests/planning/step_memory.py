@@ -10,14 +10,14 @@ from pathlib import Path
 
 import jax
 
-from personalize_jax.pipeline import Stage
+from personalize_jax.families.world import read_stage
 from personalize_jax.planning.programs import measured
 from personalize_jax.training.program import stage_program
 from tests import tiny
 
 # Little to compile, and much to hold: the scores of an attention over 1,024 places.
 NETWORK = {"channels": (64,), "patch": 2, "down_blocks": (1,), "up_blocks": (0,), "attention": (True,)}
-STAGE = Stage.from_spec({**tiny.BASE, "resolution": 64, "network": NETWORK})
+STAGE = read_stage({**tiny.BASE, "resolution": 64, "network": NETWORK})
 
 
 def resident(kind):
@@ -34,7 +34,7 @@ def main():
     config = tiny.training(batch_size=16, prior__weight=1.0, num_steps=2)
     pretrained = {"denoiser": tiny.stage_params(STAGE), "text_encoder": tiny.text_params()}
     examples = {group: tiny.examples(seed=i, resolution=64) for i, group in enumerate(("instance", "prior"))}
-    program = stage_program(STAGE, tiny.text_encoder(), pretrained, examples, config, 0)
+    program = stage_program(STAGE, tiny.family(), pretrained, examples, config, 0)
     lowered = program.lower()
     plan = measured(lowered, {}, 0, 1, jax.devices())
 

@@ -11,12 +11,11 @@ import pytest
 from configs import deepfloyd_if, stable_diffusion, world
 from personalize_jax import plan
 from personalize_jax.configuration import changed
-from personalize_jax.pipeline import Text
-from personalize_jax.pipeline.public import architecture
+from personalize_jax.families import public
 from personalize_jax.planning import slices
 from personalize_jax.planning.estimate import Run, Usage, fits, roofline, seconds
 from personalize_jax.planning.hlo import Collective
-from personalize_jax.planning.programs import bytes_per_device, examples_of, measured, resident
+from personalize_jax.planning.programs import bytes_per_device, conditioning, examples_of, measured, resident
 from personalize_jax.training.examples import Batch
 from personalize_jax.training.losses import personalization_loss
 from personalize_jax.training.program import mesh_of, stage_program
@@ -101,7 +100,8 @@ def test_plans_are_for_the_attention_that_tpus_get():
     config = stable_diffusion.get_config("2.1")
     pipeline = plan.abstract_pipeline(config)
     assert pipeline.stages[0].network.attention == "flash"
-    assert architecture(pipeline.spec, **config.compute).stages[0].network.attention == "xla"  # on this machine
+    here = public.build(type(pipeline.family), pipeline.family.spec, None, **config.compute)
+    assert here.stages[0].network.attention == "xla"  # on this machine
     chosen = changed(config, compute__attention="xla")
     assert plan.abstract_pipeline(chosen).stages[0].network.attention == "xla"
 
@@ -115,9 +115,9 @@ def test_pretrained_parameters_are_planned_as_they_lie():
         pipeline, mesh = plan.abstract_pipeline(config), mesh_of(config.training, jax.devices()[:1])
         held[dtype] = bytes_per_device(resident(pipeline, config.training, mesh))
         pretrained = {"denoiser": pipeline.params["base"], "text_encoder": pipeline.params["text_encoder"]}
-        stage, examples = pipeline.stages[0], {"instance": examples_of(pipeline, pipeline.stages[0], 4, with_text=True)}
+        stage, examples = pipeline.stages[0], {"instance": examples_of(pipeline, pipeline.stages[0], 4, with_cond=True)}
         program = stage_program(
-            stage, pipeline.text_encoder, pretrained, examples, config.training, 0, devices=jax.devices()[:1]
+            stage, pipeline.family, pretrained, examples, config.training, 0, devices=jax.devices()[:1]
         )
         trained[dtype] = bytes_per_device(program.state.params)
     count = sum(leaf.size for leaf in jax.tree.leaves(pipeline.params))
@@ -154,9 +154,9 @@ def test_a_step_takes_the_memory_that_is_planned():
 
 
 def tiny_batch(pipeline, stage, size):
-    L, D = pipeline.text_encoder.max_length, pipeline.text_encoder.width
-    text = Text(jnp.zeros((size, L, D)), jnp.ones((size, L), bool))
-    return Batch(jnp.zeros((size, *stage.shape)), jnp.zeros((size, L), jnp.int32), text, None, None)
+    tokens = jnp.zeros(pipeline.family.token_shapes(size).shape, jnp.int32)
+    cond = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), conditioning(pipeline, size))
+    return Batch(jnp.zeros((size, *stage.shape)), tokens, cond, None, None)
 
 
 def product_flops(jaxpr):

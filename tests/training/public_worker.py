@@ -48,12 +48,10 @@ def examples(pipeline, stage, seed, captions):
     def pictures(side):
         return rng.integers(0, 256, (len(captions), side, side, 3), np.uint8)
 
-    tokens, low = pipeline.tokenizer(captions)[:, None], stage.low_resolution
-    made = make_examples(
-        pictures(stage.resolution), tokens, pipeline.tokenizer([""])[0], None if low is None else pictures(low)
-    )
+    low = None if stage.low_resolution is None else pictures(stage.low_resolution)
+    made = make_examples(pictures(stage.resolution), np.array(captions)[:, None], pipeline.family.tokenize, low)
     latents = tuple(rng.uniform(0, 1, (len(captions), *stage.shape)).astype(np.float32) for _ in range(2))
-    return made if pipeline.codec is None else made._replace(latent=latents)
+    return made if "codec" not in pipeline.params else made._replace(latent=latents)
 
 
 def train_by_sgd(folder, model, mesh, directory):
@@ -64,12 +62,12 @@ def train_by_sgd(folder, model, mesh, directory):
     config = training(mesh, **MODELS[model][1])
     pipeline = load(folder, model, config)
     stage = pipeline.stages[-1]
-    start = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
+    start = pipeline.networks(stage.name)
     groups = {
         "instance": examples(pipeline, stage, 1, ["a qz dog", "a photo of a qz dog"]),
         "prior": examples(pipeline, stage, 2, ["a dog"] * 3),
     }
-    made = program.stage_program(stage, pipeline.text_encoder, start, groups, config, 5)
+    made = program.stage_program(stage, pipeline.family, start, groups, config, 5)
     return pipeline, loop.train(made, directory)
 
 

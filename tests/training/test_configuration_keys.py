@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 from configs import common
 from personalize_jax import personalization
 from personalize_jax.diffusion.schedule import discrete, squaredcos_betas
+from personalize_jax.families.world import read_stage
 from personalize_jax.models.params import flatten
-from personalize_jax.pipeline import Stage
 from personalize_jax.training import loop, program
 from personalize_jax.training.trainable import Identifier
 from tests import tiny
@@ -47,7 +47,7 @@ def dispatched(run=lambda step, *inputs: step(*inputs), **changes):
     """What is seen of one dispatch of a training, which `run` calls."""
     network, schedule = Network(), discrete(squaredcos_betas(100))
     stage = dataclasses.replace(
-        Stage.from_spec(tiny.SUPER_RESOLUTION),
+        read_stage(tiny.SUPER_RESOLUTION),
         **{"network": network, "prediction": "eps", "learned_variance": True},
         **{"schedule": schedule, "augmentation": schedule},
     )
@@ -65,7 +65,7 @@ def dispatched(run=lambda step, *inputs: step(*inputs), **changes):
     real = program.personalization_loss
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "personalization_loss", spy)
-        made = program.stage_program(stage, tiny.LinearEncoder(), parameters(), groups, config, 0, IDENTIFIER)
+        made = program.stage_program(stage, tiny.LinearFamily(), parameters(), groups, config, 0, IDENTIFIER)
         before = made.init()
         state, metrics = run(made.advance.__wrapped__, before, made.frozen_params, made.examples)
     return SimpleNamespace(
@@ -216,10 +216,10 @@ def test_the_mesh_is_the_configured_one():
 
 
 def test_the_loop_goes_on_logs_and_saves_as_often_as_configured(tmp_path):
-    stage = dataclasses.replace(Stage.from_spec(tiny.BASE), network=tiny.LinearNetwork())
+    stage = dataclasses.replace(read_stage(tiny.BASE), network=tiny.LinearNetwork())
     config = tiny.training(num_steps=10, log_every=4, checkpoint_every=6, steps_per_dispatch=2)
     examples, done = {"instance": tiny.examples()}, []
-    made = program.stage_program(stage, tiny.LinearEncoder(), tiny.linear_params(), examples, config, 0)
+    made = program.stage_program(stage, tiny.LinearFamily(), tiny.linear_params(), examples, config, 0)
     loop.train(made, tmp_path, lambda step, _: done.append(step))
     assert done == [0, 2, 4, 6, 8, 10]
     assert [line.split(",")[0] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [

@@ -3,10 +3,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from personalize_jax.pipeline import Text
+from personalize_jax.families.text import Text
 from personalize_jax.training.examples import downsample_uint8, make_examples, sample_batch
 
 NULL = np.array([2, 0, 0])
+
+
+def tokenize(captions):
+    """A caption is written as its tokens: "7 2"; the empty one as nothing."""
+    rows = [[int(token) for token in caption.split()] or [2] for caption in captions]
+    return np.array([row + [0] * (3 - len(row)) for row in rows], np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -14,13 +20,11 @@ def examples():
     """Picture i is i everywhere and has the captions [10 + i, 2, 0] and [20 + i, 2, 0]; its low_res is 100 + i."""
     i = np.arange(5)
     images = np.broadcast_to(i[:, None, None, None], (5, 4, 4, 3)).astype(np.uint8)
-    tokens = np.zeros((5, 2, 3), int)
-    tokens[:, :, 1] = 2
-    tokens[:, 0, 0], tokens[:, 1, 0] = 10 + i, 20 + i
+    captions = np.array([[f"{10 + j} 2", f"{20 + j} 2"] for j in i])
     mask = np.zeros((5, 4, 4), np.uint8)
     mask[:, 0] = 255
-    made = make_examples(images, tokens, NULL, 100 + images[:, :2, :2], mask)
-    return jax.tree.map(jnp.asarray, made._replace(text=Text(made.tokens[..., None] * 1.0, made.tokens != 0)))
+    made = make_examples(images, captions, tokenize, 100 + images[:, :2, :2], mask)
+    return jax.tree.map(jnp.asarray, made._replace(cond=Text(made.tokens[..., None] * 1.0, made.tokens != 0)))
 
 
 def sample(examples, size=400, dropout=0.25, object_weight=3.0, seed=0):
@@ -36,8 +40,8 @@ def test_everything_in_a_row_belongs_to_one_picture(examples):
     captioned = batch.tokens[:, 0] != 2
     np.testing.assert_array_equal((batch.tokens[captioned, 0]) % 10, picture[captioned])
     assert set(np.unique(batch.tokens[captioned, 0] // 10)) == {1, 2}  # both captions of a picture are sampled
-    np.testing.assert_array_equal(batch.text.embeddings[..., 0], batch.tokens)
-    np.testing.assert_array_equal(batch.text.mask, batch.tokens != 0)
+    np.testing.assert_array_equal(batch.cond.embeddings[..., 0], batch.tokens)
+    np.testing.assert_array_equal(batch.cond.mask, batch.tokens != 0)
 
 
 def test_captions_are_dropped_at_the_given_rate(examples):
@@ -65,13 +69,13 @@ def test_latents_are_sampled_around_their_pictures_mean(examples):
 
 
 def test_what_a_set_lacks_its_batches_lack():
-    bare = make_examples(np.zeros((1, 4, 4, 3), np.uint8), np.ones((1, 1, 3), int), NULL)
+    bare = make_examples(np.zeros((1, 4, 4, 3), np.uint8), np.array([["1 1 1"]]), tokenize)
     batch = sample_batch(jax.tree.map(jnp.asarray, bare), jax.random.key(0), 2, 0.0)
-    assert batch.text is batch.low_res is batch.pixel_weight is None
+    assert batch.cond is batch.low_res is batch.pixel_weight is None
 
 
 def test_equal_captions_are_stored_once():
-    made = make_examples(np.zeros((6, 4, 4, 3), np.uint8), np.ones((6, 2, 3), int), NULL)
+    made = make_examples(np.zeros((6, 4, 4, 3), np.uint8), np.full((6, 2), "1 1 1"), tokenize)
     np.testing.assert_array_equal(made.tokens, [NULL, [1, 1, 1]])
 
 

@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from personalize_jax.pipeline import Stage, Text
+from personalize_jax.families.text import Text
+from personalize_jax.families.world import read_stage
 from personalize_jax.pipeline.cascade import _picture_key
 from personalize_jax.training.program import stage_program
 from tests import tiny
 
 SEED, MANY = 7, 1000
 STAGES = [
-    dataclasses.replace(Stage.from_spec(spec), network=tiny.LinearNetwork())
-    for spec in (tiny.BASE, tiny.SUPER_RESOLUTION)
+    dataclasses.replace(read_stage(spec), network=tiny.LinearNetwork()) for spec in (tiny.BASE, tiny.SUPER_RESOLUTION)
 ]
 
 
@@ -41,7 +41,7 @@ def keys_of_steps(stage, monkeypatch):
     group = jax.tree.map(jnp.asarray, tiny.examples(stage.resolution, stage.low_resolution)._replace(latent=latent))
     config = tiny.training(batch_size=1, prior__weight=1.0, offset_noise=0.1, augmentation_levels=(0.0, 0.1))
     examples = {"instance": group, "prior": group}
-    made = stage_program(stage, tiny.LinearEncoder(), tiny.linear_params(), examples, config, SEED)
+    made = stage_program(stage, tiny.LinearFamily(), tiny.linear_params(), examples, config, SEED)
     state = made.init()
     with monkeypatch.context() as patch:
         keys = Keys(patch, lambda data, keys: keys.append(data))

@@ -17,7 +17,7 @@ import pytest
 
 from personalize_jax import interruption
 from personalize_jax.errors import UserError
-from personalize_jax.pipeline import Stage
+from personalize_jax.families.world import read_stage
 from personalize_jax.training import groups, loop, targets
 from personalize_jax.training.checkpoint import Checkpoints
 from personalize_jax.training.loop import train, trained_params
@@ -27,15 +27,15 @@ from tests import tiny
 from tests.training import worker
 
 ROOT = Path(__file__).parents[2]
-STAGE = dataclasses.replace(Stage.from_spec(tiny.BASE), network=tiny.LinearNetwork())
-ENCODER = tiny.LinearEncoder()
+STAGE = dataclasses.replace(read_stage(tiny.BASE), network=tiny.LinearNetwork())
+FAMILY = tiny.LinearFamily()
 EVERYTHING = ((".*", True),)
 
 
 def train_linear(directory, progress=lambda step, metrics: None, start=None, names=("instance",), seed=0, **changes):
     examples = {name: tiny.examples(seed=i) for i, name in enumerate(names)}
     config = tiny.training(**changes)
-    program = stage_program(STAGE, ENCODER, start or tiny.linear_params(), examples, config, seed)
+    program = stage_program(STAGE, FAMILY, start or tiny.linear_params(), examples, config, seed)
     return train(program, directory, progress)
 
 
@@ -208,7 +208,7 @@ def test_token_counts_are_those_of_the_sampled_captions_over_a_resume_too(tmp_pa
         state = train_linear(tmp_path, num_steps=num_steps, trainable=EVERYTHING, caption_dropout=0.3)
         jax.effects_barrier()
     assert len(sampled) == 7
-    expected = np.bincount(np.concatenate(sampled).ravel(), minlength=ENCODER.vocab_size)
+    expected = np.bincount(np.concatenate(sampled).ravel(), minlength=FAMILY.vocab_size)
     np.testing.assert_array_equal(state.token_counts, expected)
     assert np.count_nonzero(expected) > 5
 

@@ -10,7 +10,8 @@ import pytest
 from personalize_jax.diffusion.augmentation import upsample
 from personalize_jax.diffusion.schedule import discrete, squaredcos_betas
 from personalize_jax.diffusion.variational import variational_bound
-from personalize_jax.pipeline import Stage, Text
+from personalize_jax.families.text import Text
+from personalize_jax.families.world import read_stage
 from personalize_jax.training.examples import Batch
 from personalize_jax.training.groups import Group
 from personalize_jax.training.losses import Objective, diffuse, interleave, personalization_loss, separate
@@ -32,11 +33,11 @@ class Network:
         return self.answer(variables["params"], *inputs)
 
 
-class Encoder:
-    """Embeds every caption as one number, its parameter."""
+class Family:
+    """Embeds every caption as one number, its text encoder's parameter."""
 
-    def apply(self, variables, tokens):
-        return variables["params"]["w"] * jnp.ones((*tokens.shape, WIDTH)), tokens > 0
+    def condition(self, params, tokens):
+        return params["text_encoder"]["w"] * jnp.ones((*tokens.shape, WIDTH)), tokens > 0
 
 
 def constant(value):
@@ -44,7 +45,7 @@ def constant(value):
 
 
 def stage(answer, prediction="x0", spec=tiny.BASE):
-    return dataclasses.replace(Stage.from_spec({**spec, "prediction": prediction}), network=Network(answer))
+    return dataclasses.replace(read_stage({**spec, "prediction": prediction}), network=Network(answer))
 
 
 def batch(value, embedding=0.0, side=SIDE, **fields):
@@ -56,7 +57,7 @@ def batch(value, embedding=0.0, side=SIDE, **fields):
 def loss_of(network_stage, objective, batches, params=None, frozen=None, seed=0):
     params = params or {"denoiser": {}}
     return personalization_loss(
-        network_stage, Encoder(), objective, params, frozen or params, batches, jax.random.key(seed)
+        network_stage, Family(), objective, params, frozen or params, batches, jax.random.key(seed)
     )
 
 
@@ -96,7 +97,7 @@ def test_any_number_of_groups_is_summed_by_their_weights_in_one_call():
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_the_target_is_in_the_space_of_the_prediction(prediction):
     """Clean pictures of 0: the noise is z / sigma, and v is alpha times it."""
-    schedule = Stage.from_spec(tiny.BASE).schedule
+    schedule = read_stage(tiny.BASE).schedule
 
     def off_by_half(params, z, t, *_):
         scale = (schedule.alpha(t) if prediction == "v" else 1.0) / schedule.sigma(t)
@@ -136,7 +137,7 @@ def test_min_snr_weighs_both_groups(prediction):
     t = (np.arange(100_000) + 0.5) / 100_000
     snr = 1 / np.tan(np.pi * t / 2) ** 2
     expected = np.mean(np.minimum(snr, 5) / {"x0": 1, "eps": snr, "v": snr + 1}[prediction])
-    schedule = Stage.from_spec(tiny.BASE).schedule
+    schedule = read_stage(tiny.BASE).schedule
 
     def off_by_one(params, z, t, *_):
         alpha, sigma = (f(t)[:, None, None, None] for f in (schedule.alpha, schedule.sigma))
@@ -182,10 +183,10 @@ FROZEN = {"denoiser": {"scale": jnp.array(0.4)}, "text_encoder": {"w": jnp.array
 def test_frozen_prediction_costs_and_teaches_nothing_before_the_first_update():
     network = stage(scaled_text)
     objective = tiny.objective("min_snr", 0.7, "frozen_prediction")
-    batches = {"instance": batch(0.5, text=None), "prior": batch(-1.0, text=None)}
+    batches = {"instance": batch(0.5, cond=None), "prior": batch(-1.0, cond=None)}
 
     def loss(params, frozen, objective, batches):
-        return personalization_loss(network, Encoder(), objective, params, frozen, batches, jax.random.key(3))
+        return personalization_loss(network, Family(), objective, params, frozen, batches, jax.random.key(3))
 
     (value, terms), gradient = jax.value_and_grad(loss, has_aux=True)(FROZEN, FROZEN, objective, batches)
     assert terms["prior_loss"] == 0
@@ -200,10 +201,10 @@ def test_frozen_prediction_is_the_distance_to_the_frozen_network_and_never_moves
     network = stage(scaled_text)
     tuned = {"denoiser": {"scale": jnp.array(0.9)}, "text_encoder": {"w": jnp.array(0.2)}}
     objective = tiny.objective("none", 1.0, "frozen_prediction")
-    batches = {"instance": batch(0.5, text=None), "prior": batch(-1.0, text=None)}
+    batches = {"instance": batch(0.5, cond=None), "prior": batch(-1.0, cond=None)}
 
     def loss(params, frozen):
-        return personalization_loss(network, Encoder(), objective, params, frozen, batches, jax.random.key(3))
+        return personalization_loss(network, Family(), objective, params, frozen, batches, jax.random.key(3))
 
     _, terms = loss(tuned, FROZEN)
     z_prior = separate(network.network.calls[-2][0], 2)[1]
@@ -218,7 +219,7 @@ def test_frozen_prediction_reads_its_caption_with_the_frozen_text_encoder():
     network = stage(scaled_text)
     tuned = {"denoiser": FROZEN["denoiser"], "text_encoder": {"w": jnp.array(0.5)}}
     objective = tiny.objective("none", 1.0, "frozen_prediction")
-    batches = {"instance": batch(0.5, text=None), "prior": batch(-1.0, text=None)}
+    batches = {"instance": batch(0.5, cond=None), "prior": batch(-1.0, cond=None)}
     _, terms = loss_of(network, objective, batches, tuned, FROZEN)
     assert terms["prior_loss"] == pytest.approx(0.3**2, rel=1e-4)
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from personalize_jax.pipeline import Stage
+from personalize_jax.families.world import read_stage
 from personalize_jax.training.program import stage_program
 from personalize_jax.training.trainable import Identifier
 from tests import tiny
 
-STAGE = dataclasses.replace(Stage.from_spec(tiny.BASE), network=tiny.LinearNetwork())
+STAGE = dataclasses.replace(read_stage(tiny.BASE), network=tiny.LinearNetwork())
 WAYS = {
     "full": {"trainable": (("denoiser/", True), (".*", False))},
     "rows": {"trainable": (("text_encoder/table", "identifier"), (".*", False))},
@@ -30,7 +30,7 @@ def subject_program(seed, noun, **changes):
     token = tiny.tokenizer().encode(noun)[0]
     identifier = Identifier(np.array([token], np.int32), np.array([[token, 7]], np.int32))
     config = tiny.training(prior__weight=0.5, prior__form="frozen_prediction", optimizer__learning_rate=0.1, **changes)
-    return stage_program(STAGE, tiny.LinearEncoder(), tiny.linear_params(), examples, config, seed, identifier)
+    return stage_program(STAGE, tiny.LinearFamily(), tiny.linear_params(), examples, config, seed, identifier)
 
 
 @pytest.mark.parametrize("way", WAYS)

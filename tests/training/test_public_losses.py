@@ -50,7 +50,7 @@ def batches(pipeline, stage, rng):
         if stage.low_resolution is not None:
             low = jnp.asarray(rng.uniform(-1, 1, (B, stage.low_resolution, stage.low_resolution, 3)), jnp.float32)
         tokens = jnp.asarray(pipeline.tokenizer([caption] * B))
-        groups[group] = Batch(jnp.asarray(x), tokens, pipeline.encode([caption] * B), low, None)
+        groups[group] = Batch(jnp.asarray(x), tokens, pipeline.condition([caption] * B), low, None)
     return groups
 
 
@@ -67,7 +67,7 @@ def torch_loss(unet, scheduler, stage, batch, noisy, key, min_snr):
         noise = torch_tensor(jax.random.normal(jax.random.split(key, 5)[3], batch.x.shape))
         z = torch.cat([z, scheduler.add_noise(low, noise, level)], dim=1)
         options["class_labels"] = level
-    output = unet(z, n, encoder_hidden_states=torch.tensor(np.asarray(batch.text.embeddings)), **options).sample
+    output = unet(z, n, encoder_hidden_states=torch.tensor(np.asarray(batch.cond.embeddings)), **options).sample
     output = output[:, : x.shape[1]]  # the variance half left alone
     is_v = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(x, eps, n) if is_v else eps
@@ -91,19 +91,19 @@ def test_loss_and_gradients(tmp_path, name, min_snr):
     rng = jax.random.key(3)
 
     keys = dict(zip(CAPTIONS, jax.random.split(rng, 2), strict=True))
-    noisy = {name: diffuse(stage, batch[name], batch[name].text, keys[name], objective) for name in batch}
+    noisy = {name: diffuse(stage, batch[name], batch[name].cond, keys[name], objective) for name in batch}
     assert not np.array_equal(noisy["instance"].t, noisy["prior"].t)
     parts = {name: torch_loss(unet, scheduler, stage, batch[name], noisy[name], keys[name], min_snr) for name in batch}
     reference = parts["instance"] + LAMBDA * parts["prior"]
     reference.backward()
 
-    frozen = {"denoiser": pipeline.params[stage.name], "text_encoder": pipeline.params["text_encoder"]}
+    frozen = pipeline.networks(stage.name)
 
     @jax.jit
     def value_and_gradient(denoiser):
         return jax.value_and_grad(
             lambda p: personalization_loss(
-                stage, pipeline.text_encoder, objective, {**frozen, "denoiser": p}, frozen, batch, rng
+                stage, pipeline.family, objective, {**frozen, "denoiser": p}, frozen, batch, rng
             )[0]
         )(denoiser)
 

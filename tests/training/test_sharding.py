@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from configs import common, pretrain_world, world
 from personalize_jax.errors import UserError
+from personalize_jax.families.world import read_stage
 from personalize_jax.models.text_encoder import TextEncoder
-from personalize_jax.pipeline import Stage
 from personalize_jax.training import sharding
 from personalize_jax.training.step import init_state
 from personalize_jax.training.trainable import partition
@@ -71,11 +71,12 @@ STAGES = {"base": common.base_stage, "super_resolution": common.super_resolution
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_parameter_matches_the_rules_of_every_configuration(name):
-    stage = Stage.from_spec(STAGES[name]().to_dict())
+    stage = read_stage(STAGES[name]().to_dict())
     encoder = TextEncoder(vocab_size=8000, **pretrain_world.get_config("base").text_encoder)
     key = jax.random.key(0)
+    cond = np.zeros((1, 1, encoder.width)), np.ones((1, 1), bool)
     params = {
-        "denoiser": jax.eval_shape(lambda: stage.init_params(key, encoder.width)),
+        "denoiser": jax.eval_shape(lambda: stage.init_params(key, cond)),
         "text_encoder": jax.eval_shape(lambda: encoder.init(key, np.ones((1, 32), np.int32))["params"]),
     }
     personalization = world.get_config()

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from personalize_jax.chips import peak_flops
 from personalize_jax.errors import UserError
-from personalize_jax.pipeline import Stage
+from personalize_jax.families.world import read_stage
 from personalize_jax.training import loop, tracking
 from personalize_jax.training.program import stage_program
 from personalize_jax.training.tracking import (
@@ -31,7 +31,7 @@ from personalize_jax.training.wandb_run import VERSION, WandbRun
 from tests import event_files, tiny
 
 ROOT = Path(__file__).parents[2]
-STAGE = dataclasses.replace(Stage.from_spec(tiny.BASE), network=tiny.LinearNetwork())
+STAGE = dataclasses.replace(read_stage(tiny.BASE), network=tiny.LinearNetwork())
 
 
 class Died(Exception):
@@ -49,7 +49,7 @@ def train(directory, tracking=JSONL_ONLY, die_at=None, **changes):
 
 
 def program_of(examples, config):
-    return stage_program(STAGE, tiny.LinearEncoder(), tiny.linear_params(), examples, config, 0)
+    return stage_program(STAGE, tiny.LinearFamily(), tiny.linear_params(), examples, config, 0)
 
 
 def lines_of(directory):

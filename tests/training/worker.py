@@ -13,7 +13,7 @@ import optax
 from flax.traverse_util import flatten_dict
 
 from personalize_jax.errors import UserError
-from personalize_jax.pipeline import Stage
+from personalize_jax.families.world import read_stage
 from personalize_jax.training import loop, program, sharding
 from personalize_jax.training.losses import interleave, separate
 from personalize_jax.training.sharding import AXES, BATCH
@@ -21,7 +21,7 @@ from tests import tiny
 
 # One level of a U-Net with residual blocks and attention: what takes longest is to compile it.
 NETWORK = {"channels": (64,), "patch": 2, "down_blocks": (1,), "up_blocks": (0,), "attention": (True,)}
-STAGE = Stage.from_spec({**tiny.BASE, "network": NETWORK})
+STAGE = read_stage({**tiny.BASE, "network": NETWORK})
 MESHES = {"data": (8, 1, 1), "fsdp": (2, 4, 1), "tensor": (2, 2, 2)}
 
 
@@ -44,7 +44,7 @@ def train(directory, progress=lambda step, metrics: None, identifier=None, **cha
         }
     )
     examples = {"instance": tiny.examples(seed=1), "prior": tiny.examples(seed=2, captions=["a dog"])}
-    made = program.stage_program(STAGE, tiny.text_encoder(), start(), examples, config, 5, identifier)
+    made = program.stage_program(STAGE, tiny.family(), start(), examples, config, 5, identifier)
     return loop.train(made, directory, progress)
 
 

@@ -7,8 +7,9 @@ import pytest
 from diffusers import IFPipeline, IFSuperResolutionPipeline, StableDiffusionPipeline
 
 from personalize_jax.errors import UserError
+from personalize_jax.families import public, registry
+from personalize_jax.families.public import OURS
 from personalize_jax.pipeline import load_pipeline, save_pipeline
-from personalize_jax.pipeline.public import OURS, architecture
 from personalize_jax.planning import published
 from tests import tiny_public
 
@@ -21,7 +22,7 @@ def built(repositories, stage=-1, **changes):
     spec = json.loads(json.dumps(published.spec(repositories)))
     for name, values in changes.items():
         (spec if name in spec else spec["stages"][stage])[name].update(values)
-    return architecture(spec)
+    return public.build(registry.family_of(spec["stages"][0]["class"]), spec, None)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_the_side_may_be_said_twice():
 )
 def test_sizes_that_do_not_fit_each_other_are_answered_in_a_sentence(unet):
     with pytest.raises(UserError, match="sizes do not fit each other.*give a model"):
-        built(STABLE_DIFFUSION, unet=unet).abstract_params()
+        built(STABLE_DIFFUSION, unet=unet).shapes()
 
 
 @pytest.mark.parametrize(
@@ -97,16 +98,16 @@ def test_models_of_512_pixels_are_told_by_their_age(version, size, expected, sav
     file = saved / "unet" / "config.json"
     before = edit(file, sample_size=size, _diffusers_version=version)
     theirs = StableDiffusionPipeline.from_pretrained(saved)
-    monkeypatch.setattr("personalize_jax.pipeline.public.load_weights", lambda folder, abstract, *_: abstract)
+    monkeypatch.setattr("personalize_jax.families.public.load_weights", lambda folder, abstract, *_: abstract)
     pipeline = load_pipeline(saved)
     file.write_text(before)
     assert pipeline.stages[0].shape[0] == theirs.unet.config.sample_size == expected
-    assert pipeline.spec["stages"][0]["unet"]["sample_size"] == expected
+    assert pipeline.family.spec["stages"][0]["unet"]["sample_size"] == expected
     assert ("sample_size is" in caplog.text) == (size != expected)
 
 
 def test_a_tokenizer_with_more_tokens_than_rows_is_refused_before_weights_are_read(saved, monkeypatch):
-    monkeypatch.setattr("personalize_jax.pipeline.public.load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("personalize_jax.families.public.load_weights", lambda *_: pytest.fail("weights were read"))
     file = saved / "text_encoder" / "config.json"
     before = edit(file, vocab_size=len(tiny_public.clip_tokenizer()) - 1)
     with pytest.raises(UserError, match=r"token '<\|endoftext\|>' with id 568.*568 rows"):

@@ -15,10 +15,10 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from personalize_jax.errors import UserError
+from personalize_jax.formats.port_weights import load_weights, save_weights, torch_names
 from personalize_jax.models.autoencoder_kl import AutoencoderKL
 from personalize_jax.models.clip_text import ClipTextEncoder
 from personalize_jax.models.params import unflatten
-from personalize_jax.models.port_weights import load_weights, save_weights, torch_names
 from personalize_jax.models.t5_encoder import T5Encoder
 from personalize_jax.models.unet_2d_condition import UNet2DCondition
 from tests import tiny_public
@@ -228,7 +228,7 @@ def test_a_failed_write_leaves_what_was_there(autoencoder, tmp_path, monkeypatch
     def full_disk(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("personalize_jax.models.port_weights.save_file", full_disk)
+    monkeypatch.setattr("personalize_jax.formats.port_weights.save_file", full_disk)
     with pytest.raises(UserError, match="No space left"):
         save_weights(params, tmp_path, "model.safetensors", "autoencoder", jnp.float32)
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
@@ -308,7 +308,7 @@ import json, sys
 from pathlib import Path
 import jax, jax.numpy as jnp
 from personalize_jax.models.params import unflatten
-from personalize_jax.models.port_weights import load_weights
+from personalize_jax.formats.port_weights import load_weights
 
 def kib(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))

@@ -9,7 +9,8 @@ import pytest
 
 from personalize_jax.diffusion import samplers, schedule
 from personalize_jax.diffusion.augmentation import upsample
-from personalize_jax.pipeline import Sampling, Stage
+from personalize_jax.families.world import read_stage
+from personalize_jax.pipeline import Sampling
 from tests import tiny
 
 B = 3
@@ -31,7 +32,7 @@ def fill(value_B, z):
 
 
 def stage(answer, spec=tiny.BASE):
-    return dataclasses.replace(Stage.from_spec({**spec, "prediction": "x0"}), network=Network(answer))
+    return dataclasses.replace(read_stage({**spec, "prediction": "x0"}), network=Network(answer))
 
 
 def text(value):
@@ -60,7 +61,7 @@ def test_without_guidance_the_empty_prompt_is_not_looked_at():
 @pytest.mark.parametrize("prediction", ["x0", "eps", "v"])
 def test_what_the_network_knows_is_drawn_in_the_space_of_any_prediction(prediction):
     """A network that knows the clean picture to be 0.3."""
-    base = Stage.from_spec(tiny.BASE)
+    base = read_stage(tiny.BASE)
 
     def answer(z, t, *_):
         alpha, sigma = (fill(f(t), z) for f in (base.schedule.alpha, base.schedule.sigma))
@@ -162,7 +163,7 @@ def test_super_resolution_starts_from_other_noise_than_its_condition_has():
 
 @pytest.mark.parametrize("corners", [False, True])
 def test_low_resolution_pictures_are_enlarged_as_the_stage_says(corners):
-    enlarging = dataclasses.replace(Stage.from_spec(tiny.SUPER_RESOLUTION), corners=corners)
+    enlarging = dataclasses.replace(read_stage(tiny.SUPER_RESOLUTION), corners=corners)
     low = jax.random.uniform(jax.random.key(3), (B, 8, 8, 3), minval=-1)
     found, _ = enlarging.condition(low, jnp.zeros(B), jnp.zeros((B, 16, 16, 3)))
     np.testing.assert_allclose(found, upsample(low, 16, corners), atol=1e-5)
@@ -171,7 +172,7 @@ def test_low_resolution_pictures_are_enlarged_as_the_stage_says(corners):
 
 def test_each_schedule_is_the_one_of_its_name():
     spec = {**tiny.SUPER_RESOLUTION, "schedule": {"kind": "cosine", "shift": 1.0}, "augmentation": {"kind": "linear"}}
-    made = Stage.from_spec(spec)
+    made = read_stage(spec)
     t = jnp.array([0.2, 0.5])
     for found, expected in ((made.schedule, schedule.cosine(1.0)), (made.augmentation, schedule.linear())):
         np.testing.assert_allclose(found.alpha(t), expected.alpha(t), rtol=1e-6)
@@ -186,11 +187,11 @@ def test_stages_are_compared_by_value_and_built_from_lists_as_from_tuples():
         **tiny.BASE,
         "network": {k: list(v) if isinstance(v, tuple) else v for k, v in tiny.BASE["network"].items()},
     }
-    assert Stage.from_spec(lists) == Stage.from_spec(tiny.BASE)
-    assert hash(Stage.from_spec(lists)) == hash(Stage.from_spec(tiny.BASE))
-    assert Stage.from_spec(tiny.BASE) != Stage.from_spec({**tiny.BASE, "prediction": "eps"})
+    assert read_stage(lists) == read_stage(tiny.BASE)
+    assert hash(read_stage(lists)) == hash(read_stage(tiny.BASE))
+    assert read_stage(tiny.BASE) != read_stage({**tiny.BASE, "prediction": "eps"})
 
 
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(ValueError, match="'steep'.*cosine"):
-        Stage.from_spec({**tiny.BASE, "schedule": {"kind": "steep"}})
+        read_stage({**tiny.BASE, "schedule": {"kind": "steep"}})

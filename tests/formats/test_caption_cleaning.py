@@ -4,7 +4,7 @@ import warnings
 import pytest
 from diffusers import IFPipeline
 
-from personalize_jax.pipeline.caption_cleaning import clean_caption
+from personalize_jax.formats.caption_cleaning import clean_caption
 from tests.public_tokenizers import VOCABULARIES, skip_without
 
 CAPTIONS = [

@@ -13,8 +13,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 
 from personalize_jax.diffusion import samplers
 from personalize_jax.errors import UserError
-from personalize_jax.pipeline import Sampling, Stage, load_pipeline
-from personalize_jax.pipeline.cascade import decode_latents
+from personalize_jax.families.world import read_stage
+from personalize_jax.pipeline import Sampling, load_pipeline
 from tests import tiny, tiny_public
 
 PROMPTS = ["a qz dog in the snow", "a teapot on the beach"]
@@ -64,10 +64,9 @@ def our_pictures(pipeline, stage, low=None):
     sampling = stage.sampling._replace(num_steps=STEPS)
     with noises_kept() as noises:
         draw = jax.jit(lambda params, text, null, low: stage.draw(params, keys, text, null, sampling, low))
-        texts = pipeline.encode(PROMPTS), pipeline.encode([""] * len(PROMPTS))
+        texts = pipeline.condition(PROMPTS), pipeline.condition([""] * len(PROMPTS))
         pictures = draw(pipeline.params[stage.name], *texts, low)
-        if pipeline.codec is not None:
-            pictures = decode_latents(pipeline.codec, pipeline.params["codec"], pictures)
+        pictures = pipeline.family.to_pictures(pipeline.params, pictures)
         pictures.block_until_ready()
         jax.effects_barrier()
     correlations = np.corrcoef([noise.ravel() for noise in noises]) - np.eye(len(noises))
@@ -144,7 +143,7 @@ class Network:
 
 
 def stage_of(answer, spec=tiny.SUPER_RESOLUTION, **changes):
-    return dataclasses.replace(Stage.from_spec({**spec, "prediction": "x0"}), network=Network(answer), **changes)
+    return dataclasses.replace(read_stage({**spec, "prediction": "x0"}), network=Network(answer), **changes)
 
 
 def test_guided_steps_take_the_variance_that_the_prompt_gives():
@@ -182,5 +181,5 @@ def test_stages_that_do_not_follow_each_other_are_refused(tmp_path):
     tiny_public.deepfloyd_if_super_resolution().save_pretrained(tmp_path / "second")
     first, second = tmp_path / "first", tmp_path / "second"
     for folders in ([second], [first, first], [first, second, second]):
-        with pytest.raises(UserError, match="cannot be .* stage; give one base pipeline"):
+        with pytest.raises(UserError, match="were given; give an IFPipeline, and an IFSuperResolutionPipeline after"):
             load_pipeline(folders if len(folders) > 1 else folders[0])

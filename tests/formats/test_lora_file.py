@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from personalize_jax.errors import UserError
+from personalize_jax.formats.lora_file import FILE, load_lora, save_lora
 from personalize_jax.models.params import flatten, unflatten
-from personalize_jax.pipeline.lora_file import FILE, load_lora, save_lora
 
 RANK = 3
+NETWORKS = {"denoiser": ("unet", "unet"), "text_encoder": ("text_encoder", "clip")}
 BLOCKS = {
     "block_out_channels": (8, 16),
     "layers_per_block": 1,
@@ -105,7 +106,7 @@ def test_diffusers_answers_with_the_adapted_unet(tmp_path, kind):
     layers = targets(network, LAYERS[kind][1])
     assert {ending for ending in LAYERS[kind][1] for name in layers if name.endswith(ending)} == set(LAYERS[kind][1])
     flat = random_adapters(layers, unet_path)
-    save_lora(unflatten(flat), tmp_path)
+    save_lora(unflatten(flat), tmp_path, NETWORKS)
     assert [file.name for file in tmp_path.iterdir()] == [FILE]
     loaded = unet(kind)
     loaded.load_lora_adapter(load_file(tmp_path / FILE), prefix="unet")
@@ -119,7 +120,7 @@ def test_a_stable_diffusion_pipeline_reads_unet_and_text_encoder_from_the_folder
     of_unet, of_clip = targets(unet("stable_diffusion"), ("to_q", "to_out.0")), targets(clip(), ("q_proj", "out_proj"))
     assert "text_encoder/text_model/encoder/layers_1/self_attn/q_proj" in map(clip_path, of_clip)
     flat = random_adapters(of_unet, unet_path) | random_adapters(of_clip, clip_path)
-    save_lora(unflatten(flat), tmp_path)
+    save_lora(unflatten(flat), tmp_path, NETWORKS)
     pipeline = pipeline_of(StableDiffusionPipeline, "stable_diffusion", vae=None, text_encoder=clip())
     pipeline.load_lora_weights(tmp_path)
     assert_adapted(of_unet, pipeline.unet, flat, unet_path)
@@ -129,7 +130,7 @@ def test_a_stable_diffusion_pipeline_reads_unet_and_text_encoder_from_the_folder
 def test_a_deepfloyd_if_pipeline_reads_its_unet_from_the_folder(tmp_path):
     layers = targets(unet("deepfloyd_if"), ("to_q", "add_k_proj"))
     flat = random_adapters(layers, unet_path)
-    save_lora(unflatten(flat), tmp_path)
+    save_lora(unflatten(flat), tmp_path, NETWORKS)
     pipeline = pipeline_of(IFPipeline, "deepfloyd_if", watermarker=None, text_encoder=None)
     pipeline.load_lora_weights(tmp_path)
     assert_adapted(layers, pipeline.unet, flat, unet_path)
@@ -143,8 +144,8 @@ def pipeline_of(kind, unet_kind, **parts):
 
 def test_what_is_saved_comes_back(tmp_path):
     flat = random_adapters(targets(unet("stable_diffusion"), LAYERS["stable_diffusion"][1]), unet_path)
-    save_lora(unflatten(flat), tmp_path / "new" / "folder")
-    loaded = flatten(load_lora(tmp_path / "new" / "folder"))
+    save_lora(unflatten(flat), tmp_path / "new" / "folder", NETWORKS)
+    loaded = flatten(load_lora(tmp_path / "new" / "folder", NETWORKS))
     assert loaded.keys() == flat.keys()
     jax.tree.map(np.testing.assert_array_equal, loaded, flat)
 
@@ -158,7 +159,7 @@ def test_adapters_that_diffusers_trained_are_read(tmp_path):
     state = get_peft_model_state_dict(network)
     metadata = {"unet_lora_adapter_metadata": network.peft_config["default"].to_dict()}
     StableDiffusionPipeline.save_lora_weights(tmp_path, state, **metadata)
-    loaded = flatten(load_lora(tmp_path))
+    loaded = flatten(load_lora(tmp_path, NETWORKS))
     assert len(loaded) == len(state) > 0
     for name in targets(unet("stable_diffusion"), ("to_q", "to_out.0")):
         for factor, stored in (("down", "lora_A"), ("up", "lora_B")):
@@ -170,7 +171,7 @@ def test_adapters_that_diffusers_trained_are_read(tmp_path):
         metadata = {"unet_lora_adapter_metadata": network.peft_config["default"].to_dict() | scaled}
         StableDiffusionPipeline.save_lora_weights(tmp_path, state, **metadata)
         with pytest.raises(UserError, match="scales its adapters of unet.*lora_alpha"):
-            load_lora(tmp_path)
+            load_lora(tmp_path, NETWORKS)
 
 
 @pytest.mark.parametrize(
@@ -185,16 +186,16 @@ def test_adapters_that_diffusers_trained_are_read(tmp_path):
 def test_other_formats_are_refused(tmp_path, stored):
     save_file({name: torch.ones(shape) for name, shape in stored.items()}, tmp_path / FILE)
     with pytest.raises(UserError, match=r"a\..*give adapters stored as pairs"):
-        load_lora(tmp_path)
+        load_lora(tmp_path, NETWORKS)
 
 
 def test_without_adapters_or_layers_that_diffusers_has_it_says_so(tmp_path):
     with pytest.raises(UserError, match="No pytorch_lora_weights.safetensors in"):
-        load_lora(tmp_path)
+        load_lora(tmp_path, NETWORKS)
     several_heads = {"down": np.ones((8, 2)), "up": np.ones((2, 4, 2))}
     with pytest.raises(UserError, match=r"attention/query/kernel.*\(8, 2\) and \(2, 4, 2\).*whole pipeline"):
-        save_lora({"denoiser": {"attention": {"query": {"kernel": several_heads}}}}, tmp_path)
+        save_lora({"denoiser": {"attention": {"query": {"kernel": several_heads}}}}, tmp_path, NETWORKS)
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="cannot be read"):
         (tmp_path / FILE).write_text(json.dumps({"not": "safetensors"}))
-        load_lora(tmp_path)
+        load_lora(tmp_path, NETWORKS)

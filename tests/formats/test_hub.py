@@ -1,6 +1,7 @@
 """Names on the Hugging Face hub, by a cache in each of the forms that it has, and by a server that refuses."""
 
 import errno
+import functools
 import http.server
 import json
 import re
@@ -11,8 +12,10 @@ import pytest
 
 from configs import common, deepfloyd_if, pretrain_world, stable_diffusion
 from personalize_jax.errors import UserError
-from personalize_jax.pipeline import hub, load_pipeline
-from personalize_jax.pipeline.diffusers_folder import resolve
+from personalize_jax.families.registry import LAYOUTS
+from personalize_jax.formats import hub
+from personalize_jax.formats.diffusers_folder import resolve
+from personalize_jax.pipeline import load_pipeline
 from personalize_jax.planning import published
 from tests import hub_cache, tiny_public
 
@@ -86,8 +89,8 @@ def test_stable_diffusion_is_read_from_the_cache(saved, cache):
     }
     for name in (*stable_diffusion.HUB.values(), "someone/model@refs/pr/1"):
         folder = hub_cache.lay_out(cache, name, files(saved / "StableDiffusionPipeline") | beside)
-        assert resolve(name) == folder
-    assert load_pipeline(name).codec is not None
+        assert resolve(name, LAYOUTS) == folder
+    assert load_pipeline(name).params["codec"]
 
 
 def test_the_second_stages_text_encoder_is_not_needed(saved, cache):
@@ -116,7 +119,7 @@ def test_of_the_second_stage_no_text_encoder_is_asked_for(saved, cache, monkeypa
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    resolve("a/b")
+    resolve("a/b", LAYOUTS)
     assert "unet/diffusion_pytorch_model.safetensors" in asked and "text_encoder/config.json" in asked
     assert "text_encoder/model.safetensors" not in asked
 
@@ -126,7 +129,7 @@ def test_pickles_alone_are_refused_with_how_to_convert_them(saved, cache):
     configs = {name: data for name, data in files(saved / "IFPipeline").items() if name in content}
     hub_cache.lay_out(cache, "a/b", content | configs)
     with pytest.raises(UserError, match="'a/b' has no weights as safetensors .*HF_HUB_OFFLINE.*pickled") as refused:
-        resolve("a/b")
+        resolve("a/b", LAYOUTS)
     assert "DiffusionPipeline.from_pretrained('a/b').save_pretrained(folder)" in str(refused.value)
 
 
@@ -139,20 +142,20 @@ def test_weights_are_not_downloaded_of_what_cannot_be_used(saved, cache, monkeyp
         huggingface_hub, "snapshot_download", lambda name, **patterns: asked.append(patterns) or str(folder)
     )
     with pytest.raises(UserError, match="OtherPipeline"):
-        resolve("a/b")
+        resolve("a/b", LAYOUTS)
     assert not any("safetensors" in pattern for patterns in asked for pattern in patterns["allow_patterns"])
 
 
 def test_a_repository_of_another_kind_is_refused(cache):
     hub_cache.lay_out(cache, "a/b", {"config.json": b"{}"})
     with pytest.raises(UserError, match="'a/b' has no model_index.json.*; give .* a pipeline that diffusers saved"):
-        resolve("a/b")
+        resolve("a/b", LAYOUTS)
 
 
 def test_what_is_not_in_the_cache_is_missed_in_one_sentence(cache):
     sentence = f"'a/b' is no folder here, and the hub's cache {re.escape(str(cache))} .*unset HF_HUB_OFFLINE, or give a"
     with pytest.raises(UserError, match=sentence) as refused:
-        resolve("a/b")
+        resolve("a/b", LAYOUTS)
     assert "\n" not in str(refused.value)
     hub_cache.lay_out(cache, "a/b@v1", {"config.json": b""})
     with pytest.raises(UserError, match="'a/b@v2' is no folder here"):
@@ -164,12 +167,12 @@ def test_what_is_not_in_the_cache_is_missed_in_one_sentence(cache):
 def test_a_withdrawn_name_is_told_with_its_copy(name, cache):
     copy = name.replace("stabilityai", "sd2-community")
     with pytest.raises(UserError, match=f"has left the Hugging Face hub; give its copy '{copy}', or a folder"):
-        resolve(name)
+        resolve(name, LAYOUTS)
     assert copy in stable_diffusion.HUB.values()
 
 
 def test_a_slash_at_the_end_of_a_name_is_pointed_out():
-    for read in (resolve, load_pipeline):
+    for read in (functools.partial(resolve, layouts=LAYOUTS), load_pipeline):
         with pytest.raises(UserError, match=r"'a/b/' is no folder; .* \(.*without a slash at its end: 'a/b'\)"):
             read("a/b/")
 

@@ -12,7 +12,7 @@ from personalize_jax.diffusion.prediction import to_x0_eps
 from personalize_jax.diffusion.samplers import Spacing, ancestral, ddim, timesteps
 from personalize_jax.diffusion.schedule import discrete, scaled_linear_betas, squaredcos_betas
 from personalize_jax.errors import UserError
-from personalize_jax.pipeline.scheduler_config import (
+from personalize_jax.formats.scheduler_config import (
     for_latents,
     read_scheduler,
     warn_of_another_sampler,

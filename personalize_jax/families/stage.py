@@ -1,22 +1,22 @@
 """One diffusion model of a cascade: a network with the process that it inverts and the way it is sampled."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from personalize_jax.diffusion import augmentation, samplers, schedule
+from personalize_jax.diffusion import augmentation, samplers
 from personalize_jax.diffusion.guidance import dynamic_threshold, guide
 from personalize_jax.diffusion.prediction import Prediction, to_x0_eps
 from personalize_jax.diffusion.schedule import Schedule
 from personalize_jax.models.params import Params
-from personalize_jax.models.unet import UNet
-from personalize_jax.models.unet_2d_condition import UNet2DCondition
 
-SCHEDULES = {"cosine": schedule.cosine, "linear": schedule.linear}
+# What a network is told of captions: a tuple of arrays with a leading batch axis, of which only the family that made
+# it knows more.
+Conditioning = tuple[Array, ...]
+
 SAMPLERS = {"ddim": samplers.ddim, "dpm_solver_pp": samplers.dpm_solver_pp}  # and ancestral, which takes a variance
 
 
@@ -42,6 +42,21 @@ class Sampling(NamedTuple):
     variance: samplers.Variance = "small"
 
 
+class Network(Protocol):
+    """A denoiser: a Flax module, compared and hashed by value.
+
+    It is called with noisy pictures or latents [B, H, W, C], what it is told of time [B], the arrays of the
+    conditioning, and for super-resolution the low-resolution pictures [B, H, W, 3] and what it is told of their levels
+    [B].
+    """
+
+    def init(self, key: Array, *inputs: Any) -> dict[str, Params]:
+        """Random variables, of which "params" are all."""
+
+    def apply(self, variables: dict[str, Params], *inputs: Array) -> Array:
+        """The network's output, [B, H, W, C] or twice as many channels."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """A network with resolution, noise schedule, kind of prediction and sampling.
@@ -49,9 +64,8 @@ class Stage:
     Hashable, so that it can be a static argument of `jax.jit`. Parameters are kept apart from it.
 
     Attributes:
-        name: "base" or "super_resolution", the key of its parameters in the pipeline.
-        network: a Flax module, used through `apply` and `init_params` only, called with noisy pictures, time, text
-            embeddings, their mask and, for super-resolution, the low-resolution picture and its level.
+        name: the key of its parameters in the pipeline, such as "base".
+        network: the denoiser, used through `apply` and `init_params` only.
         resolution: side of its pictures, pixels.
         low_resolution: side of the pictures it starts from, or None for a base model.
         schedule: of the diffusion.
@@ -66,7 +80,7 @@ class Stage:
     """
 
     name: str
-    network: UNet | UNet2DCondition
+    network: Network
     resolution: int
     low_resolution: int | None
     schedule: Schedule
@@ -85,39 +99,24 @@ class Stage:
         side = self.resolution // self.factor
         return side, side, self.channels
 
-    @classmethod
-    def from_spec(cls, spec: Mapping[str, Any]) -> "Stage":
-        """Build from plain data, as stored in `pipeline.json` and written in configs.
+    def init_params(self, key: Array, cond: Conditioning) -> Params:
+        """Random parameters.
 
         Args:
-            spec: name, resolution, low_resolution, prediction, network (arguments of `UNet`), schedule and augmentation
-                (each {"kind": ..., further arguments}), sampling (fields of `Sampling`).
+            key: used here alone.
+            cond: conditioning of one caption, or its shapes.
         """
-        network = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in dict(spec["network"]).items()}
-        return cls(
-            name=spec["name"],
-            network=UNet(**network, super_resolution=spec["low_resolution"] is not None),
-            resolution=spec["resolution"],
-            low_resolution=spec["low_resolution"],
-            schedule=_schedule(spec["schedule"]),
-            augmentation=_schedule(spec["augmentation"]),
-            prediction=spec["prediction"],
-            sampling=Sampling(**dict(spec["sampling"])),
-        )
-
-    def init_params(self, key: Array, text_width: int) -> Params:
-        """Random parameters."""
         x, one = jnp.zeros((1, *self.shape)), jnp.zeros((1,))
-        text, mask = jnp.zeros((1, 1, text_width)), jnp.ones((1, 1), bool)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), cond)
         low_res = () if self.low_resolution is None else (x, one)
-        return self.network.init(key, x, one, text, mask, *low_res)["params"]
+        return self.network.init(key, x, one, *zeros, *low_res)["params"]
 
     def apply(
         self,
         params: Params,
         z_t: Array,
         t_B: Array,
-        text: tuple[Array, Array],
+        cond: Conditioning,
         low_res: tuple[Array, Array] | None = None,
     ) -> Array:
         """The network's raw output, float32; see `split`.
@@ -126,12 +125,12 @@ class Stage:
             params: of this stage.
             z_t: noisy pictures or latents [B, H, W, C].
             t_B: times in [0, 1].
-            text: embeddings [B, L, D] and mask [B, L].
+            cond: conditioning of B captions.
             low_res: upsampled, noised low-resolution pictures [B, H, W, 3] and their levels [B].
         """
         if low_res is not None:
             low_res = low_res[0], self.augmentation.network_time(low_res[1])
-        output = self.network.apply({"params": params}, z_t, self.schedule.network_time(t_B), *text, *(low_res or ()))
+        output = self.network.apply({"params": params}, z_t, self.schedule.network_time(t_B), *cond, *(low_res or ()))
         return output.astype(jnp.float32)
 
     def split(self, output: Array) -> tuple[Array, Array | None]:
@@ -155,8 +154,8 @@ class Stage:
         self,
         params: Params,
         keys_B: Array,
-        text: tuple[Array, Array],
-        null_text: tuple[Array, Array],
+        cond: Conditioning,
+        null_cond: Conditioning,
         sampling: Sampling,
         low_BHWC: Array | None = None,
     ) -> Array:
@@ -165,8 +164,8 @@ class Stage:
         Args:
             params: of this stage.
             keys_B: one key a picture; a picture depends on its own key alone.
-            text: embeddings and mask of the prompts.
-            null_text: the same of the empty prompt.
+            cond: conditioning of the prompts.
+            null_cond: the unconditional one, as often.
             sampling: sampler, steps, guidance.
             low_BHWC: low-resolution pictures in [-1, 1], for super-resolution.
 
@@ -180,7 +179,7 @@ class Stage:
             keys_B = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys_B)
             levels = jnp.full((len(keys_B),), sampling.augmentation_level)
             low_res = self.condition(low_BHWC, levels, samplers.initial_noise(noise_key_B, self.shape))
-        denoise = self.denoiser(params, text, null_text, sampling, low_res)
+        denoise = self.denoiser(params, cond, null_cond, sampling, low_res)
         times = samplers.timesteps(sampling.num_steps, self.spacing, self.schedule.num_timesteps)
         return samplers.sample(denoise, self.sampler(sampling), times, keys_B, self.shape)
 
@@ -193,8 +192,8 @@ class Stage:
     def denoiser(
         self,
         params: Params,
-        text: tuple[Array, Array],
-        null_text: tuple[Array, Array],
+        cond: Conditioning,
+        null_cond: Conditioning,
         sampling: Sampling,
         low_res: tuple[Array, Array] | None = None,
     ) -> samplers.Denoise:
@@ -205,21 +204,21 @@ class Stage:
 
         Args:
             params: of this stage.
-            text: embeddings and mask of B prompts.
-            null_text: the same of the empty prompt.
+            cond: conditioning of B prompts.
+            null_cond: the unconditional one, B times.
             sampling: guidance and thresholds.
             low_res: from `condition`, for super-resolution.
         """
         guided = sampling.guidance_scale != 1.0
         learned = sampling.sampler == "ancestral" and sampling.variance == "learned_range"
-        batch = len(text[0])
+        batch = len(cond[0])
         if guided:
-            text = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), text, null_text)
+            cond = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, null_cond)
             low_res = jax.tree.map(lambda a: jnp.concatenate([a, a]), low_res)
 
         def denoise(z_t: Array, t: Array) -> Array | tuple[Array, Array]:
             z = jnp.concatenate([z_t, z_t]) if guided else z_t
-            prediction, v = self.split(self.apply(params, z, jnp.full((len(z),), t), text, low_res))
+            prediction, v = self.split(self.apply(params, z, jnp.full((len(z),), t), cond, low_res))
             if guided:
                 prediction = guide(prediction[:batch], prediction[batch:], sampling.guidance_scale)
             x0_hat, _ = to_x0_eps(self.prediction, prediction, z_t, self.schedule.alpha(t), self.schedule.sigma(t))
@@ -230,11 +229,3 @@ class Stage:
             return (x0_hat, v[:batch]) if learned else x0_hat
 
         return denoise
-
-
-def _schedule(spec: Mapping[str, Any]) -> Schedule:
-    arguments = dict(spec)
-    kind = arguments.pop("kind")
-    if kind not in SCHEDULES:
-        raise ValueError(f"schedule kind is {kind!r}; give one of {', '.join(SCHEDULES)}.")
-    return SCHEDULES[kind](**arguments)

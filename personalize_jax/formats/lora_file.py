@@ -7,6 +7,7 @@ diffusers takes alpha = r, which is the scale of 1 that adapters have here.
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,21 +15,22 @@ from jax import Array
 from safetensors import safe_open
 
 from personalize_jax.errors import UserError
+from personalize_jax.formats.parameters import load_params, save_params
+from personalize_jax.formats.port_weights import Network, torch_names
 from personalize_jax.models.params import Params, flatten, unflatten
-from personalize_jax.models.port_weights import Network, torch_names
-from personalize_jax.pipeline.storage import load_params, save_params
 
 FILE = "pytorch_lora_weights.safetensors"
-_PREFIXES = {"denoiser": "unet", "text_encoder": "text_encoder"}
-_NETWORKS: dict[str, Network] = {"denoiser": "unet", "text_encoder": "clip"}
+# By the name that a training has for a network: the prefix of its layers in the file, and how its tensors are named.
+Networks = Mapping[str, tuple[str, Network]]
 
 
-def save_lora(adapters: Params, folder: Path) -> None:
+def save_lora(adapters: Params, folder: Path, networks: Networks) -> None:
     """Write adapters to `pytorch_lora_weights.safetensors`, to a temporary name first.
 
     Args:
-        adapters: {"denoiser": ..., "text_encoder": ...}, one of them or both, as `training.lora` trains them.
+        adapters: by network, such as {"denoiser": ..., "text_encoder": ...}, as `training.lora` trains them.
         folder: made if missing.
+        networks: those that there may be.
 
     Raises:
         UserError: a kernel is neither a linear layer's nor a convolution's, or the file cannot be written.
@@ -41,17 +43,21 @@ def save_lora(adapters: Params, folder: Path) -> None:
                 f"The adapter of {path} has the shapes {down.shape} and {up.shape}, and diffusers reads those of "
                 "linear layers and convolutions only; save the whole pipeline instead."
             )
-        name = _torch_name(path)
+        name = _torch_name(path, networks)
         stored[f"{name}.lora_A.weight"], stored[f"{name}.lora_B.weight"] = _to_torch(down, up)
     folder.mkdir(parents=True, exist_ok=True)
     save_params(stored, folder / FILE)
 
 
-def load_lora(folder: Path) -> Params:
+def load_lora(folder: Path, networks: Networks) -> Params:
     """The adapters in a folder's `pytorch_lora_weights.safetensors`, from here or from diffusers' training scripts.
 
+    Args:
+        folder: with the file.
+        networks: those that there may be.
+
     Returns:
-        {"denoiser": ..., "text_encoder": ...}, one of them or both, for `training.lora.apply_adapters`.
+        Adapters by network, such as {"denoiser": ..., "text_encoder": ...}, for `training.lora.apply_adapters`.
 
     Raises:
         UserError: no such file, tensors of another kind, or an alpha that is not the rank.
@@ -60,10 +66,11 @@ def load_lora(folder: Path) -> Params:
     if not file.is_file():
         raise UserError(f"No {FILE} in {folder}; give a folder with adapters.")
     stored = load_params(file)
-    _check_scale(file)
+    prefixes = {prefix: name for name, (prefix, _) in networks.items()}
+    _check_scale(file, prefixes)
     names = {key.removesuffix(".lora_A.weight") for key in stored if key.endswith(".lora_A.weight")}
     expected = {f"{name}.{factor}.weight" for name in names for factor in ("lora_A", "lora_B")}
-    expected = {key for key in expected if key.partition(".")[0] in _PREFIXES.values()}
+    expected = {key for key in expected if key.partition(".")[0] in prefixes}
     if strange := sorted(stored.keys() ^ expected):
         raise UserError(
             f"{strange[0]!r} is missing from {file}, or has no place in it; "
@@ -72,29 +79,30 @@ def load_lora(folder: Path) -> Params:
     adapters = {}
     for name in names:
         down, up = _from_torch(stored[f"{name}.lora_A.weight"], stored[f"{name}.lora_B.weight"])
-        adapters |= {f"{_path(name)}/down": down, f"{_path(name)}/up": up}
+        path = _path(name, prefixes)
+        adapters |= {f"{path}/down": down, f"{path}/up": up}
     return unflatten(adapters)
 
 
-def _torch_name(path: str) -> str:
+def _torch_name(path: str, networks: Networks) -> str:
     """denoiser/down_blocks_0/.../to_q/kernel as unet.down_blocks.0....to_q."""
-    network, _, layer = path.partition("/")
-    return f"{_PREFIXES[network]}.{torch_names(layer, _NETWORKS[network])[0].removesuffix('.weight')}"
+    name, _, layer = path.partition("/")
+    prefix, network = networks[name]
+    return f"{prefix}.{torch_names(layer, network)[0].removesuffix('.weight')}"
 
 
-def _path(torch_name: str) -> str:
+def _path(torch_name: str, prefixes: Mapping[str, str]) -> str:
     """The inverse of `_torch_name`."""
     prefix, _, layers = torch_name.partition(".")
-    network = next(network for network, name in _PREFIXES.items() if name == prefix)
     layers = re.sub(r"\.(\d+)\b", r"_\1", layers).replace(".", "/")
-    return f"{network}/{layers}/kernel"
+    return f"{prefixes[prefix]}/{layers}/kernel"
 
 
-def _check_scale(file: Path) -> None:
+def _check_scale(file: Path, prefixes: Mapping[str, str]) -> None:
     """Refuse a file whose metadata, which diffusers' scripts write, asks for another scale than 1."""
     with safe_open(file, "numpy") as opened:
         metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    for prefix in _PREFIXES.values():
+    for prefix in prefixes:
         alpha, rank = (metadata.get(f"{prefix}.{name}") for name in ("lora_alpha", "r"))
         if alpha != rank or any(metadata.get(f"{prefix}.{name}") for name in ("alpha_pattern", "use_rslora")):
             raise UserError(f"{file} scales its adapters of {prefix}; give adapters whose lora_alpha is their rank.")

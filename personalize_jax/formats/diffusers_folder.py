@@ -15,46 +15,34 @@ from typing import Any, NamedTuple
 
 from personalize_jax.errors import UserError
 from personalize_jax.files import replacing
-from personalize_jax.pipeline import hub
+from personalize_jax.formats import hub
 
 logger = logging.getLogger(__name__)
 
 INDEX = "model_index.json"
-NETWORKS = {  # components with weights, and the classes that can be used
-    "text_encoder": ("CLIPTextModel", "T5EncoderModel"),
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-}
 MODEL_TYPES = {"CLIPTextModel": "clip_text_model", "T5EncoderModel": "t5"}  # how transformers tells them apart
-SCHEDULERS = ("scheduler", "image_noising_scheduler")
-COMPONENTS = (*NETWORKS, *SCHEDULERS, "tokenizer")
 
 
 class Layout(NamedTuple):
     """Components of a pipeline class.
 
     Attributes:
-        needed: those it must have.
-        optional: those it may lack.
+        needed: those it must have, and of networks the classes that can be used.
+        optional: likewise those it may lack.
         unused: those that diffusers knows, and that count for nothing here.
     """
 
-    needed: tuple[str, ...]
-    optional: tuple[str, ...]
+    needed: Mapping[str, tuple[str, ...]]
+    optional: Mapping[str, tuple[str, ...]]
     unused: tuple[str, ...]
 
+    @property
+    def components(self) -> dict[str, tuple[str, ...]]:
+        """Those that are read."""
+        return {**self.needed, **self.optional}
 
-_SAFETY = ("safety_checker", "feature_extractor")
-PIPELINES = {
-    "StableDiffusionPipeline": Layout(
-        ("vae", "text_encoder", "tokenizer", "unet", "scheduler"), (), (*_SAFETY, "image_encoder")
-    ),
-    "IFPipeline": Layout(("text_encoder", "tokenizer", "unet", "scheduler"), (), (*_SAFETY, "watermarker")),
-    # It may share the text encoder of the pipeline before it.
-    "IFSuperResolutionPipeline": Layout(
-        ("unet", "scheduler", "image_noising_scheduler"), ("text_encoder", "tokenizer"), (*_SAFETY, "watermarker")
-    ),
-}
+
+Layouts = Mapping[str, Layout]  # by the pipeline's class
 _TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 
 
@@ -64,36 +52,35 @@ class Components:
 
     Attributes:
         folder: where it lies.
-        pipeline: the class, a key of `PIPELINES`.
-        classes: of each component that is present, among `COMPONENTS`.
+        pipeline: the pipeline's class.
+        layout: that of the class.
+        classes: of each component that is present, among those that are read.
         configs: content of the configuration of each network and scheduler that is present, with the class that the
             index names.
     """
 
     folder: Path
     pipeline: str
+    layout: Layout
     classes: Mapping[str, str]
     configs: Mapping[str, Mapping[str, Any]]
 
-    @property
-    def tokenizer(self) -> Path | None:
-        """The folder of the tokenizer's files."""
-        return self.folder / "tokenizer" if "tokenizer" in self.classes else None
 
-
-def resolve(source: str | Path) -> Path:
+def resolve(source: str | Path, layouts: Layouts) -> Path:
     """Return the folder that a source means, after downloading it if need be.
 
     Args:
         source: a folder, or "organisation/repository" on the Hugging Face hub, perhaps with "@revision". Of this the
             configurations, the tokenizer and the safetensors are downloaded, the latter in the variant `fp16` if there
             is no other; but for the text encoder of a pipeline that shares that of the one before it.
+        layouts: of the classes of pipelines that can be used.
 
     Raises:
         UserError: neither a folder nor a repository that can be read, or one without safetensors.
     """
+    parts = dict.fromkeys(part for layout in layouts.values() for part in layout.components)
     if str(source) and Path(source).is_dir():
-        hub.refuse_pointers(Path(source), [INDEX, *(f"{name}/*" for name in COMPONENTS)])
+        hub.refuse_pointers(Path(source), [INDEX, *(f"{part}/*" for part in parts)])
         return Path(source)
     if not hub.is_name(source):
         raise UserError(
@@ -103,13 +90,12 @@ def resolve(source: str | Path) -> Path:
     name = str(source)
     # Repositories also hold variants beside the weights, and all of it in single files outside the components.
     variants = ["*fp16*", "*non_ema*"]
-    described = [INDEX, *(f"{part}/{file}" for part in COMPONENTS for file in _TOKENIZER_FILES)]
+    described = [INDEX, *(f"{part}/{file}" for part in parts for file in _TOKENIZER_FILES)]
     folder = hub.download(name, described, variants)
     if not (folder / INDEX).is_file():
         raise hub.no_file(name, INDEX, "a pipeline that diffusers saved")
-    components = read_components(folder)  # which refuses what cannot be used before its weights are downloaded
-    networks = [part for part in NETWORKS if part in components.classes]
-    networks = [part for part in networks if part not in PIPELINES[components.pipeline].optional]
+    components = read_components(folder, layouts)  # refuses what cannot be used before its weights are downloaded
+    networks = [part for part in components.layout.needed if is_network(part)]
 
     def lacking() -> list[str]:
         return [part for part in networks if not any((folder / part).glob("*.safetensors"))]
@@ -123,42 +109,57 @@ def resolve(source: str | Path) -> Path:
     return folder
 
 
-def read_components(folder: Path) -> Components:
+def read_components(folder: Path, layouts: Layouts) -> Components:
     """Read a pipeline's index and the configurations of its components; other components count for nothing.
 
     Args:
         folder: with a `model_index.json`.
+        layouts: of the classes of pipelines that can be used.
 
     Raises:
         UserError: no such folder, a pipeline or component that cannot be used, a file missing or damaged.
     """
     index = read_json(folder / INDEX)
     pipeline = str(index.get("_class_name"))
-    if pipeline not in PIPELINES:
-        raise UserError(f"{folder} holds a {pipeline}; give one of {', '.join(PIPELINES)}.")
-    layout = PIPELINES[pipeline]
+    if pipeline not in layouts:
+        raise UserError(f"{folder} holds a {pipeline}; give one of {', '.join(layouts)}.")
+    layout = layouts[pipeline]
     pairs = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
     named = {name: value for name, value in pairs.items() if None not in value}  # which marks an absent one
     # Names become paths, so that only known ones pass; those that begin with an underscore are no components.
-    for name in sorted(named.keys() - {*layout.needed, *layout.optional, *layout.unused}):
+    for name in sorted(named.keys() - {*layout.components, *layout.unused}):
         if not name.startswith("_"):
             logger.warning("%s has a component %r, of which a %s knows nothing; it is ignored.", folder, name, pipeline)
     classes = {}
-    for name in (*layout.needed, *layout.optional):
+    for name, usable in layout.components.items():
         if name in named:
-            classes[name] = _checked_class(folder, name, named[name][-1])
+            classes[name] = _checked_class(folder, name, named[name][-1], usable)
         elif name in layout.needed:
             raise UserError(f"{folder} has no {name}, which a {pipeline} needs; save the pipeline with it.")
-    configs = {name: _read_config(folder, name, classes[name]) for name in classes if name != "tokenizer"}
-    components = Components(folder, pipeline, classes, configs)
-    if components.tokenizer is not None and not components.tokenizer.is_dir():
-        raise UserError(f"{folder} has no folder tokenizer; give a complete pipeline.")
-    return components
+    vocabularies = [name for name in classes if _is_tokenizer(name)]
+    configs = {name: _read_config(folder, name, classes[name]) for name in classes if name not in vocabularies}
+    for name in vocabularies:
+        if not (folder / name).is_dir():
+            raise UserError(f"{folder} has no folder {name}; give a complete pipeline.")
+    return Components(folder, pipeline, layout, classes, configs)
 
 
-def _checked_class(folder: Path, name: str, class_name: Any) -> str:
-    usable = NETWORKS.get(name, (class_name,))
-    if class_name not in usable:
+def is_network(name: str) -> bool:
+    """Whether a component is a network, by its name; others are vocabularies and schedulers."""
+    return not _is_tokenizer(name) and not is_scheduler(name)
+
+
+def is_scheduler(name: str) -> bool:
+    """Whether a component is a scheduler, by its name."""
+    return name.endswith("scheduler")
+
+
+def _is_tokenizer(name: str) -> bool:
+    return name.startswith("tokenizer")
+
+
+def _checked_class(folder: Path, name: str, class_name: Any, usable: tuple[str, ...]) -> str:
+    if usable and class_name not in usable:
         raise UserError(f"{folder} has the {name} {class_name}; give a pipeline with {' or '.join(usable)}.")
     return str(class_name)
 
@@ -166,7 +167,7 @@ def _checked_class(folder: Path, name: str, class_name: Any) -> str:
 def _read_config(folder: Path, name: str, class_name: str) -> dict[str, Any]:
     """A component's configuration as its class in the index reads it, whatever class has written it."""
     config = read_json(_config_file(folder, name))
-    if name in SCHEDULERS:
+    if is_scheduler(name):
         return config | {"_class_name": class_name}
     if class_name not in MODEL_TYPES:
         return config
@@ -175,23 +176,22 @@ def _read_config(folder: Path, name: str, class_name: str) -> dict[str, Any]:
     return config | {"model_type": MODEL_TYPES[class_name]}
 
 
-def write_model_index(folder: Path, pipeline: str, classes: Mapping[str, str]) -> None:
+def write_model_index(folder: Path, pipeline: str, layout: Layout, classes: Mapping[str, str]) -> None:
     """Write `model_index.json`, from which diffusers knows what to load; to be written last.
 
     Args:
         folder: of the pipeline; made if missing.
-        pipeline: its class, a key of `PIPELINES`.
+        pipeline: its class.
+        layout: that of the class.
         classes: of its components; others of the pipeline are told to be absent.
     """
-    layout = PIPELINES[pipeline]
     components = {name: (_library(class_name), class_name) for name, class_name in classes.items()}
     absent = {name: (None, None) for name in (*layout.optional, *layout.unused) if name not in classes}
     _write_json(folder / INDEX, {"_class_name": pipeline, **components, **absent, "requires_safety_checker": False})
 
 
 def _library(class_name: str) -> str:
-    diffusers = class_name.endswith("Scheduler") or class_name in ("UNet2DConditionModel", "AutoencoderKL")
-    return "diffusers" if diffusers else "transformers"
+    return "transformers" if class_name in MODEL_TYPES or "Tokenizer" in class_name else "diffusers"
 
 
 def write_component_config(folder: Path, name: str, config: Mapping[str, Any]) -> None:
@@ -199,20 +199,16 @@ def write_component_config(folder: Path, name: str, config: Mapping[str, Any]) -
 
     Args:
         folder: of the pipeline; made if missing.
-        name: of the component, among `COMPONENTS`.
+        name: of the component.
         config: content of the file.
     """
     _write_json(_config_file(folder, name), config)
 
 
 def _config_file(folder: Path, name: str) -> Path:
-    if name in SCHEDULERS:
-        return folder / name / "scheduler_config.json"
-    if name in NETWORKS:
-        return folder / name / "config.json"
-    raise UserError(
-        f"{name!r} is no component with a configuration; give one of {', '.join((*NETWORKS, *SCHEDULERS))}."
-    )
+    if not name.isidentifier():  # it becomes a path
+        raise UserError(f"{name!r} is no name of a component; give one such as 'unet'.")
+    return folder / name / ("scheduler_config.json" if is_scheduler(name) else "config.json")
 
 
 def read_json(file: Path) -> dict[str, Any]:

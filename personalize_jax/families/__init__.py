@@ -1,0 +1,1 @@
+"""Families of pretrained text-to-image models, one file each, behind the protocol in `base`."""

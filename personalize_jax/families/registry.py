@@ -1,0 +1,86 @@
+"""The families that there are: which of them a source is of."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from personalize_jax.errors import UserError
+from personalize_jax.families import public, world
+from personalize_jax.families.base import Family, Loaded, Place
+from personalize_jax.families.deepfloyd_if import DeepFloydIF
+from personalize_jax.families.public import PublicFamily
+from personalize_jax.families.stable_diffusion import StableDiffusion
+from personalize_jax.files import ASSETS
+from personalize_jax.formats import hub
+from personalize_jax.formats.diffusers_folder import INDEX, Layout, read_components, resolve
+
+FAMILIES: tuple[type[PublicFamily], ...] = (StableDiffusion, DeepFloydIF)  # beside this project's own, `world`
+LAYOUTS: Mapping[str, Layout] = {kind: layout for family in FAMILIES for kind, layout in family.layouts.items()}
+
+EMBEDDED = ("world",)
+
+
+def load(sources: Sequence[str | Path], place: Place | None = None, **compute: Any) -> Loaded:
+    """Read a model.
+
+    Args:
+        sources: the name of an embedded model; a folder that `Family.write` wrote; or a public model, as a folder that
+            diffusers wrote or the name of a repository on the Hugging Face hub, one for each stage.
+        place: from a tree of shapes to a tree of shardings for the parameters; None for the default device.
+        **compute: of public networks: dtype, remat, attention.
+
+    Raises:
+        UserError: nothing of that name, or it cannot be used.
+    """
+    folder = _folder(sources[0])
+    if len(sources) == 1 and (folder / world.INDEX).is_file():
+        return world.read_folder(folder, place)
+    if len(sources) == 1 and not saved_folders(folder) and not hub.is_name(str(sources[0]).rstrip("/")):
+        raise UserError(
+            f"No pipeline at {str(sources[0])!r}: give {' or '.join(map(repr, EMBEDDED))}, or a folder with a "
+            f"{world.INDEX} or a {INDEX}."
+        )
+    folders = (len(sources) == 1 and saved_folders(folder)) or sources
+    found = [read_components(resolve(source, LAYOUTS), LAYOUTS) for source in folders]
+    return public.read(family_of(found[0].pipeline), found, place, **compute)
+
+
+def describe(sources: Sequence[str | Path], platform: str, **compute: Any) -> Family:
+    """The model in folders, without its parameters and its vocabulary.
+
+    Args:
+        sources: as for `load`, but no names of repositories.
+        platform: whose devices it is for.
+        **compute: of public networks: dtype, remat, attention.
+
+    Raises:
+        UserError: nothing there, or it cannot be used.
+    """
+    folders = [folder for source in sources for folder in saved_folders(Path(source))]
+    if not folders:
+        return load(sources).family
+    found = [read_components(folder, LAYOUTS) for folder in folders]
+    family = family_of(found[0].pipeline)
+    return public.build(family, public.spec_of(family, found), None, platform, **compute)
+
+
+def family_of(pipeline: str) -> type[PublicFamily]:
+    """The family of a pipeline's class in diffusers."""
+    return next(family for family in FAMILIES if pipeline in family.layouts)
+
+
+def saved_folders(folder: Path) -> list[Path]:
+    """The stages' folders of a public model that was saved; none if there is no such model."""
+    if (folder / INDEX).is_file():
+        return [folder]
+    names = dict.fromkeys(name for family in FAMILIES for name in family.stage_names)
+    return [folder / name for name in names if (folder / name / INDEX).is_file()]
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder holds a model of any family."""
+    return (folder / world.INDEX).is_file() or bool(saved_folders(folder))
+
+
+def _folder(source: str | Path) -> Path:
+    return ASSETS / source if str(source) in EMBEDDED else Path(source)

@@ -1,0 +1,89 @@
+"""What families share whose denoisers attend to the sequence of one text encoder."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from personalize_jax.families.stage import Stage
+from personalize_jax.formats.tokenizer import Tokenizer
+from personalize_jax.models.clip_text import ClipTextEncoder
+from personalize_jax.models.params import Params
+from personalize_jax.models.t5_encoder import T5Encoder
+from personalize_jax.models.text_encoder import TextEncoder
+
+
+class Text(NamedTuple):
+    """Conditioning of captions: embeddings [B, L, D] and mask [B, L], True at tokens."""
+
+    embeddings: Array
+    mask: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConditioned:
+    """The part of such a family that is about captions, and its denoisers.
+
+    Attributes:
+        tokenizer: the vocabulary, or None to plan with.
+        text_encoder: shared by all stages.
+        stages: the denoisers in the order of sampling.
+    """
+
+    tokenizer: Tokenizer | None = dataclasses.field(compare=False)
+    text_encoder: TextEncoder | ClipTextEncoder | T5Encoder
+    stages: tuple[Stage, ...]
+
+    encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the text encoder's table of embeddings."""
+        return self.text_encoder.vocab_size
+
+    def tokenize(self, captions: Sequence[str]) -> np.ndarray:
+        """Token ids, int32 [B, L]."""
+        return self.tokenizer(captions)
+
+    def token_shapes(self, count: int) -> jax.ShapeDtypeStruct:
+        """Shape of so many captions' token ids."""
+        return jax.ShapeDtypeStruct((count, self.text_encoder.max_length), jnp.int32)
+
+    def condition(self, params: Params, tokens_BL: Array) -> Text:
+        """The text encoder's embeddings and their mask; traceable.
+
+        Args:
+            params: with those of the text encoder.
+            tokens_BL: from `tokenize`.
+        """
+        return Text(*_encode(self.text_encoder, params["text_encoder"], tokens_BL))
+
+    def network_shapes(self) -> Params:
+        """Shapes of the text encoder's and the denoisers' parameters, float32."""
+        key, tokens = jax.random.key(0), jnp.zeros(self.token_shapes(1).shape, jnp.int32)
+        text, variables = jax.eval_shape(lambda: self.text_encoder.init_with_output(key, tokens))
+        stages = {stage.name: jax.eval_shape(lambda s=stage: s.init_params(key, text)) for stage in self.stages}
+        return {"text_encoder": variables["params"], **stages}
+
+
+class PixelDenoising:
+    """The part of a family whose denoisers work on pictures themselves."""
+
+    def to_latents(self, params: Params, x_BHWC: Array) -> None:
+        """There are none."""
+
+    def to_pictures(self, params: Params, x_BHWC: Array) -> Array:
+        """The pictures that were denoised."""
+        return x_BHWC
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(
+    text_encoder: TextEncoder | ClipTextEncoder | T5Encoder, params: Params, tokens_BL: Array
+) -> tuple[Array, Array]:
+    return text_encoder.apply({"params": params}, tokens_BL)

@@ -1,0 +1,132 @@
+"""This project's own cascades: a small text encoder and U-Nets over patches of pixels, any number of stages.
+
+The embedded one is pretrained on the rendered world; `personalize_jax.pretrain` makes others. A folder holds
+
+pipeline.json               the stages and the text encoder, as plain data
+tokenizer.json              the vocabulary
+token_counts.json           how often each token was processed in pretraining
+text_encoder.safetensors    parameters, one file a network
+base.safetensors ...
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from personalize_jax import hosts
+from personalize_jax.diffusion import schedule
+from personalize_jax.diffusion.schedule import Schedule
+from personalize_jax.families.base import Loaded, Place
+from personalize_jax.families.stage import Sampling, Stage
+from personalize_jax.families.text import PixelDenoising, TextConditioned
+from personalize_jax.files import write_text
+from personalize_jax.formats.parameters import load_params, save_params
+from personalize_jax.formats.tokenizer import Tokenizer
+from personalize_jax.models.params import Params
+from personalize_jax.models.text_encoder import TextEncoder
+from personalize_jax.models.unet import UNet
+
+INDEX = "pipeline.json"
+SCHEDULES = {"cosine": schedule.cosine, "linear": schedule.linear}
+
+
+@dataclasses.dataclass(frozen=True)
+class World(TextConditioned, PixelDenoising):
+    """A cascade; its tokenizer has the frequencies of tokens that pretraining recorded.
+
+    Attributes:
+        specs: each stage as plain data, see `read_stage`.
+    """
+
+    specs: tuple[Mapping[str, Any], ...] = dataclasses.field(compare=False)
+
+    def shapes(self) -> Params:
+        """Shapes of all parameters, float32."""
+        return self.network_shapes()
+
+    def with_stages(self, stages: Sequence[Stage]) -> "World":
+        """The same model with its first stages only, or with stages that are sampled in another way."""
+        specs = zip(self.specs, stages, strict=False)
+        specs = tuple({**spec, "sampling": stage.sampling._asdict()} for spec, stage in specs)
+        return dataclasses.replace(self, stages=tuple(stages), specs=specs)
+
+    def with_stage(self, spec: Mapping[str, Any]) -> "World":
+        """The same model up to the stage of that name, which is as the spec says; a new one comes last."""
+        i = next((i for i, stage in enumerate(self.stages) if stage.name == spec["name"]), len(self.stages))
+        stages, specs = (*self.stages[:i], read_stage(spec)), (*self.specs[:i], spec)
+        return dataclasses.replace(self, stages=stages, specs=specs)
+
+    def write(self, read: Callable[[str], Params], folder: Path, dtype: Any) -> None:
+        """Write a folder that `read_folder` reads."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("text_encoder", *(stage.name for stage in self.stages)):
+            save_params(read(name), folder / f"{name}.safetensors", dtype)
+        write_text(folder / "tokenizer.json", self.tokenizer.backend.backend_tokenizer.to_str())
+        write_text(folder / "token_counts.json", json.dumps(self.tokenizer.counts.tolist()))
+        encoder = {field: getattr(self.text_encoder, field) for field in _TEXT_ENCODER_FIELDS}
+        write_text(folder / INDEX, json.dumps({"text_encoder": encoder, "stages": list(self.specs)}, indent=2))
+
+    def write_adapters(self, adapters: Mapping[str, Params], folder: Path) -> None:
+        """Nothing: nobody else reads adapters of these networks."""
+
+
+_TEXT_ENCODER_FIELDS = ("vocab_size", "width", "num_layers", "num_heads", "max_length")
+
+
+def read_folder(folder: Path, place: Place | None = None) -> Loaded:
+    """Read a folder that `World.write` wrote.
+
+    Args:
+        folder: with a pipeline.json.
+        place: from a tree of shapes to a tree of shardings for the parameters; None for the default device.
+
+    Raises:
+        UserError: a file cannot be used.
+    """
+    spec = json.loads((folder / INDEX).read_text())
+    text_encoder = TextEncoder(**spec["text_encoder"])
+    counts = np.array(json.loads((folder / "token_counts.json").read_text()), np.int64)
+    tokenizer = Tokenizer.read(folder / "tokenizer.json", text_encoder.max_length, counts)
+    tokenizer.check_rows(text_encoder.vocab_size)
+    family = World(tokenizer, text_encoder, tuple(map(read_stage, spec["stages"])), tuple(spec["stages"]))
+    names = ("text_encoder", *(stage.name for stage in family.stages))
+    params = {name: load_params(folder / f"{name}.safetensors") for name in names}
+    if place is not None:
+        params = jax.tree.map(hosts.put, params, place(family.shapes()))
+    return Loaded(family, params, {})
+
+
+def read_stage(spec: Mapping[str, Any]) -> Stage:
+    """Build a stage from plain data, as stored in `pipeline.json` and written in configs.
+
+    Args:
+        spec: name, resolution, low_resolution, prediction, network (arguments of `UNet`), schedule and augmentation
+            (each {"kind": ..., further arguments}), sampling (fields of `Sampling`).
+
+    Raises:
+        ValueError: unknown kind of schedule.
+    """
+    network = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in dict(spec["network"]).items()}
+    return Stage(
+        name=spec["name"],
+        network=UNet(**network, super_resolution=spec["low_resolution"] is not None),
+        resolution=spec["resolution"],
+        low_resolution=spec["low_resolution"],
+        schedule=_schedule(spec["schedule"]),
+        augmentation=_schedule(spec["augmentation"]),
+        prediction=spec["prediction"],
+        sampling=Sampling(**dict(spec["sampling"])),
+    )
+
+
+def _schedule(spec: Mapping[str, Any]) -> Schedule:
+    arguments = dict(spec)
+    kind = arguments.pop("kind")
+    if kind not in SCHEDULES:
+        raise ValueError(f"schedule kind is {kind!r}; give one of {', '.join(SCHEDULES)}.")
+    return SCHEDULES[kind](**arguments)
