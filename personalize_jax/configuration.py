@@ -100,9 +100,9 @@ def trains_encoders(pipeline: Pipeline, stage_name: str, training: ConfigDict) -
 def _check_steps(base: Stage, config: ConfigDict) -> None:
     """Refuse class images of more steps than the base stage's noise schedule has room for."""
     try:
-        timesteps(prior_sampling(base, config.class_images).num_steps, base.spacing, base.schedule.num_timesteps)
+        timesteps(prior_sampling(base, config.class_images).num_steps, base.spacing, base.process.num_timesteps)
     except ValueError as error:
         raise UserError(
             f"config.class_images.num_steps is {config.class_images.num_steps}, more than fit the "
-            f"{base.schedule.num_timesteps} steps of the {base.name} noise schedule; give fewer."
+            f"{base.process.num_timesteps} steps of the {base.name} noise schedule; give fewer."
         ) from error

@@ -31,7 +31,7 @@ def test_weights_are_small():
 def test_stages_are_those_of_the_configuration(pipeline):
     for stage, config in zip(pipeline.stages, (common.base_stage(), common.super_resolution_stage()), strict=True):
         expected = read_stage(config.to_dict())
-        assert (stage.name, stage.network, stage.schedule) == (expected.name, expected.network, expected.schedule)
+        assert (stage.name, stage.network, stage.process) == (expected.name, expected.network, expected.process)
         assert (stage.resolution, stage.prediction) == (expected.resolution, expected.prediction)
 
 

@@ -11,7 +11,7 @@ import personalize_jax as pj
 from configs import deepfloyd_if, pretrain_world, stable_diffusion, world
 from personalize_jax import configuration
 from personalize_jax.configuration_keys import check_keys, rules_of_pretraining, rules_of_run
-from personalize_jax.diffusion import schedule
+from personalize_jax.diffusion import process
 from personalize_jax.diffusion.samplers import Spacing
 from personalize_jax.errors import UserError
 from personalize_jax.training.program import check_sizes
@@ -60,8 +60,8 @@ def test_what_cannot_work_is_refused(refusal, changes, sentence):
 
 def test_more_steps_than_a_schedule_has_are_refused(pretrained):
     pipeline = pj.load_pipeline(pretrained)
-    discrete = schedule.discrete(np.linspace(1e-4, 0.02, 100))
-    base = dataclasses.replace(pipeline.stages[0], schedule=discrete, spacing=Spacing("leading", 1))
+    discrete = process.discrete(np.linspace(1e-4, 0.02, 100))
+    base = dataclasses.replace(pipeline.stages[0], process=discrete, spacing=Spacing("leading", 1))
     pipeline = dataclasses.replace(pipeline, family=pipeline.family.with_stages((base, *pipeline.stages[1:])))
     configuration.check(pipeline, tiny_world.get_config(pretrained, class_images__num_steps=50))
     too_many = tiny_world.get_config(pretrained, class_images__num_steps=100)

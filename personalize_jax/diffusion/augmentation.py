@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from personalize_jax.diffusion.prediction import add_noise
-from personalize_jax.diffusion.schedule import Schedule
+from personalize_jax.diffusion.process import Process
 
 
 def downsample(x_BHWC: Array, size: int) -> Array:
@@ -58,19 +58,19 @@ def sample_levels(key: Array, batch: int, low: float = 0.0, high: float = 1.0) -
     return jax.random.uniform(key, (batch,), minval=low, maxval=high)
 
 
-def augment(schedule: Schedule, low_BHWC: Array, level_B: ArrayLike, noise: Array) -> Array:
+def augment(process: Process, low_BHWC: Array, level_B: ArrayLike, noise: Array) -> Array:
     """Noise-conditioning augmentation (Ho et al. 2022; Saharia et al. 2022, section 2.4; specification [0093]).
 
     Args:
-        schedule: of the augmentation, apart from the network's own.
+        process: the forward process of the augmentation, apart from the network's own.
         low_BHWC: (upsampled) low-resolution pictures in [-1, 1].
-        level_B: a time of the schedule in [0, 1], scalar or [B]; the network is told it too.
+        level_B: a time of the process in [0, 1], scalar or [B]; the network is told it too.
         noise: standard normal noise of low_BHWC's shape.
 
     Returns:
         alpha_level low + sigma_level noise.
     """
-    return add_noise(low_BHWC, noise, schedule.alpha(level_B), schedule.sigma(level_B))
+    return add_noise(low_BHWC, noise, process.alpha(level_B), process.sigma(level_B))
 
 
 def _corner_weights(n: int, size: int) -> Array:

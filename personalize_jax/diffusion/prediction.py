@@ -6,7 +6,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-Prediction = Literal["eps", "v", "x0"]
+from personalize_jax.diffusion.process import Process, marginal_variance
+
+Prediction = Literal["eps", "v", "x0", "velocity"]
 Weighting = Literal["none", "min_snr"]
 
 
@@ -29,10 +31,11 @@ def add_noise(x0: Array, eps: Array, alpha: ArrayLike, sigma: ArrayLike) -> Arra
 
 
 def target(kind: Prediction, x0: Array, eps: Array, alpha: ArrayLike, sigma: ArrayLike) -> Array:
-    """What a network of this kind should answer to alpha x0 + sigma eps; v = alpha eps - sigma x0.
+    """What a network of this kind should answer to alpha x0 + sigma eps.
 
     Args:
-        kind: "eps", "v" (Salimans & Ho 2022, section 4) or "x0".
+        kind: "eps"; "x0"; "v", alpha eps - sigma x0 (Salimans & Ho 2022, section 4); or "velocity", eps - x0, along
+            which a rectified flow moves (Liu et al. 2022; Lipman et al. 2023).
         x0: [B, ...] clean pictures in [-1, 1].
         eps: the noise that was added, of x0's shape.
         alpha: scale of the picture, scalar or [B].
@@ -46,6 +49,8 @@ def target(kind: Prediction, x0: Array, eps: Array, alpha: ArrayLike, sigma: Arr
         return eps
     if kind == "x0":
         return x0
+    if kind == "velocity":
+        return eps - x0
     return per_picture(alpha, x0) * eps - per_picture(sigma, x0) * x0
 
 
@@ -68,14 +73,29 @@ def to_x0_eps(kind: Prediction, output: Array, z_t: Array, alpha: ArrayLike, sig
         return (z_t - sigma * output) / alpha, output
     if kind == "x0":
         return output, (z_t - alpha * output) / sigma
-    return alpha * z_t - sigma * output, sigma * z_t + alpha * output
+    # The output's definition and z_t's are two equations; this is their solution, by the determinant of both.
+    if kind == "velocity":
+        determinant = alpha + sigma
+        return (z_t - sigma * output) / determinant, (z_t + alpha * output) / determinant
+    determinant = marginal_variance(alpha, sigma)
+    return (alpha * z_t - sigma * output) / determinant, (sigma * z_t + alpha * output) / determinant
 
 
-def loss_weight(kind: Prediction, logsnr: ArrayLike, weighting: Weighting = "none", gamma: float = 5.0) -> Array:
-    """Weight of the squared error between a network's output and its `target`, of logsnr's shape.
+def loss_weight(
+    kind: Prediction, process: Process, t: ArrayLike, weighting: Weighting = "none", gamma: float = 5.0
+) -> Array:
+    """Weight of the squared error between a network's output at t and its `target`, of t's shape.
 
-    "none" is 1 in the network's own space. "min_snr" is min(snr, gamma) in x0 space (Hang et al. 2023): squared
-    errors in eps are snr times, in v snr + 1 times those in x0, hence the division.
+    "none" is 1 in the network's own space. "min_snr" is min(snr, gamma) in x0's space (Hang et al. 2023): at a given
+    z_t, squared errors in eps are snr times those in x0, in v (snr + 1) (alpha^2 + sigma^2) times, and in velocity
+    (sqrt(snr) + 1)^2 times, hence the division.
+
+    Args:
+        kind: what the output predicts.
+        process: the forward process.
+        t: times in [0, 1], of any shape.
+        weighting: "none" or "min_snr".
+        gamma: largest weight in x0's space, above 0.
 
     Raises:
         ValueError: unknown kind or weighting, or gamma not above 0.
@@ -84,12 +104,17 @@ def loss_weight(kind: Prediction, logsnr: ArrayLike, weighting: Weighting = "non
     _check_choice("weighting", weighting, Weighting)
     if gamma <= 0:
         raise ValueError(f"gamma is {gamma}; give a signal-to-noise ratio above 0, such as 5.")
-    snr = jnp.exp(jnp.asarray(logsnr))
+    snr = jnp.exp(process.logsnr(t))
     if weighting == "none":
         return jnp.ones_like(snr)
     if kind == "eps":
-        return jnp.minimum(1.0, gamma / snr)
-    return jnp.minimum(snr, gamma) / (snr + 1 if kind == "v" else 1.0)
+        return jnp.minimum(1.0, gamma / snr)  # the quotient below would be 0 / 0 where snr is 0
+    errors = {
+        "x0": 1.0,
+        "v": (snr + 1) * marginal_variance(process.alpha(t), process.sigma(t)),
+        "velocity": jnp.square(jnp.sqrt(snr) + 1),
+    }
+    return jnp.minimum(snr, gamma) / errors[kind]
 
 
 def _check_choice(what: str, given: str, choices: object) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from personalize_jax.diffusion.prediction import per_picture, to_x0_eps
-from personalize_jax.diffusion.schedule import Schedule
+from personalize_jax.diffusion.process import Process, marginal_variance
 
 Denoised = Array | tuple[Array, Array]
 Denoise = Callable[[Array, Array], Denoised]
@@ -35,7 +35,7 @@ class Sampler(NamedTuple):
 
 
 class Spacing(NamedTuple):
-    """Which indices of a discrete schedule sampling visits, in the terms of diffusers' scheduler files.
+    """Which indices of a discrete process sampling visits, in the terms of diffusers' scheduler files.
 
     (Lin et al. 2023, table 2.)
 
@@ -51,11 +51,11 @@ class Spacing(NamedTuple):
     ends_clean: bool = True
 
 
-def posterior(schedule: Schedule, z_t: Array, x0: Array, t: Array, s: Array) -> tuple[Array, Array]:
+def posterior(process: Process, z_t: Array, x0: Array, t: Array, s: Array) -> tuple[Array, Array]:
     """Mean and variance of q(z_s | z_t, x0), s < t (Kingma et al. 2021, App. A; Ho et al. 2020, eq. 7).
 
     Args:
-        schedule: the forward process.
+        process: the forward process.
         z_t: [B, ...] noisy pictures at time t.
         x0: clean pictures, of z_t's shape.
         t: time of z_t in (0, 1], scalar or [B].
@@ -64,21 +64,23 @@ def posterior(schedule: Schedule, z_t: Array, x0: Array, t: Array, s: Array) -> 
     Returns:
         The mean, of z_t's shape, and the variance, of t's shape.
     """
-    old, new = _noise_shares(schedule, t, s)
+    old, new = _noise_shares(process, t, s)
     # The square root and the noise scales stand for old alpha_s / alpha_t, which would be 0 / 0 where alpha_t is 0.
-    of_z_t, of_x0 = jnp.sqrt(old) * schedule.sigma(s) / schedule.sigma(t), new * schedule.alpha(s)
+    of_z_t, of_x0 = jnp.sqrt(old) * process.sigma(s) / process.sigma(t), new * process.alpha(s)
     mean = per_picture(of_z_t, z_t) * z_t + per_picture(of_x0, z_t) * x0
-    return mean, step_variances(schedule, t, s)[0]
+    return mean, step_variances(process, t, s)[0]
 
 
-def step_variances(schedule: Schedule, t: Array, s: Array) -> tuple[Array, Array]:
+def step_variances(process: Process, t: Array, s: Array) -> tuple[Array, Array]:
     """Variances of the step from t to s < t, each of t's shape (Ho et al. 2020, section 3.2).
 
-    The small one is the posterior's, sigma_{t|s}^2 sigma_s^2 / sigma_t^2, right for data that is one point; the large
-    one is the forward step's, sigma_{t|s}^2, right for data that is standard normal. Other data lies between.
+    The small one is the posterior's, sigma_{t|s}^2 sigma_s^2 / sigma_t^2, right for data that is one point. The large
+    one is right for data that is standard normal: the forward step's sigma_{t|s}^2, times z_s's variance over z_t's,
+    which is 1 where variance is preserved. Other data lies between.
     """
-    _, new = _noise_shares(schedule, t, s)
-    return new * schedule.sigma(s) ** 2, new * schedule.sigma(t) ** 2
+    _, new = _noise_shares(process, t, s)
+    variance_t, variance_s = (marginal_variance(process.alpha(u), process.sigma(u)) for u in (t, s))
+    return new * process.sigma(s) ** 2, new * process.sigma(t) ** 2 * (variance_s / variance_t)
 
 
 def learned_log_variance(small: Array, large: Array, v: Array) -> Array:
@@ -90,11 +92,11 @@ def learned_log_variance(small: Array, large: Array, v: Array) -> Array:
     return share * jnp.log(large) + (1 - share) * jnp.log(jnp.maximum(small, 1e-20))
 
 
-def ancestral(schedule: Schedule, variance: Variance = "small") -> Sampler:
+def ancestral(process: Process, variance: Variance = "small") -> Sampler:
     """The stochastic sampler of DDPM (Ho et al. 2020, algorithm 2; specification [0040]).
 
     Args:
-        schedule: the forward process.
+        process: the forward process.
         variance: "small" or "large", see `step_variances`; "learned_range" lies where the network says, see
             `learned_log_variance`, and its steps take the pair (x0_hat, v) for x0_hat.
 
@@ -105,25 +107,25 @@ def ancestral(schedule: Schedule, variance: Variance = "small") -> Sampler:
         raise ValueError(f"variance is {variance!r}; give one of {', '.join(get_args(Variance))}.")
 
     def step(carry: None, z_t: Array, x0_hat: Denoised, t: Array, s: Array, noise: Array) -> tuple[None, Array]:
-        small, large = step_variances(schedule, t, s)
+        small, large = step_variances(process, t, s)
         if variance == "learned_range":
             x0_hat, v = x0_hat
             std = jnp.exp(learned_log_variance(small, large, v) / 2)
         else:
             std = jnp.sqrt(small if variance == "small" else large)
-        mean, _ = posterior(schedule, z_t, x0_hat, t, s)
+        mean, _ = posterior(process, z_t, x0_hat, t, s)
         return carry, _clean_at_zero(s, mean + std * noise, x0_hat)
 
     return Sampler(lambda x_T: None, step)
 
 
-def ddim(schedule: Schedule, eta: float = 0.0) -> Sampler:
+def ddim(process: Process, eta: float = 0.0) -> Sampler:
     """DDIM (Song et al. 2021, eq. 12 and 16; specification [0040]).
 
     The noise is what x0_hat, thresholded or not, leaves of z_t: diffusers' `use_clipped_model_output=True`.
 
     Args:
-        schedule: the forward process.
+        process: the forward process.
         eta: 0 is the deterministic first-order solver of the probability-flow ODE, 1 the ancestral sampler.
 
     Raises:
@@ -133,17 +135,17 @@ def ddim(schedule: Schedule, eta: float = 0.0) -> Sampler:
         raise ValueError(f"eta is {eta}; give a number from 0 (deterministic) to 1 (ancestral).")
 
     def step(carry: None, z_t: Array, x0_hat: Array, t: Array, s: Array, noise: Array) -> tuple[None, Array]:
-        _, eps = to_x0_eps("x0", x0_hat, z_t, schedule.alpha(t), schedule.sigma(t))
+        _, eps = to_x0_eps("x0", x0_hat, z_t, process.alpha(t), process.sigma(t))
         if eta > 0:  # otherwise the noise goes unused, and the compiler need not draw it
-            old, new = _noise_shares(schedule, t, s)
+            old, new = _noise_shares(process, t, s)
             # The first root is that of 1 - eta^2 new, without its cancellation when almost all noise is new.
             eps = jnp.sqrt(1 - eta**2 + eta**2 * old) * eps + eta * jnp.sqrt(new) * noise
-        return carry, _clean_at_zero(s, schedule.alpha(s) * x0_hat + schedule.sigma(s) * eps, x0_hat)
+        return carry, _clean_at_zero(s, process.alpha(s) * x0_hat + process.sigma(s) * eps, x0_hat)
 
     return Sampler(lambda x_T: None, step)
 
 
-def dpm_solver_pp(schedule: Schedule) -> Sampler:
+def dpm_solver_pp(process: Process) -> Sampler:
     """DPM-Solver++(2M), deterministic and of second order (Lu et al. 2022, algorithm 2); first and last step of first.
 
     Carries the last x0_hat and the last step h in lambda = logsnr / 2.
@@ -156,18 +158,18 @@ def dpm_solver_pp(schedule: Schedule) -> Sampler:
         carry: tuple[Array, Array], z_t: Array, x0_hat: Array, t: Array, s: Array, noise: Array
     ) -> tuple[tuple[Array, Array], Array]:
         x0_last, h_last = carry
-        h = (schedule.logsnr(s) - schedule.logsnr(t)) / 2
+        h = (process.logsnr(s) - process.logsnr(t)) / 2
         # h_last is 0 when there is no history to extrapolate from.
         slope = jnp.where(h_last > 0, h / (2 * jnp.where(h_last > 0, h_last, 1)), 0)
         x0 = x0_hat + slope * (x0_hat - x0_last)
-        z_s = schedule.sigma(s) / schedule.sigma(t) * z_t - schedule.alpha(s) * jnp.expm1(-h) * x0
+        z_s = process.sigma(s) / process.sigma(t) * z_t - process.alpha(s) * jnp.expm1(-h) * x0
         return (x0_hat, h), _clean_at_zero(s, z_s, x0_hat)
 
     return Sampler(init, step)
 
 
 def timesteps(num_steps: int, spacing: Spacing | None = None, num_timesteps: int | None = None) -> Array:
-    """[num_steps + 1] float32 times: evenly from 1 to 0, or those that a spacing takes of a discrete schedule.
+    """[num_steps + 1] float32 times: evenly from 1 to 0, or those that a spacing takes of a discrete process.
 
     Each step leads from a time to the next in the list, as in diffusers' DDPM. Its DDIM goes N // num_steps indices
     down instead: the same for "leading", and for "trailing" where num_steps divides N.
@@ -185,7 +187,7 @@ def timesteps(num_steps: int, spacing: Spacing | None = None, num_timesteps: int
     if spacing is None:
         return jnp.linspace(1.0, 0.0, num_steps + 1)
     if num_timesteps is None:
-        raise ValueError(f"The spacing {spacing.kind!r} is of discrete schedules; give num_timesteps.")
+        raise ValueError(f"The spacing {spacing.kind!r} is of discrete processes; give num_timesteps.")
     n = _indices(num_steps, spacing, num_timesteps)
     if num_steps > num_timesteps or n[0] >= num_timesteps:
         raise ValueError(f"{num_steps} steps of {spacing} do not fit {num_timesteps} timesteps; give fewer.")
@@ -205,7 +207,7 @@ def sample(denoise: Denoise, sampler: Sampler, ts: Array, keys_B: Array, shape: 
         denoise: (z_t [B, *shape], scalar t) -> x0_hat [B, *shape], float32 as z_t is; (x0_hat, v) for a sampler that
             takes learned variances.
         sampler: the method.
-        ts: [steps + 1] decreasing times, as `timesteps` gives them; a discrete schedule of N needs steps <= N.
+        ts: [steps + 1] decreasing times, as `timesteps` gives them; a discrete process of N needs steps <= N.
         keys_B: one random key a picture, used for nothing else.
         shape: of one picture, (H, W, C).
 
@@ -230,7 +232,7 @@ def _noise(keys_B: Array, i: int | Array, shape: tuple[int, ...]) -> Array:
 
 
 def _indices(num_steps: int, spacing: Spacing, num_timesteps: int) -> np.ndarray:
-    """[num_steps] decreasing indices of a discrete schedule."""
+    """[num_steps] decreasing indices of a discrete process."""
     if spacing.kind == "leading":
         return num_timesteps // num_steps * np.arange(num_steps)[::-1] + spacing.offset
     if spacing.kind == "trailing":
@@ -240,9 +242,9 @@ def _indices(num_steps: int, spacing: Spacing, num_timesteps: int) -> np.ndarray
     raise ValueError(f"spacing is {spacing.kind!r}; give one of {', '.join(get_args(SpacingKind))}.")
 
 
-def _noise_shares(schedule: Schedule, t: Array, s: Array) -> tuple[Array, Array]:
+def _noise_shares(process: Process, t: Array, s: Array) -> tuple[Array, Array]:
     """Shares of z_t's noise variance from before and after s < t; the second is sigma_{t|s}^2 / sigma_t^2."""
-    change = schedule.logsnr(t) - schedule.logsnr(s)
+    change = process.logsnr(t) - process.logsnr(s)
     return jnp.exp(change), -jnp.expm1(change)  # each by itself: both may be far below 1
 
 

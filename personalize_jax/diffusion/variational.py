@@ -6,19 +6,19 @@ from jax import Array
 from jax.scipy.special import log_ndtr
 
 from personalize_jax.diffusion.prediction import per_picture
+from personalize_jax.diffusion.process import Process
 from personalize_jax.diffusion.samplers import learned_log_variance, posterior, step_variances
-from personalize_jax.diffusion.schedule import Schedule
 
 
-def variational_bound(schedule: Schedule, x0: Array, z_t: Array, x0_hat: Array, v: Array, t_B: Array) -> Array:
+def variational_bound(process: Process, x0: Array, z_t: Array, x0_hat: Array, v: Array, t_B: Array) -> Array:
     """One term L_n of the bound L_vlb = sum_n L_n, per picture (Nichol & Dhariwal 2021, eq. 4-6).
 
-    The term at index n is KL(q(z_s | z_t, x0) || p(z_s | z_t)) over one step of the schedule, and -log p(x0 | z_t) at
+    The term at index n is KL(q(z_s | z_t, x0) || p(z_s | z_t)) over one step of the process, and -log p(x0 | z_t) at
     n = 0. The mean's gradient is the caller's matter: the paper stops it and trains the mean with the simple loss.
     It weighs L_vlb with .001 (eq. 16), hence the mean over random times of what is returned here with .001 N.
 
     Args:
-        schedule: of N discrete steps.
+        process: a forward process of N discrete steps.
         x0: [B, ...] clean 8-bit pictures, scaled to [-1, 1].
         z_t: noisy pictures at t_B, of x0's shape.
         x0_hat: predicted pictures, of x0's shape, from which p has its mean.
@@ -29,18 +29,18 @@ def variational_bound(schedule: Schedule, x0: Array, z_t: Array, x0_hat: Array, 
         [B] terms in bits per dimension.
 
     Raises:
-        ValueError: the schedule is in continuous time.
+        ValueError: the process is in continuous time.
     """
-    N = schedule.num_timesteps
+    N = process.num_timesteps
     if N is None:
-        raise ValueError("The schedule is in continuous time; give a discrete one to have terms of single steps.")
-    n_B = schedule.network_time(t_B)
+        raise ValueError("The process is in continuous time; give a discrete one to have terms of single steps.")
+    n_B = process.network_time(t_B)
     t_B, s_B = (n_B + 1) / N, n_B / N
-    q_mean, _ = posterior(schedule, z_t, x0, t_B, s_B)
-    p_mean, _ = posterior(schedule, z_t, x0_hat, t_B, s_B)
-    _, large_B = step_variances(schedule, t_B, s_B)
+    q_mean, _ = posterior(process, z_t, x0, t_B, s_B)
+    p_mean, _ = posterior(process, z_t, x0_hat, t_B, s_B)
+    _, large_B = step_variances(process, t_B, s_B)
     # The first step's posterior has no variance: p's lower bound there is the second step's, as in the authors' code.
-    small_B, _ = step_variances(schedule, jnp.maximum(t_B, 2 / N), jnp.maximum(s_B, 1 / N))
+    small_B, _ = step_variances(process, jnp.maximum(t_B, 2 / N), jnp.maximum(s_B, 1 / N))
     small, large = per_picture(small_B, x0), per_picture(large_B, x0)
     p_log_variance = learned_log_variance(small, large, v)
     kl = _normal_kl(q_mean, jnp.log(small), p_mean, p_log_variance)

@@ -10,7 +10,7 @@ from jax import Array
 from personalize_jax.diffusion import augmentation, samplers
 from personalize_jax.diffusion.guidance import dynamic_threshold, guide
 from personalize_jax.diffusion.prediction import Prediction, to_x0_eps
-from personalize_jax.diffusion.schedule import Schedule
+from personalize_jax.diffusion.process import Process
 from personalize_jax.models.params import Params
 
 # What a network is told of captions: a tuple of arrays with a leading batch axis, of which only the family that made
@@ -59,7 +59,7 @@ class Network(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A network with resolution, noise schedule, kind of prediction and sampling.
+    """A network with resolution, forward process, kind of prediction and sampling.
 
     Hashable, so that it can be a static argument of `jax.jit`. Parameters are kept apart from it.
 
@@ -68,13 +68,13 @@ class Stage:
         network: the denoiser, used through `apply` and `init_params` only.
         resolution: side of its pictures, pixels.
         low_resolution: side of the pictures it starts from, or None for a base model.
-        schedule: of the diffusion.
-        augmentation: schedule by which the low-resolution picture is noised.
+        process: the forward process that the network inverts.
+        augmentation: the process by which the low-resolution picture is noised.
         prediction: what the network predicts.
         sampling: the default way to draw pictures.
         channels: of what is denoised: 3 of a picture, or those of its latents.
         factor: pixels to a latent's side; 1 where pictures themselves are denoised.
-        spacing: which times of a discrete schedule sampling visits.
+        spacing: which times of a discrete process sampling visits.
         corners: whether low-resolution pictures are enlarged between the centres of their corner pixels.
         learned_variance: whether the network's output has a second half that tells the steps' variance.
     """
@@ -83,8 +83,8 @@ class Stage:
     network: Network
     resolution: int
     low_resolution: int | None
-    schedule: Schedule
-    augmentation: Schedule
+    process: Process
+    augmentation: Process
     prediction: Prediction
     sampling: Sampling
     channels: int = 3
@@ -130,7 +130,7 @@ class Stage:
         """
         if low_res is not None:
             low_res = low_res[0], self.augmentation.network_time(low_res[1])
-        output = self.network.apply({"params": params}, z_t, self.schedule.network_time(t_B), *cond, *(low_res or ()))
+        output = self.network.apply({"params": params}, z_t, self.process.network_time(t_B), *cond, *(low_res or ()))
         return output.astype(jnp.float32)
 
     def split(self, output: Array) -> tuple[Array, Array | None]:
@@ -180,14 +180,14 @@ class Stage:
             levels = jnp.full((len(keys_B),), sampling.augmentation_level)
             low_res = self.condition(low_BHWC, levels, samplers.initial_noise(noise_key_B, self.shape))
         denoise = self.denoiser(params, cond, null_cond, sampling, low_res)
-        times = samplers.timesteps(sampling.num_steps, self.spacing, self.schedule.num_timesteps)
+        times = samplers.timesteps(sampling.num_steps, self.spacing, self.process.num_timesteps)
         return samplers.sample(denoise, self.sampler(sampling), times, keys_B, self.shape)
 
     def sampler(self, sampling: Sampling) -> samplers.Sampler:
-        """The sampling method over this stage's schedule."""
+        """The sampling method over this stage's process."""
         if sampling.sampler == "ancestral":
-            return samplers.ancestral(self.schedule, sampling.variance)
-        return SAMPLERS[sampling.sampler](self.schedule)
+            return samplers.ancestral(self.process, sampling.variance)
+        return SAMPLERS[sampling.sampler](self.process)
 
     def denoiser(
         self,
@@ -221,7 +221,7 @@ class Stage:
             prediction, v = self.split(self.apply(params, z, jnp.full((len(z),), t), cond, low_res))
             if guided:
                 prediction = guide(prediction[:batch], prediction[batch:], sampling.guidance_scale)
-            x0_hat, _ = to_x0_eps(self.prediction, prediction, z_t, self.schedule.alpha(t), self.schedule.sigma(t))
+            x0_hat, _ = to_x0_eps(self.prediction, prediction, z_t, self.process.alpha(t), self.process.sigma(t))
             if sampling.threshold_max is not None:
                 x0_hat = dynamic_threshold(x0_hat, sampling.threshold_percentile, sampling.threshold_max)
             # Thresholds would make pictures of infinite predictions, which are to be noticed.

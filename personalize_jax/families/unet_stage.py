@@ -70,14 +70,14 @@ def unet_stage(
         usual.augmentation_level,
         scheduler.variance,
     )
-    schedule, factor = scheduler.schedule, 1 if latents is None else latents.factor
+    process, factor = scheduler.process, 1 if latents is None else latents.factor
     return Stage(
         name=usual.stage,
         network=network,
         resolution=_side(spec["unet"]) * factor,
         low_resolution=low_resolution,
-        schedule=schedule,
-        augmentation=read_scheduler(spec["image_noising_scheduler"]).schedule if enlarges else schedule,
+        process=process,
+        augmentation=read_scheduler(spec["image_noising_scheduler"]).process if enlarges else process,
         prediction=scheduler.prediction,
         sampling=sampling._replace(**spec.get("sampling", {})),
         channels=channels,

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 from personalize_jax import hosts
-from personalize_jax.diffusion import schedule
-from personalize_jax.diffusion.schedule import Schedule
+from personalize_jax.diffusion import process
+from personalize_jax.diffusion.process import Process
 from personalize_jax.families.base import Loaded, Place
 from personalize_jax.families.stage import Sampling, Stage
 from personalize_jax.families.text import PixelDenoising, TextConditioned
@@ -32,7 +32,7 @@ from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.models.unet import UNet
 
 INDEX = "pipeline.json"
-SCHEDULES = {"cosine": schedule.cosine, "linear": schedule.linear}
+SCHEDULES = {"cosine": process.cosine, "linear": process.linear}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,14 +117,14 @@ def read_stage(spec: Mapping[str, Any]) -> Stage:
         network=UNet(**network, super_resolution=spec["low_resolution"] is not None),
         resolution=spec["resolution"],
         low_resolution=spec["low_resolution"],
-        schedule=_schedule(spec["schedule"]),
-        augmentation=_schedule(spec["augmentation"]),
+        process=_process(spec["schedule"]),
+        augmentation=_process(spec["augmentation"]),
         prediction=spec["prediction"],
         sampling=Sampling(**dict(spec["sampling"])),
     )
 
 
-def _schedule(spec: Mapping[str, Any]) -> Schedule:
+def _process(spec: Mapping[str, Any]) -> Process:
     arguments = dict(spec)
     kind = arguments.pop("kind")
     if kind not in SCHEDULES:

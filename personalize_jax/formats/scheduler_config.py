@@ -12,15 +12,15 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from personalize_jax.diffusion.prediction import Prediction
-from personalize_jax.diffusion.samplers import Spacing, SpacingKind, Variance
-from personalize_jax.diffusion.schedule import (
-    Schedule,
+from personalize_jax.diffusion.process import (
+    Process,
     discrete,
     linear_betas,
     rescale_zero_terminal_snr,
     scaled_linear_betas,
     squaredcos_betas,
 )
+from personalize_jax.diffusion.samplers import Spacing, SpacingKind, Variance
 from personalize_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class SchedulerSpec(NamedTuple):
     """A scheduler file's content in our terms.
 
     Attributes:
-        schedule: of the diffusion, discrete.
+        process: the forward process, discrete.
         prediction: what the network predicts.
         spacing: which times sampling visits.
         threshold_percentile: of dynamic thresholding.
@@ -47,7 +47,7 @@ class SchedulerSpec(NamedTuple):
         sampler: "ancestral", "ddim" or "dpm_solver_pp", the nearest to the file's class.
     """
 
-    schedule: Schedule
+    process: Process
     prediction: Prediction
     spacing: Spacing
     threshold_percentile: float
@@ -147,7 +147,7 @@ def read_scheduler(config: Mapping[str, Any]) -> SchedulerSpec:
     ends_clean = facts["set_alpha_to_one"] and facts["final_sigmas_type"] == "zero"
     percentile, threshold_max = _threshold(facts)
     return SchedulerSpec(
-        schedule=_schedule(facts),
+        process=_process(facts),
         prediction=prediction,
         spacing=Spacing(facts["timestep_spacing"], facts["steps_offset"], ends_clean),
         threshold_percentile=percentile,
@@ -231,7 +231,7 @@ def with_variance(config: Mapping[str, Any], variance_type: str) -> dict[str, An
     return {**config, "variance_type": variance_type}
 
 
-def _schedule(facts: Mapping[str, Any]) -> Schedule:
+def _process(facts: Mapping[str, Any]) -> Process:
     n, ends = facts["num_train_timesteps"], (facts["beta_start"], facts["beta_end"])
     if n < 1:
         raise UserError(f"The scheduler's num_train_timesteps is {n}; give a number such as 1000.")

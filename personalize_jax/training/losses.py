@@ -59,19 +59,17 @@ def objective_of(config: ConfigDict) -> Objective:
 def diffuse(stage: Stage, batch: Batch, cond: Conditioning, key: Array, objective: Objective) -> NoisyBatch:
     """Noise a batch, each picture at a time of its own.
 
-    Times are stratified over the batch, t_i = (i + u) / B: the same expectation with less variance. That is why each
-    group of a step is noised by itself: strata over two groups would leave one of them with only the low noise.
+    Times are stratified over the batch, see `Process.sample_times`. That is why each group of a step is noised by
+    itself: strata over two groups would leave one of them with only the low noise.
     """
     t_key, eps_key, level_key, augmentation_key, offset_key = jax.random.split(key, 5)
     B = batch.x.shape[0]
-    t_B = (jnp.arange(B) + jax.random.uniform(t_key, ())) / B
-    if N := stage.schedule.num_timesteps:
-        t_B = jnp.minimum(jnp.floor(t_B * N) + 1, N) / N  # each index alike, and never t = 0, which is clean
+    t_B = stage.process.sample_times(t_key, B)
     eps = jax.random.normal(eps_key, batch.x.shape)
     if objective.offset_noise > 0:
         offset = jax.random.normal(offset_key, (B, 1, 1, batch.x.shape[-1]))
         eps += objective.offset_noise * offset
-    z = add_noise(batch.x, eps, stage.schedule.alpha(t_B), stage.schedule.sigma(t_B))
+    z = add_noise(batch.x, eps, stage.process.alpha(t_B), stage.process.sigma(t_B))
     low_res = None
     if batch.low_res is not None:
         noise = jax.random.normal(augmentation_key, batch.x.shape)
@@ -121,7 +119,7 @@ def personalization_loss(
         error = jnp.square(prediction - group.target.function(stage, batch, noisy, frozen_prediction))
         if batch.pixel_weight is not None:
             error *= batch.pixel_weight
-        w_B = loss_weight(stage.prediction, stage.schedule.logsnr(noisy.t), objective.weighting)
+        w_B = loss_weight(stage.prediction, stage.process, noisy.t, objective.weighting)
         term = jnp.mean(per_picture(w_B, error) * error)
         metrics[f"{group.name}_loss"] = term
         if objective.vlb_weight > 0:
@@ -160,6 +158,6 @@ def _frozen_prediction(stage: Stage, family: Family, frozen_params: Params, batc
 
 def _bound(stage: Stage, batch: Batch, noisy: NoisyBatch, prediction: Array, v: Array) -> Array:
     """The variational bound's gradient reaches the variance only: the mean learns from the simple loss."""
-    alpha, sigma = stage.schedule.alpha(noisy.t), stage.schedule.sigma(noisy.t)
+    alpha, sigma = stage.process.alpha(noisy.t), stage.process.sigma(noisy.t)
     x0_hat, _ = to_x0_eps(stage.prediction, jax.lax.stop_gradient(prediction), noisy.z, alpha, sigma)
-    return variational_bound(stage.schedule, batch.x, noisy.z, jnp.clip(x0_hat, -1, 1), v, noisy.t)
+    return variational_bound(stage.process, batch.x, noisy.z, jnp.clip(x0_hat, -1, 1), v, noisy.t)

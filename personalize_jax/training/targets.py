@@ -32,7 +32,7 @@ class Target:
 
 def picture(stage: Stage, batch: Batch, noisy: NoisyBatch, frozen_prediction: FrozenPrediction) -> Array:
     """The prediction that would give back the clean picture x of z_t = alpha_t x + sigma_t eps."""
-    alpha, sigma = stage.schedule.alpha(noisy.t), stage.schedule.sigma(noisy.t)
+    alpha, sigma = stage.process.alpha(noisy.t), stage.process.sigma(noisy.t)
     return target(stage.prediction, batch.x, noisy.eps, alpha, sigma)
 
 

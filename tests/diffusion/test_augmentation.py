@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from personalize_jax.diffusion.augmentation import augment, downsample, sample_levels, upsample
-from personalize_jax.diffusion.schedule import cosine, discrete, linear_betas
+from personalize_jax.diffusion.process import cosine, discrete, linear_betas
 
 
 def ramp(size):
@@ -72,13 +72,13 @@ def test_impossible_levels_are_refused(limits):
 
 
 def test_each_picture_is_noised_at_its_own_level():
-    schedule, level = cosine(), jnp.array([0.0, 0.3, 1.0])
+    process, level = cosine(), jnp.array([0.0, 0.3, 1.0])
     noise = jax.random.normal(jax.random.key(0), (3, 64, 64, 3))
-    noised = augment(schedule, jnp.full_like(noise, 0.5), level, noise)
-    np.testing.assert_allclose(noised.mean((1, 2, 3)), 0.5 * schedule.alpha(level), atol=0.03)
-    np.testing.assert_allclose(noised.std((1, 2, 3)), schedule.sigma(level), rtol=0.03)
+    noised = augment(process, jnp.full_like(noise, 0.5), level, noise)
+    np.testing.assert_allclose(noised.mean((1, 2, 3)), 0.5 * process.alpha(level), atol=0.03)
+    np.testing.assert_allclose(noised.std((1, 2, 3)), process.sigma(level), rtol=0.03)
 
 
-def test_level_zero_of_a_discrete_schedule_changes_nothing():
+def test_level_zero_of_a_discrete_process_changes_nothing():
     low = ramp(8)
     np.testing.assert_array_equal(augment(discrete(linear_betas()), low, 0.0, jnp.ones_like(low)), low)

@@ -5,13 +5,13 @@ import pytest
 from scipy.stats import norm
 
 from personalize_jax.diffusion.prediction import add_noise
-from personalize_jax.diffusion.schedule import cosine, discrete, linear_betas, squaredcos_betas
+from personalize_jax.diffusion.process import cosine, discrete, linear_betas, squaredcos_betas
 from personalize_jax.diffusion.variational import discretized_log_likelihood, variational_bound
 
 BETAS = squaredcos_betas(100)
 ALPHA2 = np.append(1, np.cumprod(1 - BETAS))  # of clean pictures and indices 0..99
 POSTERIOR_VARIANCE = BETAS * (1 - ALPHA2[:-1]) / (1 - ALPHA2[1:])  # Ho et al. 2020, eq. 7
-SCHEDULE = discrete(BETAS)
+PROCESS = discrete(BETAS)
 LEVELS = np.arange(256, dtype=np.float32) / 127.5 - 1
 bound = jax.jit(variational_bound, static_argnums=0)
 likelihood = jax.jit(discretized_log_likelihood)
@@ -29,7 +29,7 @@ def batch():
 
 def test_the_true_posterior_costs_nothing(batch):
     x0, z_t, _, v, t_B = batch
-    np.testing.assert_allclose(bound(SCHEDULE, x0, z_t, x0, np.full_like(v, -1), t_B), 0, atol=1e-6)
+    np.testing.assert_allclose(bound(PROCESS, x0, z_t, x0, np.full_like(v, -1), t_B), 0, atol=1e-6)
 
 
 def posterior_mean(n, z_t, x0):
@@ -41,7 +41,7 @@ def posterior_mean(n, z_t, x0):
 def test_terms_are_divergences_of_normals(batch):
     torch = pytest.importorskip("torch")
     x0, z_t, x0_hat, v, _ = batch
-    terms = bound(SCHEDULE, *batch)
+    terms = bound(PROCESS, *batch)
     for i, n in enumerate([1, 50, 99]):
         learned_std = POSTERIOR_VARIANCE[n] ** ((1 - v[i]) / 4) * BETAS[n] ** ((1 + v[i]) / 4)
         q, p = (
@@ -61,7 +61,7 @@ def test_a_term_agrees_with_numeric_integration():
     x = np.linspace(mean - 8 * std, mean + 8 * std, 10_001)
     log_q, log_p = norm.logpdf(x, mean, std), norm.logpdf(x, posterior_mean(39, 0.3, 0.5), std)
     nats = np.trapezoid(np.exp(log_q) * (log_q - log_p), x)
-    term = bound(SCHEDULE, x0, z_t, x0_hat, np.full((1, 1), -1.0, np.float32), np.array([0.4], np.float32))
+    term = bound(PROCESS, x0, z_t, x0_hat, np.full((1, 1), -1.0, np.float32), np.array([0.4], np.float32))
     np.testing.assert_allclose(term, nats / np.log(2), rtol=1e-3)
 
 
@@ -85,19 +85,19 @@ def test_likelihood_is_the_density_integrated_over_the_bin():
 )
 def test_the_first_term_is_the_pictures_likelihood(v, variance):
     x0 = LEVELS[None, ::51]
-    term = bound(SCHEDULE, x0, x0 + 0.01, x0 + 0.02, np.full_like(x0, v), np.array([0.01], np.float32))
+    term = bound(PROCESS, x0, x0 + 0.01, x0 + 0.02, np.full_like(x0, v), np.array([0.01], np.float32))
     expected = -likelihood(LEVELS, LEVELS + 0.02, np.sqrt(variance))[::51].mean() / np.log(2)
     np.testing.assert_allclose(term, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("schedule", [discrete(linear_betas()), discrete(squaredcos_betas())])
-def test_gradients_are_finite_at_all_times_and_however_wrong_the_network_is(schedule):
+@pytest.mark.parametrize("process", [discrete(linear_betas()), discrete(squaredcos_betas())])
+def test_gradients_are_finite_at_all_times_and_however_wrong_the_network_is(process):
     t_B = jnp.array([1, 2, 500, 1000]) / 1000
     x0 = jnp.tile(LEVELS[[0, 1, 128, 255]], (4, 1))
-    z_t = add_noise(x0, jnp.ones_like(x0), schedule.alpha(t_B), schedule.sigma(t_B))
+    z_t = add_noise(x0, jnp.ones_like(x0), process.alpha(t_B), process.sigma(t_B))
 
     def total(x0_hat, v):
-        return variational_bound(schedule, x0, z_t, x0_hat, v, t_B).sum()
+        return variational_bound(process, x0, z_t, x0_hat, v, t_B).sum()
 
     for x0_hat in (x0, -x0, 2 * x0):
         for gradient in jax.jit(jax.grad(total, (0, 1)))(x0_hat, jnp.full_like(x0, -1.0)):

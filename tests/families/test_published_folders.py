@@ -44,7 +44,7 @@ def test_a_published_folder_loads_as_in_diffusers(name, folders, caplog):
     )
     assert (stage.prediction, stage.learned_variance) == ("v" if name == "sd-2.1" else "eps", name.startswith("IF"))
     assert ours.family.spec["stages"][-1]["scheduler"].get("steps_offset", 0) == theirs.scheduler.config.steps_offset
-    alpha = np.asarray(stage.schedule.alpha(np.arange(1, 1001) / 1000))
+    alpha = np.asarray(stage.process.alpha(np.arange(1, 1001) / 1000))
     np.testing.assert_allclose(alpha**2, theirs.scheduler.alphas_cumprod, atol=1e-6)
 
     assert_same(ours.params[stage.name], theirs.unet, "unet")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from personalize_jax.diffusion import samplers, schedule
+from personalize_jax.diffusion import process, samplers
 from personalize_jax.diffusion.augmentation import upsample
 from personalize_jax.families.world import read_stage
 from personalize_jax.pipeline import Sampling
@@ -64,7 +64,7 @@ def test_what_the_network_knows_is_drawn_in_the_space_of_any_prediction(predicti
     base = read_stage(tiny.BASE)
 
     def answer(z, t, *_):
-        alpha, sigma = (fill(f(t), z) for f in (base.schedule.alpha, base.schedule.sigma))
+        alpha, sigma = (fill(f(t), z) for f in (base.process.alpha, base.process.sigma))
         eps = (z - alpha * 0.3) / sigma
         return {"x0": jnp.full_like(z, 0.3), "eps": eps, "v": alpha * eps - sigma * 0.3}[prediction]
 
@@ -75,8 +75,8 @@ def test_what_the_network_knows_is_drawn_in_the_space_of_any_prediction(predicti
 WAYS = {
     "ddim": samplers.ddim,
     "dpm_solver_pp": samplers.dpm_solver_pp,
-    "ancestral, small": lambda schedule: samplers.ancestral(schedule, "small"),
-    "ancestral, large": lambda schedule: samplers.ancestral(schedule, "large"),
+    "ancestral, small": lambda process: samplers.ancestral(process, "small"),
+    "ancestral, large": lambda process: samplers.ancestral(process, "large"),
 }
 
 
@@ -84,13 +84,13 @@ def test_each_name_draws_by_its_own_sampler():
     """The last step gives away nothing but x0_hat, so the network must answer otherwise at every step."""
     curved = stage(lambda z, *_: jnp.tanh(z))
     keys = jax.random.split(jax.random.key(1), B)
-    times = samplers.timesteps(3, curved.spacing, curved.schedule.num_timesteps)
+    times = samplers.timesteps(3, curved.spacing, curved.process.num_timesteps)
     drawn = {}
     for name, way in WAYS.items():
         sampler, _, variance = name.partition(", ")
         sampling = SAMPLING._replace(sampler=sampler, variance=variance or "small", num_steps=3)
         drawn[name] = np.asarray(draw(curved, sampling))
-        expected = samplers.sample(lambda z, t: jnp.tanh(z), way(curved.schedule), times, keys, curved.shape)
+        expected = samplers.sample(lambda z, t: jnp.tanh(z), way(curved.process), times, keys, curved.shape)
         np.testing.assert_allclose(drawn[name], expected, atol=1e-5, err_msg=name)
     for name, pictures in drawn.items():
         for other in drawn.keys() - {name}:
@@ -174,12 +174,12 @@ def test_each_schedule_is_the_one_of_its_name():
     spec = {**tiny.SUPER_RESOLUTION, "schedule": {"kind": "cosine", "shift": 1.0}, "augmentation": {"kind": "linear"}}
     made = read_stage(spec)
     t = jnp.array([0.2, 0.5])
-    for found, expected in ((made.schedule, schedule.cosine(1.0)), (made.augmentation, schedule.linear())):
+    for found, expected in ((made.process, process.cosine(1.0)), (made.augmentation, process.linear())):
         np.testing.assert_allclose(found.alpha(t), expected.alpha(t), rtol=1e-6)
     _, level = made.condition(jnp.zeros((2, 8, 8, 3)), t, jnp.ones((2, 16, 16, 3)))
     noised, _ = made.condition(jnp.zeros((2, 8, 8, 3)), t, jnp.ones((2, 16, 16, 3)))
     np.testing.assert_array_equal(level, t)
-    np.testing.assert_allclose(noised[:, 0, 0, 0], schedule.linear().sigma(t), rtol=1e-5)
+    np.testing.assert_allclose(noised[:, 0, 0, 0], process.linear().sigma(t), rtol=1e-5)
 
 
 def test_stages_are_compared_by_value_and_built_from_lists_as_from_tuples():

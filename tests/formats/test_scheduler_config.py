@@ -9,8 +9,8 @@ import pytest
 
 from personalize_jax.diffusion.guidance import dynamic_threshold
 from personalize_jax.diffusion.prediction import to_x0_eps
+from personalize_jax.diffusion.process import discrete, scaled_linear_betas, squaredcos_betas
 from personalize_jax.diffusion.samplers import Spacing, ancestral, ddim, timesteps
-from personalize_jax.diffusion.schedule import discrete, scaled_linear_betas, squaredcos_betas
 from personalize_jax.errors import UserError
 from personalize_jax.formats.scheduler_config import (
     for_latents,
@@ -109,14 +109,14 @@ def assert_steps_agree(reference, spec, sampler, their_step):
 
     rng = np.random.default_rng(0)
     reference.set_timesteps(N_STEPS)
-    ts = np.asarray(timesteps(N_STEPS, spec.spacing, spec.schedule.num_timesteps))
+    ts = np.asarray(timesteps(N_STEPS, spec.spacing, spec.process.num_timesteps))
     z_t = rng.normal(size=SHAPE).astype(np.float32)
     for i, index in enumerate(reference.timesteps.tolist()):
         t, s = ts[i], ts[i + 1]
-        assert spec.schedule.network_time(t) == index
+        assert spec.process.network_time(t) == index
         output, v, noise = rng.normal(size=(3, *SHAPE)).astype(np.float32)
         v = np.tanh(v)
-        x0_hat, _ = to_x0_eps(spec.prediction, output, z_t, spec.schedule.alpha(t), spec.schedule.sigma(t))
+        x0_hat, _ = to_x0_eps(spec.prediction, output, z_t, spec.process.alpha(t), spec.process.sigma(t))
         if spec.threshold_max is not None:
             x0_hat = dynamic_threshold(x0_hat, spec.threshold_percentile, spec.threshold_max)
         learned = spec.variance == "learned_range"
@@ -134,7 +134,7 @@ def assert_ddpm_agrees(reference, spec, monkeypatch):
         monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *args, **kwargs: noise)
         return reference.step(output, index, z_t).prev_sample
 
-    assert_steps_agree(reference, spec, ancestral(spec.schedule, spec.variance), step)
+    assert_steps_agree(reference, spec, ancestral(spec.process, spec.variance), step)
 
 
 def assert_ddim_agrees(reference, spec, eta=0.0):
@@ -142,16 +142,16 @@ def assert_ddim_agrees(reference, spec, eta=0.0):
         options = {"eta": eta, "use_clipped_model_output": True, "variance_noise": noise}
         return reference.step(output, index, z_t, **options).prev_sample
 
-    assert_steps_agree(reference, spec, ddim(spec.schedule, eta), step)
+    assert_steps_agree(reference, spec, ddim(spec.process, eta), step)
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_defaults_are_those_of_the_class(name, build):
     reference, spec = build(name)
     assert spec.spacing.kind == reference.config.get("timestep_spacing", "linspace")
-    np.testing.assert_allclose(spec.schedule.alpha(np.arange(1, 1001) / 1000) ** 2, reference.alphas_cumprod, atol=1e-6)
+    np.testing.assert_allclose(spec.process.alpha(np.arange(1, 1001) / 1000) ** 2, reference.alphas_cumprod, atol=1e-6)
     assert (spec.threshold_max is not None) == bool(reference.config.get("clip_sample"))
-    assert spec.schedule == read_scheduler({"_class_name": name, **reference.config}).schedule
+    assert spec.process == read_scheduler({"_class_name": name, **reference.config}).process
     assert spec == read_scheduler({"_class_name": name, **reference.config})
 
 
@@ -160,9 +160,9 @@ def test_defaults_are_those_of_the_class(name, build):
 def test_schedules_agree(name, schedule, build):
     reference, spec = build(name, **schedule)
     n = len(reference.alphas_cumprod)
-    assert spec.schedule.num_timesteps == n
+    assert spec.process.num_timesteps == n
     np.testing.assert_allclose(
-        spec.schedule.alpha(np.arange(1, n + 1) / n) ** 2, reference.alphas_cumprod, rtol=0, atol=1e-6
+        spec.process.alpha(np.arange(1, n + 1) / n) ** 2, reference.alphas_cumprod, rtol=0, atol=1e-6
     )
 
 
@@ -171,8 +171,8 @@ def test_zero_terminal_snr_agrees(schedule, build):
     options = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     reference, spec = build("DDIMScheduler", **SCHEDULES[schedule], **options)
     t = np.arange(1, 1001) / 1000
-    np.testing.assert_allclose(spec.schedule.alpha(t) ** 2, reference.alphas_cumprod, rtol=0, atol=1e-6)
-    assert spec.schedule.alpha(1.0) == 0
+    np.testing.assert_allclose(spec.process.alpha(t) ** 2, reference.alphas_cumprod, rtol=0, atol=1e-6)
+    assert spec.process.alpha(1.0) == 0
 
 
 @pytest.mark.parametrize("kind", ["leading", "trailing", "linspace"])
@@ -193,7 +193,7 @@ def test_times_agree_with_euler(kind, build):
     reference, spec = build("EulerDiscreteScheduler", timestep_spacing=kind, steps_offset=1)
     reference.set_timesteps(30)
     expected = reference.timesteps.numpy()
-    np.testing.assert_array_equal(spec.schedule.network_time(timesteps(30, spec.spacing, 1000)[:-1]), expected)
+    np.testing.assert_array_equal(spec.process.network_time(timesteps(30, spec.spacing, 1000)[:-1]), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -242,7 +242,7 @@ def test_ddim_steps_agree_with_options(options, build):
 
 def test_stable_diffusion_is_read():
     spec = read_scheduler(SD15)
-    assert spec.schedule == discrete(scaled_linear_betas())
+    assert spec.process == discrete(scaled_linear_betas())
     assert spec.spacing == Spacing("leading", offset=1, ends_clean=False)
     assert (spec.prediction, spec.threshold_max, spec.variance, spec.sampler) == ("eps", None, "small", "ddim")
     assert read_scheduler(SD21) == spec._replace(prediction="v")
@@ -250,7 +250,7 @@ def test_stable_diffusion_is_read():
 
 def test_deepfloyd_if_is_read():
     spec = read_scheduler(IF)
-    assert spec.schedule == discrete(squaredcos_betas())
+    assert spec.process == discrete(squaredcos_betas())
     assert spec.spacing == Spacing("leading")
     assert (spec.prediction, spec.variance, spec.sampler) == ("eps", "learned_range", "ancestral")
     assert (spec.threshold_percentile, spec.threshold_max) == (0.95, 1.5)

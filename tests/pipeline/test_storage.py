@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from personalize_jax.diffusion.schedule import cosine, linear
+from personalize_jax.diffusion.process import cosine, linear
 from personalize_jax.errors import UserError
 from personalize_jax.files import write_text
 from personalize_jax.formats.parameters import load_params, save_params
@@ -58,9 +58,9 @@ def test_stages_come_back_with_all_that_tells_them_from_the_usual(saved, tmp_pat
     _, loaded = load_pipeline(tmp_path).stages
     assert loaded.sampling == Sampling(**sampling)
     t = np.linspace(0.1, 0.9, 5)
-    np.testing.assert_allclose(loaded.schedule.logsnr(t), linear().logsnr(t))
+    np.testing.assert_allclose(loaded.process.logsnr(t), linear().logsnr(t))
     np.testing.assert_allclose(loaded.augmentation.logsnr(t), cosine(shift=0.5).logsnr(t))
-    assert not np.allclose(loaded.schedule.logsnr(t), loaded.augmentation.logsnr(t))
+    assert not np.allclose(loaded.process.logsnr(t), loaded.augmentation.logsnr(t))
 
 
 def test_saved_again_it_gives_the_same_files(saved, tmp_path):

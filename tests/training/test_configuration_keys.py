@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import common
 from personalize_jax import personalization
-from personalize_jax.diffusion.schedule import discrete, squaredcos_betas
+from personalize_jax.diffusion.process import discrete, squaredcos_betas
 from personalize_jax.families.world import read_stage
 from personalize_jax.models.params import flatten
 from personalize_jax.training import loop, program
@@ -45,11 +45,11 @@ def parameters():
 
 def dispatched(run=lambda step, *inputs: step(*inputs), **changes):
     """What is seen of one dispatch of a training, which `run` calls."""
-    network, schedule = Network(), discrete(squaredcos_betas(100))
+    network, process = Network(), discrete(squaredcos_betas(100))
     stage = dataclasses.replace(
         read_stage(tiny.SUPER_RESOLUTION),
         **{"network": network, "prediction": "eps", "learned_variance": True},
-        **{"schedule": schedule, "augmentation": schedule},
+        **{"process": process, "augmentation": process},
     )
     config = tiny.training(**{"batch_size": B, "prior__weight": 0.5, "prior__caption_dropout": 0.0, **changes})
     groups = {name: tiny.examples(16, 8, seed=i) for i, name in enumerate(("instance", "prior"))}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from personalize_jax.diffusion.augmentation import upsample
-from personalize_jax.diffusion.schedule import discrete, squaredcos_betas
+from personalize_jax.diffusion.process import discrete, squaredcos_betas
 from personalize_jax.diffusion.variational import variational_bound
 from personalize_jax.families.text import Text
 from personalize_jax.families.world import read_stage
@@ -97,10 +97,10 @@ def test_any_number_of_groups_is_summed_by_their_weights_in_one_call():
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_the_target_is_in_the_space_of_the_prediction(prediction):
     """Clean pictures of 0: the noise is z / sigma, and v is alpha times it."""
-    schedule = read_stage(tiny.BASE).schedule
+    process = read_stage(tiny.BASE).process
 
     def off_by_half(params, z, t, *_):
-        scale = (schedule.alpha(t) if prediction == "v" else 1.0) / schedule.sigma(t)
+        scale = (process.alpha(t) if prediction == "v" else 1.0) / process.sigma(t)
         return scale[:, None, None, None] * z + 0.5
 
     objective = tiny.objective("none", 1.0, "sampled")
@@ -114,7 +114,7 @@ def test_groups_have_their_own_times_and_noise_each_over_all_noise_levels():
     loss_of(network, objective, {"instance": batch(0.0), "prior": batch(0.0)})
     (z, t, *_), *others = network.network.calls
     assert not others, "all groups go through the network in one call"
-    eps = z / network.schedule.sigma(t)[:, None, None, None]
+    eps = z / network.process.sigma(t)[:, None, None, None]
     times, noises = separate(t, 2), separate(eps, 2)
     for of_group in times:
         np.testing.assert_array_equal(np.floor(np.asarray(of_group) * B), np.arange(B))
@@ -137,10 +137,10 @@ def test_min_snr_weighs_both_groups(prediction):
     t = (np.arange(100_000) + 0.5) / 100_000
     snr = 1 / np.tan(np.pi * t / 2) ** 2
     expected = np.mean(np.minimum(snr, 5) / {"x0": 1, "eps": snr, "v": snr + 1}[prediction])
-    schedule = read_stage(tiny.BASE).schedule
+    process = read_stage(tiny.BASE).process
 
     def off_by_one(params, z, t, *_):
-        alpha, sigma = (f(t)[:, None, None, None] for f in (schedule.alpha, schedule.sigma))
+        alpha, sigma = (f(t)[:, None, None, None] for f in (process.alpha, process.sigma))
         return {"x0": 0 * z, "eps": z / sigma, "v": z * alpha / sigma}[prediction] + 1.0
 
     network = stage(off_by_one, prediction)
@@ -262,7 +262,7 @@ def test_the_low_resolution_picture_has_noise_of_its_own_level_which_the_network
     alpha, sigma = (f(level)[:, None, None, None] for f in (network.augmentation.alpha, network.augmentation.sigma))
     noise = (low_res - 0.5 * alpha) / sigma
     np.testing.assert_allclose(np.std(noise, axis=(1, 2, 3)), 1, atol=0.12)
-    eps = z / network.schedule.sigma(t)[:, None, None, None]
+    eps = z / network.process.sigma(t)[:, None, None, None]
     assert abs(np.corrcoef(np.ravel(noise), np.ravel(eps))[0, 1]) < 0.05
 
 
@@ -275,14 +275,14 @@ def test_separate_undoes_interleave():
 
 
 def discrete_stage(answer, learned_variance=False, n=1000):
-    schedule = discrete(squaredcos_betas(n))
+    process = discrete(squaredcos_betas(n))
     return dataclasses.replace(
-        stage(answer, "eps"), schedule=schedule, augmentation=schedule, learned_variance=learned_variance
+        stage(answer, "eps"), process=process, augmentation=process, learned_variance=learned_variance
     )
 
 
 @pytest.mark.parametrize("n", [B, 4 * B])
-def test_times_of_a_discrete_schedule_are_its_own_each_alike_and_never_clean(n):
+def test_times_of_a_discrete_process_are_its_own_each_alike_and_never_clean(n):
     """Of as many indices as pictures each is met once; of more, each picture meets those of its share of them."""
     network, objective = discrete_stage(constant(0.0), n=n), tiny.objective("none", 0.0, "sampled")
     times = [diffuse(network, batch(0.5), None, jax.random.key(seed), objective).t for seed in range(30)]
@@ -332,10 +332,10 @@ def test_the_bound_is_that_of_each_groups_own_pictures_kept_in_range():
     given = (separate(a, 2) for a in network.network.calls[0][:2])
     for (name, value), z, n in zip(values.items(), *given, strict=True):
         t = (n + 1) / 1000
-        alpha, sigma = (f(t)[:, None, None, None] for f in (network.schedule.alpha, network.schedule.sigma))
+        alpha, sigma = (f(t)[:, None, None, None] for f in (network.process.alpha, network.process.sigma))
         x0_hat = jnp.clip((z - 0.1 * sigma) / alpha, -1, 1)
         x0, v = jnp.full_like(z, value), jnp.full_like(z, 0.2)
-        expected = variational_bound(network.schedule, x0, z, x0_hat, v, t).mean()
+        expected = variational_bound(network.process, x0, z, x0_hat, v, t).mean()
         assert terms[f"{name}_bound"] == pytest.approx(float(expected), rel=1e-3)
     whole = {name: terms[f"{name}_loss"] + 0.5 * terms[f"{name}_bound"] for name in values}
     assert loss == pytest.approx(float(whole["instance"] + 0.7 * whole["prior"]), rel=1e-5)
