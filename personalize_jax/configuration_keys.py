@@ -16,7 +16,7 @@ from personalize_jax.diffusion.prediction import Prediction, Weighting
 from personalize_jax.diffusion.samplers import Variance
 from personalize_jax.errors import UserError
 from personalize_jax.families.stage import SAMPLERS
-from personalize_jax.families.world import SCHEDULES
+from personalize_jax.families.world import SCHEDULES, TIMES
 from personalize_jax.models.attention import Implementation
 from personalize_jax.subject.identifier import MAX_TOKENS, RULES
 from personalize_jax.training.optimizer import MOMENT_DTYPES
@@ -253,7 +253,6 @@ _STAGE: Rules = {
         },
     ),
     **{f"{process}.kind": one_of(*SCHEDULES) for process in ("schedule", "augmentation")},
-    **optional({f"{process}.shift": number() for process in ("schedule", "augmentation")}),
     "prediction": one_of(*get_args(Prediction)),
     **within("sampling", {"sampler": one_of(*SAMPLERS, "ancestral"), "num_steps": COUNT, "guidance_scale": SCALE}),
     **optional(
@@ -268,6 +267,15 @@ _STAGE: Rules = {
         )
     ),
 }
+
+_OF_KIND: dict[str, dict[str, Rules]] = {  # by section of a stage and its kind, the section's further keys
+    "schedule": {"cosine": {"shift": number()}, "rectified_flow": {"shift": number(above=0)}},
+    "schedule.times": {
+        "logit_normal": {"mean": number(), "std": number(above=0)},
+        "shifted": {"shift": number(above=0)},
+    },
+}
+_OF_KIND["augmentation"] = _OF_KIND["schedule"]
 
 
 def training_sections(config: ConfigDict) -> dict[str, str]:
@@ -298,9 +306,22 @@ def rules_of_pretraining(config: ConfigDict) -> Rules:
         "pretrained": text('a folder, or "" to start from random parameters', empty=True),
         **within("dataset", {"resolution": COUNT, "count": COUNT}),
         **within("training", TRAINING),
-        **within("stage", _STAGE),
+        **within("stage", _rules_of_stage(config)),
         **(optional(encoder) if config.get("pretrained") else encoder),
     }
+
+
+def _rules_of_stage(config: ConfigDict) -> Rules:
+    """What `config.stage` must hold, which depends on the kinds of process that it names."""
+    values = {key.removeprefix("stage."): value for key, value in _values(config).items() if key.startswith("stage.")}
+    rules = dict(_STAGE)
+    if any(key.startswith("schedule.times.") for key in values):
+        rules["schedule.times.kind"] = one_of(*TIMES)
+    for section, of_kind in _OF_KIND.items():
+        rules |= optional(within(section, of_kind.get(str(values.get(f"{section}.kind")), {})))
+    if values.get("schedule.kind") == "rectified_flow":  # it ends in noise alone, where eps says nothing of the picture
+        rules["prediction"] = one_of(*(kind for kind in get_args(Prediction) if kind != "eps"))
+    return rules
 
 
 def check_keys(config: ConfigDict, rules: Rules, section: str = "") -> None:

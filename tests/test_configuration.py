@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -210,6 +211,48 @@ def test_refusals_say_what_to_give(key, value, wanted):
     with pytest.raises(UserError, match="; give ") as refused:
         configuration.check_values(with_value(stable_diffusion.get_config("1.5"), key, value))
     assert f"config.{key} is {value!r}; give " in str(refused.value) and wanted in str(refused.value)
+
+
+def flow(prediction="velocity", **schedule):
+    config = with_value(pretrain_world.get_config("base"), "stage.prediction", prediction)
+    put(config, "stage.schedule", {"kind": "rectified_flow", **schedule})
+    return config
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        flow(),
+        flow("x0", shift=3.0),
+        flow("v", times={"kind": "uniform"}),
+        flow(times={"kind": "logit_normal", "mean": -0.5, "std": 0.8}),
+        flow("eps", kind="cosine", shift=-1.0, times={"kind": "shifted", "shift": 2.0}),
+    ],
+)
+def test_processes_have_the_keys_of_their_kind(config):
+    check_keys(config, rules(config))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (flow(shift=0.0), "stage.schedule.shift is 0.0; give a finite number above 0"),
+        (flow(kind="linear", shift=1.0), "stage.schedule.shift is no key that anything reads"),
+        (flow(kind="cosine", logsnr=3.0), "stage.schedule.logsnr is no key that anything reads"),
+        (flow(kind=["cosine"]), "give one of cosine, linear, rectified_flow"),
+        (flow(times={"std": 1.0}), "lacks stage.schedule.times.kind"),
+        (
+            flow(times={"kind": "beta"}),
+            "times.kind is 'beta'; give one of uniform, logit_normal, shifted",
+        ),
+        (flow(times={"kind": "logit_normal", "std": 0.0}), "times.std is 0.0; give a finite number above 0"),
+        (flow(times={"kind": "uniform", "std": 1.0}), "stage.schedule.times.std is no key that anything reads"),
+        (flow("eps"), "stage.prediction is 'eps'; give one of v, x0, velocity"),
+    ],
+)
+def test_keys_of_another_kind_of_process_are_refused(config, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        check_keys(config, rules(config))
 
 
 def test_keys_that_nothing_reads_are_refused():

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -7,6 +8,8 @@ import pytest
 
 from configs import pretrain_world
 from personalize_jax import manifest
+from personalize_jax.configuration_keys import check_keys, rules_of_pretraining
+from personalize_jax.diffusion.process import logit_normal, rectified_flow
 from personalize_jax.errors import UserError
 from personalize_jax.pipeline import load_pipeline
 from personalize_jax.pretrain import pretrain, starting_pipeline, world_examples
@@ -49,6 +52,24 @@ def test_both_stages_are_pretrained_one_after_the_other_saved_and_sampled(base, 
         rtol=1e-3,
         atol=1e-6,
     )
+
+
+def test_a_rectified_flow_is_pretrained_saved_and_sampled(tmp_path):
+    """From logit-normal times, predicting the velocity; sampled as pictures are, and as class images are."""
+    flow = config("base", num_steps=40).unlock()
+    schedule = {"kind": "rectified_flow", "shift": 2.0, "times": {"kind": "logit_normal"}}
+    flow.stage = {**flow.stage, "schedule": schedule, "prediction": "velocity"}
+    flow.training.update(batch_size=8, ema_decay=0.5)
+    check_keys(flow, rules_of_pretraining(flow))
+    pretrain(flow.lock(), tmp_path, data())
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").open()]
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+    loaded = load_pipeline(tmp_path / "pipeline")
+    assert loaded.stages[0].process == dataclasses.replace(rectified_flow(2.0), times=logit_normal())
+    for sampler in ("ddim", "ancestral"):
+        sampling = loaded.stages[0].sampling._replace(sampler=sampler)
+        (pictures,) = loaded.sample(["a dog"], [0], batch_size=1, samplings={"base": sampling})
+        assert np.all(np.isfinite(pictures)) and np.ptp(pictures) > 0, sampler
 
 
 def test_what_is_exported_is_the_average_of_what_was_trained(base):

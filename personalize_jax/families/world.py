@@ -32,7 +32,8 @@ from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.models.unet import UNet
 
 INDEX = "pipeline.json"
-SCHEDULES = {"cosine": process.cosine, "linear": process.linear}
+SCHEDULES = {"cosine": process.cosine, "linear": process.linear, "rectified_flow": process.rectified_flow}
+TIMES = {"uniform": process.uniform, "logit_normal": process.logit_normal, "shifted": process.shifted}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +107,11 @@ def read_stage(spec: Mapping[str, Any]) -> Stage:
 
     Args:
         spec: name, resolution, low_resolution, prediction, network (arguments of `UNet`), schedule and augmentation
-            (each {"kind": ..., further arguments}), sampling (fields of `Sampling`).
+            (each {"kind": a name in `SCHEDULES`, further arguments}, and of schedule also "times": {"kind": a name in
+            `TIMES`, further arguments}), sampling (fields of `Sampling`).
 
     Raises:
-        ValueError: unknown kind of schedule.
+        ValueError: an unknown kind, or arguments out of range.
     """
     network = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in dict(spec["network"]).items()}
     return Stage(
@@ -126,7 +128,15 @@ def read_stage(spec: Mapping[str, Any]) -> Stage:
 
 def _process(spec: Mapping[str, Any]) -> Process:
     arguments = dict(spec)
+    times = arguments.pop("times", None) or {"kind": "uniform"}
+    made = _made("schedule", arguments, SCHEDULES)
+    return dataclasses.replace(made, times=_made("times", times, TIMES))
+
+
+def _made(what: str, spec: Mapping[str, Any], kinds: Mapping[str, Callable[..., Any]]) -> Any:
+    """What the kind that a spec names makes of the spec's other values."""
+    arguments = dict(spec)
     kind = arguments.pop("kind")
-    if kind not in SCHEDULES:
-        raise ValueError(f"schedule kind is {kind!r}; give one of {', '.join(SCHEDULES)}.")
-    return SCHEDULES[kind](**arguments)
+    if kind not in kinds:
+        raise ValueError(f"{what} kind is {kind!r}; give one of {', '.join(kinds)}.")
+    return kinds[kind](**arguments)

@@ -58,15 +58,22 @@ def test_without_guidance_the_empty_prompt_is_not_looked_at():
     np.testing.assert_allclose(draw(stage(mean_text), null=jnp.nan), 0.2, rtol=1e-5)
 
 
-@pytest.mark.parametrize("prediction", ["x0", "eps", "v"])
-def test_what_the_network_knows_is_drawn_in_the_space_of_any_prediction(prediction):
+@pytest.mark.parametrize(
+    ("prediction", "kind"),
+    [
+        *((prediction, "cosine") for prediction in ("x0", "eps", "v", "velocity")),
+        *((prediction, "rectified_flow") for prediction in ("x0", "v", "velocity")),
+    ],
+)
+def test_what_the_network_knows_is_drawn_in_the_space_of_any_prediction(prediction, kind):
     """A network that knows the clean picture to be 0.3."""
-    base = read_stage(tiny.BASE)
+    base = read_stage({**tiny.BASE, "schedule": {"kind": kind}})
 
     def answer(z, t, *_):
         alpha, sigma = (fill(f(t), z) for f in (base.process.alpha, base.process.sigma))
         eps = (z - alpha * 0.3) / sigma
-        return {"x0": jnp.full_like(z, 0.3), "eps": eps, "v": alpha * eps - sigma * 0.3}[prediction]
+        v = alpha * eps - sigma * 0.3
+        return {"x0": jnp.full_like(z, 0.3), "eps": eps, "v": v, "velocity": eps - 0.3}[prediction]
 
     known = dataclasses.replace(base, network=Network(answer), prediction=prediction)
     np.testing.assert_allclose(draw(known, SAMPLING._replace(num_steps=3)), 0.3, atol=2e-3)
@@ -182,6 +189,14 @@ def test_each_schedule_is_the_one_of_its_name():
     np.testing.assert_allclose(noised[:, 0, 0, 0], process.linear().sigma(t), rtol=1e-5)
 
 
+def test_a_schedule_may_say_at_which_times_training_noises_pictures():
+    times = {"kind": "logit_normal", "mean": 0.5, "std": 0.8}
+    made = read_stage({**tiny.BASE, "schedule": {"kind": "rectified_flow", "shift": 3.0, "times": times}})
+    assert made.process == dataclasses.replace(process.rectified_flow(3.0), times=process.logit_normal(0.5, 0.8))
+    plain = read_stage({**tiny.BASE, "schedule": {"kind": "cosine", "times": {"kind": "uniform"}}})
+    assert plain == read_stage(tiny.BASE)
+
+
 def test_stages_are_compared_by_value_and_built_from_lists_as_from_tuples():
     lists = {
         **tiny.BASE,
@@ -195,3 +210,5 @@ def test_stages_are_compared_by_value_and_built_from_lists_as_from_tuples():
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(ValueError, match="'steep'.*cosine"):
         read_stage({**tiny.BASE, "schedule": {"kind": "steep"}})
+    with pytest.raises(ValueError, match="'often'.*logit_normal"):
+        read_stage({**tiny.BASE, "schedule": {"kind": "cosine", "times": {"kind": "often"}}})

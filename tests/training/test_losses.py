@@ -94,17 +94,28 @@ def test_any_number_of_groups_is_summed_by_their_weights_in_one_call():
         np.testing.assert_array_equal(np.floor(np.asarray(times) * B), np.arange(B))
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
-def test_the_target_is_in_the_space_of_the_prediction(prediction):
-    """Clean pictures of 0: the noise is z / sigma, and v is alpha times it."""
-    process = read_stage(tiny.BASE).process
+@pytest.mark.parametrize(
+    ("prediction", "kind"),
+    [
+        ("eps", "cosine"),
+        ("v", "cosine"),
+        ("velocity", "cosine"),
+        ("v", "rectified_flow"),
+        ("velocity", "rectified_flow"),
+    ],
+)
+def test_the_target_is_in_the_space_of_the_prediction(prediction, kind):
+    """Clean pictures of 0: the noise is z / sigma and so is the velocity, and v is alpha times it."""
+    spec = {**tiny.BASE, "schedule": {"kind": kind}}
+    process = read_stage(spec).process
 
     def off_by_half(params, z, t, *_):
         scale = (process.alpha(t) if prediction == "v" else 1.0) / process.sigma(t)
         return scale[:, None, None, None] * z + 0.5
 
     objective = tiny.objective("none", 1.0, "sampled")
-    _, terms = loss_of(stage(off_by_half, prediction), objective, {"instance": batch(0.0), "prior": batch(0.0)})
+    batches = {"instance": batch(0.0), "prior": batch(0.0)}
+    _, terms = loss_of(stage(off_by_half, prediction, spec), objective, batches)
     np.testing.assert_allclose([terms["instance_loss"], terms["prior_loss"]], 0.25, rtol=1e-5)
 
 
