@@ -16,12 +16,12 @@ from personalize_jax.diffusion.prediction import Prediction, Weighting
 from personalize_jax.diffusion.samplers import Variance
 from personalize_jax.errors import UserError
 from personalize_jax.families.stage import SAMPLERS
+from personalize_jax.families.targets import PRIOR_FORMS
 from personalize_jax.families.world import SCHEDULES, TIMES
 from personalize_jax.models.attention import Implementation
 from personalize_jax.subject.identifier import MAX_TOKENS, RULES
 from personalize_jax.training.optimizer import MOMENT_DTYPES
 from personalize_jax.training.sharding import AXES
-from personalize_jax.training.targets import PRIOR_FORMS
 
 MAX_SEED = 2**32 - 1  # random keys of larger seeds are those of smaller ones
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from personalize_jax import command, configuration, hosts, manifest
 from personalize_jax.configuration import stage_trainings
 from personalize_jax.errors import UserError
+from personalize_jax.families.objective import INSTANCE, PRIOR
 from personalize_jax.manifest import phase
 from personalize_jax.models.params import Params
 from personalize_jax.personalized import Personalized, load_placed
@@ -27,7 +28,6 @@ from personalize_jax.subject.dataset import MANIFEST, SubjectDataset, read_datas
 from personalize_jax.subject.images import SubjectImage, load_images
 from personalize_jax.subject.registry import keep_identifier, reserve_identifier
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
-from personalize_jax.training.groups import INSTANCE, PRIOR
 from personalize_jax.training.loop import averaged, check_length, train, trained_params
 from personalize_jax.training.prior import class_images, own_class_images, own_hashes, prior_sampling
 from personalize_jax.training.program import stage_program

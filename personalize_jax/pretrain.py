@@ -20,6 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from personalize_jax import command, hosts, manifest
 from personalize_jax.configuration_keys import check_keys, rules_of_pretraining
 from personalize_jax.errors import UserError
+from personalize_jax.families.objective import INSTANCE
 from personalize_jax.families.world import World
 from personalize_jax.files import ASSETS
 from personalize_jax.formats.tokenizer import Tokenizer
@@ -27,7 +28,6 @@ from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Pipeline, load_pipeline, save_pipeline
 from personalize_jax.training import tracking
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
-from personalize_jax.training.groups import INSTANCE
 from personalize_jax.training.loop import check_length, train, trained_params
 from personalize_jax.training.program import check_sizes, mesh_of, stage_program
 from personalize_jax.training.tracking import JSONL_ONLY, Tracking

@@ -13,6 +13,7 @@ import transformers
 from configs import deepfloyd_if, stable_diffusion
 from personalize_jax import personalization
 from personalize_jax.export import export
+from personalize_jax.families.diffusion_loss import personalization_loss
 from personalize_jax.interruption import Stopped
 from personalize_jax.models.params import flatten
 from personalize_jax.personalization import (
@@ -25,7 +26,6 @@ from personalize_jax.personalization import (
 from personalize_jax.personalized import load_personalized
 from personalize_jax.pipeline import load_pipeline
 from personalize_jax.training.examples import sample_batch
-from personalize_jax.training.losses import personalization_loss
 from tests import published_folders, tiny, tiny_public
 
 PHOTOS = Path(__file__).parents[1] / ".." / "shared" / "dreambooth" / "dataset"

@@ -5,15 +5,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import common
+from personalize_jax.families.diffusion_loss import DiffusionFamily
+from personalize_jax.families.objective import INSTANCE, PRIOR, Group, Objective
+from personalize_jax.families.targets import PRIOR_FORMS
 from personalize_jax.families.world import World, read_stage
 from personalize_jax.files import ASSETS
 from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Pipeline
 from personalize_jax.training.examples import make_examples
-from personalize_jax.training.groups import INSTANCE, PRIOR, Group
-from personalize_jax.training.losses import Objective
-from personalize_jax.training.targets import PRIOR_FORMS
 
 TEXT = {"width": 16, "num_layers": 1, "num_heads": 2, "max_length": 8}
 BASE = {
@@ -116,7 +116,7 @@ class LinearNetwork:
         return params["scale"] * z + (text.mean(1) @ params["text"])[:, None, None, :]
 
 
-class LinearFamily:
+class LinearFamily(DiffusionFamily):
     """In place of a family where conditioning does not matter: a table of embeddings."""
 
     vocabulary_size = 8000

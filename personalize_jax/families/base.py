@@ -10,11 +10,12 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from jax import Array
 
+from personalize_jax.families.batch import Batch, Tokens
+from personalize_jax.families.objective import Objective
 from personalize_jax.families.stage import Conditioning, Stage
 from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.models.params import Params
 
-Tokens = Any  # a pytree of int32 arrays with a leading batch axis
 Place = Callable[[Params], Params]  # from a tree of shapes to a tree of shardings
 
 UNCONDITIONAL = ""  # the caption whose conditioning is the unconditional one of classifier-free guidance
@@ -50,6 +51,26 @@ class Family(Protocol):
         Args:
             params: of the networks in `encoders`, by name.
             tokens: from `tokenize`.
+        """
+
+    def loss(
+        self,
+        stage: Stage,
+        objective: Objective,
+        params: Params,
+        frozen_params: Params,
+        batches: Mapping[str, Batch],
+        rng: Array,
+    ) -> tuple[Array, dict[str, Array]]:
+        """The weighted sum of all groups' losses, and each group's own by name; traceable.
+
+        Args:
+            stage: the stage in training.
+            objective: constants of the loss, and the groups.
+            params: {"denoiser": ...} and the `encoders`, with trained and frozen values merged.
+            frozen_params: the pretrained ones, as far as targets need them.
+            batches: a batch of each group by its name, all of one size.
+            rng: random key of this step.
         """
 
     def to_latents(self, params: Params, x_BHWC: Array) -> tuple[Array, Array] | None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from personalize_jax.families.diffusion_loss import DiffusionFamily
 from personalize_jax.families.stage import Stage
 from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.models.clip_text import ClipTextEncoder
@@ -26,7 +27,7 @@ class Text(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class TextConditioned:
+class TextConditioned(DiffusionFamily):
     """The part of such a family that is about captions, and its denoisers.
 
     Attributes:

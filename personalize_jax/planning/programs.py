@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from personalize_jax.errors import UserError
+from personalize_jax.families.objective import INSTANCE, PRIOR, groups_of
 from personalize_jax.families.stage import Conditioning
 from personalize_jax.pipeline import Pipeline, Sampling, Stage
 from personalize_jax.pipeline.cascade import draw_pictures
@@ -22,7 +23,6 @@ from personalize_jax.planning.hlo import Collective
 from personalize_jax.planning.slices import Topology
 from personalize_jax.training import sharding
 from personalize_jax.training.examples import Examples
-from personalize_jax.training.groups import INSTANCE, PRIOR, groups_of
 from personalize_jax.training.program import mesh_of, stage_program
 from personalize_jax.training.trainable import Identifier
 

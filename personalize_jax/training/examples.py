@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from personalize_jax.families.base import UNCONDITIONAL, Tokens
+from personalize_jax.families.base import UNCONDITIONAL
+from personalize_jax.families.batch import Batch, Tokens
+from personalize_jax.families.objective import Group
 from personalize_jax.families.stage import Conditioning
 from personalize_jax.pipeline.cascade import to_float
 
@@ -34,42 +36,6 @@ class Examples(NamedTuple):
     low_res: Array | None = None
     object_mask: Array | None = None
     latent: tuple[Array, Array] | None = None
-
-
-class Batch(NamedTuple):
-    """B examples of a group, as a train step is given them.
-
-    Attributes:
-        x: float32 [B, H, W, 3] in [-1, 1], or latents.
-        tokens: tokens of B captions.
-        cond: their conditioning, or None when the step has to compute it.
-        low_res: float32 [B, h, w, 3] in [-1, 1], or None.
-        pixel_weight: float32 [B, H, W, 1], or None for 1 everywhere.
-    """
-
-    x: Array
-    tokens: Tokens
-    cond: Conditioning | None
-    low_res: Array | None
-    pixel_weight: Array | None
-
-
-class NoisyBatch(NamedTuple):
-    """A network's input, and the noise in it.
-
-    Attributes:
-        z: [B, H, W, C] noisy pictures or latents z_t.
-        t: [B] times.
-        cond: conditioning of the captions.
-        low_res: the low-resolution picture and its noise level, see `Stage.condition`; or None.
-        eps: [B, H, W, C] noise in z.
-    """
-
-    z: Array
-    t: Array
-    cond: Conditioning
-    low_res: tuple[Array, Array] | None
-    eps: Array
 
 
 def make_examples(
@@ -126,6 +92,25 @@ def sample_batch(
         low_res=None if examples.low_res is None else to_float(examples.low_res[i_B]),
         pixel_weight=weight,
     )
+
+
+def sample_batches(
+    groups: Sequence[Group], examples: Mapping[str, Examples], key: Array, batch_size: int, object_weight: float
+) -> dict[str, Batch]:
+    """Sample a batch of each group, with a key of its own; traceable.
+
+    Args:
+        groups: the groups.
+        examples: examples by the name of their group.
+        key: random key, used here alone.
+        batch_size: examples of each group.
+        object_weight: additional loss weight of the object's pixels, where masks are known.
+    """
+    keys = jax.random.split(key, len(groups))
+    return {
+        group.name: sample_batch(examples[group.name], k, batch_size, group.caption_dropout, object_weight)
+        for group, k in zip(groups, keys, strict=True)
+    }
 
 
 def count_tokens(counts_V: Array, batches: Mapping[str, Batch]) -> Array:

@@ -20,14 +20,13 @@ from ml_collections import ConfigDict
 from personalize_jax import hosts
 from personalize_jax.errors import UserError
 from personalize_jax.families.base import Family
+from personalize_jax.families.objective import objective_of
 from personalize_jax.families.stage import Stage
 from personalize_jax.models import attention
 from personalize_jax.models.params import Params, flatten, unflatten
 from personalize_jax.training import sharding
-from personalize_jax.training.examples import Examples
-from personalize_jax.training.groups import sample_batches
+from personalize_jax.training.examples import Examples, sample_batches
 from personalize_jax.training.lora import init_adapters
-from personalize_jax.training.losses import objective_of, personalization_loss
 from personalize_jax.training.optimizer import make_optimizer
 from personalize_jax.training.step import Loss, TrainState, init_state, make_train_step, make_train_steps
 from personalize_jax.training.trainable import LORA, ROWS, Identifier, Selection, init_rows, select
@@ -133,7 +132,7 @@ def stage_program(
         family: the model's family.
         pretrained: {"denoiser": ...} and the family's encoders to start from, arrays or shapes; frozen parameters are
             taken from it. They may be rounded, see `read_float32`.
-        examples: the examples of each group of `groups.groups_of` by its name; arrays or shapes.
+        examples: the examples of each group of `objective.groups_of` by its name; arrays or shapes.
         config: keys of `configs.common.training()`.
         seed: seed of all randomness in this training.
         identifier: tokens of the subject's identifier, for rules that train their rows.
@@ -156,7 +155,7 @@ def stage_program(
             frozen.pop(name, None)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), pretrained)
     return Program(
-        loss=partial(personalization_loss, stage, family, objective),
+        loss=partial(family.loss, stage, objective),
         sample_batch=partial(
             sample_batches, objective.groups, batch_size=config.batch_size, object_weight=config.object_weight
         ),

@@ -12,12 +12,12 @@ from configs import deepfloyd_if, stable_diffusion, world
 from personalize_jax import plan
 from personalize_jax.configuration import changed
 from personalize_jax.families import public
+from personalize_jax.families.batch import Batch
+from personalize_jax.families.diffusion_loss import personalization_loss
 from personalize_jax.planning import slices
 from personalize_jax.planning.estimate import Run, Usage, fits, roofline, seconds
 from personalize_jax.planning.hlo import Collective
 from personalize_jax.planning.programs import bytes_per_device, conditioning, examples_of, measured, resident
-from personalize_jax.training.examples import Batch
-from personalize_jax.training.losses import personalization_loss
 from personalize_jax.training.program import mesh_of, stage_program
 from tests import tiny
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 
-from personalize_jax.training.examples import Batch
+from personalize_jax.families.batch import Batch
 from personalize_jax.training.step import init_state, make_train_step, make_train_steps
 
 FROZEN = {"offset": jnp.array(2.0)}

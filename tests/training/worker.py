@@ -13,9 +13,9 @@ import optax
 from flax.traverse_util import flatten_dict
 
 from personalize_jax.errors import UserError
+from personalize_jax.families.diffusion_loss import interleave, separate
 from personalize_jax.families.world import read_stage
 from personalize_jax.training import loop, program, sharding
-from personalize_jax.training.losses import interleave, separate
 from personalize_jax.training.sharding import AXES, BATCH
 from tests import tiny
 

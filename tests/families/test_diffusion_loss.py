@@ -10,12 +10,12 @@ import pytest
 from personalize_jax.diffusion.augmentation import upsample
 from personalize_jax.diffusion.process import discrete, squaredcos_betas
 from personalize_jax.diffusion.variational import variational_bound
+from personalize_jax.families.batch import Batch
+from personalize_jax.families.diffusion_loss import diffuse, interleave, personalization_loss, separate
+from personalize_jax.families.objective import Group, Objective
+from personalize_jax.families.targets import Target, picture
 from personalize_jax.families.text import Text
 from personalize_jax.families.world import read_stage
-from personalize_jax.training.examples import Batch
-from personalize_jax.training.groups import Group
-from personalize_jax.training.losses import Objective, diffuse, interleave, personalization_loss, separate
-from personalize_jax.training.targets import Target, picture
 from tests import tiny
 
 B, SIDE, LENGTH, WIDTH = 8, 8, 5, 4

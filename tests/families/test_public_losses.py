@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from personalize_jax.families.batch import Batch
+from personalize_jax.families.diffusion_loss import diffuse, personalization_loss
 from personalize_jax.models.params import flatten
 from personalize_jax.pipeline import load_pipeline
-from personalize_jax.training.examples import Batch
-from personalize_jax.training.losses import diffuse, personalization_loss
 from tests import tiny, tiny_public
 from tests.models.torch_params import port
 

@@ -3,57 +3,24 @@ r"""The objective: the denoising losses of all groups of examples, weighted and 
     sum_g lambda_g E[ w_t |f(z_t, t, c) - y_g|^2 ],    z_t = alpha_t x + sigma_t eps
 
 DreamBooth's is that of two groups (specification [0087]-[0090]; Ruiz et al. 2023, eq. 2): instance images with a weight
-of 1, class images with the prior weight. f is the network; y_g is the group's target, see `training.targets`.
+of 1, class images with the prior weight. f is the network; y_g is the group's target, see `families.targets`.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from ml_collections import ConfigDict
 
 from personalize_jax.diffusion.augmentation import sample_levels
-from personalize_jax.diffusion.prediction import Weighting, add_noise, loss_weight, per_picture, to_x0_eps
+from personalize_jax.diffusion.prediction import add_noise, loss_weight, per_picture, to_x0_eps
 from personalize_jax.diffusion.variational import variational_bound
 from personalize_jax.families.base import Family
+from personalize_jax.families.batch import Batch, NoisyBatch
+from personalize_jax.families.objective import Objective
 from personalize_jax.families.stage import Conditioning, Stage
 from personalize_jax.models.params import Params
-from personalize_jax.training.examples import Batch, NoisyBatch
-from personalize_jax.training.groups import Group, groups_of
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """Constants of the loss.
-
-    Attributes:
-        groups: groups of examples, whose losses are summed.
-        weighting: w_t as a weight in the space of the network's prediction, see `diffusion.prediction.loss_weight`.
-        augmentation_levels: range of the low-resolution picture's noise level while training (super-resolution only).
-        offset_noise: standard deviation of noise that is the same in all of a picture, added to eps; 0 leaves it out.
-        vlb_weight: weight of the variational bound, by which a network learns the variance of its steps; 0 leaves that
-            part of the output alone. Where Nichol & Dhariwal (2021, eq. 16) weigh the sum over N steps with .001, this
-            weighs one of them: 1 is theirs for N = 1000.
-    """
-
-    groups: tuple[Group, ...]
-    weighting: Weighting
-    augmentation_levels: tuple[float, float] = (0.0, 0.0)
-    offset_noise: float = 0.0
-    vlb_weight: float = 0.0
-
-
-def objective_of(config: ConfigDict) -> Objective:
-    """The objective of a training.
-
-    Args:
-        config: keys of `configs.common.training()`.
-    """
-    levels = tuple(config.augmentation_levels)
-    return Objective(groups_of(config), config.weighting, levels, config.offset_noise, config.vlb_weight)
 
 
 def diffuse(stage: Stage, batch: Batch, cond: Conditioning, key: Array, objective: Objective) -> NoisyBatch:
@@ -128,6 +95,22 @@ def personalization_loss(
             term += objective.vlb_weight * bound
         loss += group.weight * term
     return loss, metrics
+
+
+class DiffusionFamily:
+    """The part that all families of diffusion models share."""
+
+    def loss(
+        self,
+        stage: Stage,
+        objective: Objective,
+        params: Params,
+        frozen_params: Params,
+        batches: Mapping[str, Batch],
+        rng: Array,
+    ) -> tuple[Array, dict[str, Array]]:
+        """See `personalization_loss`."""
+        return personalization_loss(stage, self, objective, params, frozen_params, batches, rng)
 
 
 def interleave(*groups: tuple) -> tuple:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from jax import Array
 
 from personalize_jax.diffusion.prediction import target
+from personalize_jax.families.batch import Batch, NoisyBatch
 from personalize_jax.families.stage import Stage
-from personalize_jax.training.examples import Batch, NoisyBatch
 
 # The frozen network's prediction for the same noisy input [B, H, W, C]; it is computed only if this is called.
 FrozenPrediction = Callable[[], Array]

@@ -1,0 +1,45 @@
+"""Batches: the examples of a group as a family's loss is given them."""
+
+from typing import Any, NamedTuple
+
+from jax import Array
+
+from personalize_jax.families.stage import Conditioning
+
+Tokens = Any  # a pytree of int32 arrays with a leading batch axis
+
+
+class Batch(NamedTuple):
+    """B examples of a group, as a train step is given them.
+
+    Attributes:
+        x: float32 [B, H, W, 3] in [-1, 1], or latents.
+        tokens: tokens of B captions.
+        cond: their conditioning, or None when the step has to compute it.
+        low_res: float32 [B, h, w, 3] in [-1, 1], or None.
+        pixel_weight: float32 [B, H, W, 1], or None for 1 everywhere.
+    """
+
+    x: Array
+    tokens: Tokens
+    cond: Conditioning | None
+    low_res: Array | None
+    pixel_weight: Array | None
+
+
+class NoisyBatch(NamedTuple):
+    """A network's input, and the noise in it.
+
+    Attributes:
+        z: [B, H, W, C] noisy pictures or latents z_t.
+        t: [B] times.
+        cond: conditioning of the captions.
+        low_res: the low-resolution picture and its noise level, see `Stage.condition`; or None.
+        eps: [B, H, W, C] noise in z.
+    """
+
+    z: Array
+    t: Array
+    cond: Conditioning
+    low_res: tuple[Array, Array] | None
+    eps: Array
