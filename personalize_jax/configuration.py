@@ -4,7 +4,6 @@ from ml_collections import ConfigDict
 
 from personalize_jax import configuration_keys
 from personalize_jax.configuration_keys import check_keys, rules_of_run, training_sections
-from personalize_jax.diffusion.samplers import timesteps
 from personalize_jax.errors import UserError
 from personalize_jax.pipeline import Pipeline, Stage
 from personalize_jax.subject.frequency import token_frequencies
@@ -100,9 +99,9 @@ def trains_encoders(pipeline: Pipeline, stage_name: str, training: ConfigDict) -
 def _check_steps(base: Stage, config: ConfigDict) -> None:
     """Refuse class images of more steps than the base stage's noise schedule has room for."""
     try:
-        timesteps(prior_sampling(base, config.class_images).num_steps, base.spacing, base.process.num_timesteps)
+        base.times(prior_sampling(base, config.class_images))
     except ValueError as error:
         raise UserError(
-            f"config.class_images.num_steps is {config.class_images.num_steps}, more than fit the "
-            f"{base.process.num_timesteps} steps of the {base.name} noise schedule; give fewer."
+            f"config.class_images.num_steps is {config.class_images.num_steps}, more than fit the noise schedule of "
+            f"the {base.name} stage ({error}); give fewer."
         ) from error

@@ -66,7 +66,7 @@ def test_more_steps_than_a_schedule_has_are_refused(pretrained):
     pipeline = dataclasses.replace(pipeline, family=pipeline.family.with_stages((base, *pipeline.stages[1:])))
     configuration.check(pipeline, tiny_world.get_config(pretrained, class_images__num_steps=50))
     too_many = tiny_world.get_config(pretrained, class_images__num_steps=100)
-    with pytest.raises(UserError, match="class_images.num_steps is 100, more than fit the 100 steps of the base"):
+    with pytest.raises(UserError, match="class_images.num_steps is 100, more than fit the noise schedule of the base"):
         configuration.check(pipeline, too_many)
     without = {"training__prior__weight": 0.0, "super_resolution_training__prior__weight": 0.0}
     configuration.check(pipeline, configuration.changed(too_many, **without))

@@ -123,6 +123,26 @@ class Family(Protocol):
         """
 
 
+class OwnFamily(Family, Protocol):
+    """A family with a layout of its own on disk."""
+
+    @classmethod
+    def reads(cls, folder: Path) -> bool:
+        """Whether a folder is one that `write` wrote."""
+
+    @classmethod
+    def read_folder(cls, folder: Path, place: Place | None = None) -> "Loaded":
+        """Read a folder that `write` wrote.
+
+        Args:
+            folder: the folder.
+            place: from a tree of shapes to a tree of shardings for the parameters; None for the default device.
+
+        Raises:
+            UserError: a file cannot be used.
+        """
+
+
 class Loaded(NamedTuple):
     """A model that was read.
 

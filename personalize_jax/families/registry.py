@@ -5,16 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from personalize_jax.errors import UserError
-from personalize_jax.families import public, world
-from personalize_jax.families.base import Family, Loaded, Place
+from personalize_jax.families import public
+from personalize_jax.families.base import Family, Loaded, OwnFamily, Place
 from personalize_jax.families.deepfloyd_if import DeepFloydIF
 from personalize_jax.families.public import PublicFamily
 from personalize_jax.families.stable_diffusion import StableDiffusion
+from personalize_jax.families.world import INDEX as WORLD_INDEX
+from personalize_jax.families.world import World
 from personalize_jax.files import ASSETS
 from personalize_jax.formats import hub
 from personalize_jax.formats.diffusers_folder import INDEX, Layout, read_components, resolve
 
-FAMILIES: tuple[type[PublicFamily], ...] = (StableDiffusion, DeepFloydIF)  # beside this project's own, `world`
+FAMILIES: tuple[type[PublicFamily], ...] = (StableDiffusion, DeepFloydIF)  # whose folders diffusers reads
+OWN: tuple[type[OwnFamily], ...] = (World,)  # with a layout of their own
 LAYOUTS: Mapping[str, Layout] = {kind: layout for family in FAMILIES for kind, layout in family.layouts.items()}
 
 EMBEDDED = ("world",)
@@ -33,12 +36,12 @@ def load(sources: Sequence[str | Path], place: Place | None = None, **compute: A
         UserError: nothing of that name, or it cannot be used.
     """
     folder = _folder(sources[0])
-    if len(sources) == 1 and (folder / world.INDEX).is_file():
-        return world.read_folder(folder, place)
+    if len(sources) == 1 and (own := _own_family(folder)):
+        return own.read_folder(folder, place)
     if len(sources) == 1 and not saved_folders(folder) and not hub.is_name(str(sources[0]).rstrip("/")):
         raise UserError(
             f"No pipeline at {str(sources[0])!r}: give {' or '.join(map(repr, EMBEDDED))}, or a folder with a "
-            f"{world.INDEX} or a {INDEX}."
+            f"{WORLD_INDEX} or a {INDEX}."
         )
     folders = (len(sources) == 1 and saved_folders(folder)) or sources
     found = [read_components(resolve(source, LAYOUTS), LAYOUTS) for source in folders]
@@ -79,7 +82,11 @@ def saved_folders(folder: Path) -> list[Path]:
 
 def is_saved(folder: Path) -> bool:
     """Whether a folder holds a model of any family."""
-    return (folder / world.INDEX).is_file() or bool(saved_folders(folder))
+    return _own_family(folder) is not None or bool(saved_folders(folder))
+
+
+def _own_family(folder: Path) -> type[OwnFamily] | None:
+    return next((family for family in OWN if family.reads(folder)), None)
 
 
 def _folder(source: str | Path) -> Path:

@@ -180,8 +180,15 @@ class Stage:
             levels = jnp.full((len(keys_B),), sampling.augmentation_level)
             low_res = self.condition(low_BHWC, levels, samplers.initial_noise(noise_key_B, self.shape))
         denoise = self.denoiser(params, cond, null_cond, sampling, low_res)
-        times = samplers.timesteps(sampling.num_steps, self.spacing, self.process.num_timesteps)
-        return samplers.sample(denoise, self.sampler(sampling), times, keys_B, self.shape)
+        return samplers.sample(denoise, self.sampler(sampling), self.times(sampling), keys_B, self.shape)
+
+    def times(self, sampling: Sampling) -> Array:
+        """The times that sampling visits, from noise to the clean picture.
+
+        Raises:
+            ValueError: there are more steps than the process has times.
+        """
+        return samplers.timesteps(sampling.num_steps, self.spacing, self.process.num_timesteps)
 
     def sampler(self, sampling: Sampling) -> samplers.Sampler:
         """The sampling method over this stage's process."""

@@ -75,31 +75,36 @@ class World(TextConditioned, PixelDenoising):
     def write_adapters(self, adapters: Mapping[str, Params], folder: Path) -> None:
         """Nothing: nobody else reads adapters of these networks."""
 
+    @classmethod
+    def reads(cls, folder: Path) -> bool:
+        """Whether a folder is one that `write` wrote."""
+        return (folder / INDEX).is_file()
+
+    @classmethod
+    def read_folder(cls, folder: Path, place: Place | None = None) -> Loaded:
+        """Read a folder that `write` wrote.
+
+        Args:
+            folder: the folder.
+            place: from a tree of shapes to a tree of shardings for the parameters; None for the default device.
+
+        Raises:
+            UserError: a file cannot be used.
+        """
+        spec = json.loads((folder / INDEX).read_text())
+        text_encoder = TextEncoder(**spec["text_encoder"])
+        counts = np.array(json.loads((folder / "token_counts.json").read_text()), np.int64)
+        tokenizer = Tokenizer.read(folder / "tokenizer.json", text_encoder.max_length, counts)
+        tokenizer.check_rows(text_encoder.vocab_size)
+        family = cls(tokenizer, text_encoder, tuple(map(read_stage, spec["stages"])), tuple(spec["stages"]))
+        names = ("text_encoder", *(stage.name for stage in family.stages))
+        params = {name: load_params(folder / f"{name}.safetensors") for name in names}
+        if place is not None:
+            params = jax.tree.map(hosts.put, params, place(family.shapes()))
+        return Loaded(family, params, {})
+
 
 _TEXT_ENCODER_FIELDS = ("vocab_size", "width", "num_layers", "num_heads", "max_length")
-
-
-def read_folder(folder: Path, place: Place | None = None) -> Loaded:
-    """Read a folder that `World.write` wrote.
-
-    Args:
-        folder: with a pipeline.json.
-        place: from a tree of shapes to a tree of shardings for the parameters; None for the default device.
-
-    Raises:
-        UserError: a file cannot be used.
-    """
-    spec = json.loads((folder / INDEX).read_text())
-    text_encoder = TextEncoder(**spec["text_encoder"])
-    counts = np.array(json.loads((folder / "token_counts.json").read_text()), np.int64)
-    tokenizer = Tokenizer.read(folder / "tokenizer.json", text_encoder.max_length, counts)
-    tokenizer.check_rows(text_encoder.vocab_size)
-    family = World(tokenizer, text_encoder, tuple(map(read_stage, spec["stages"])), tuple(spec["stages"]))
-    names = ("text_encoder", *(stage.name for stage in family.stages))
-    params = {name: load_params(folder / f"{name}.safetensors") for name in names}
-    if place is not None:
-        params = jax.tree.map(hosts.put, params, place(family.shapes()))
-    return Loaded(family, params, {})
 
 
 def read_stage(spec: Mapping[str, Any]) -> Stage:
