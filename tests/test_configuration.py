@@ -123,7 +123,7 @@ CONFIGURATIONS = {
 NONSENSE = (None, True, -7, float("nan"), float("inf"), "nonsense", "", "a\0b", (), ("", 1), (-3,), ((),), b"x", object)
 # What else would be nonsense, and is a value of these keys. Paths, prompts and names may be any text.
 SENSIBLE = {
-    "nonsense": ("pretrained", "registry", "frequency", "prompts", "dino", "lpips", "folder"),
+    "nonsense": ("pretrained", "registry", "frequency", "prompts", "dino", "lpips", "folder", "name"),
     "": ("lpips", "folder"),
     (): ("targets",),
     True: ("remat", "without_prior", "probe"),
