@@ -17,8 +17,10 @@ import pytest
 
 from personalize_jax import interruption
 from personalize_jax.errors import UserError
+from personalize_jax.families import targets
 from personalize_jax.families.world import read_stage
-from personalize_jax.training import groups, loop, targets
+from personalize_jax.training import examples as training_examples
+from personalize_jax.training import loop
 from personalize_jax.training.checkpoint import Checkpoints
 from personalize_jax.training.loop import train, trained_params
 from personalize_jax.training.program import stage_program
@@ -196,19 +198,19 @@ def test_two_steps_a_dispatch_give_the_same_parameters(tmp_path):
 
 def test_token_counts_are_those_of_the_sampled_captions_over_a_resume_too(tmp_path, monkeypatch):
     sampled = []
-    sample_batch = groups.sample_batch
+    sample_batch = training_examples.sample_batch
 
     def recording(*args):
         batch = sample_batch(*args)
         jax.debug.callback(lambda tokens: sampled.append(np.asarray(tokens)), batch.tokens)
         return batch
 
-    monkeypatch.setattr(groups, "sample_batch", recording)
+    monkeypatch.setattr(training_examples, "sample_batch", recording)
     for num_steps in (4, 7):
         state = train_linear(tmp_path, num_steps=num_steps, trainable=EVERYTHING, caption_dropout=0.3)
         jax.effects_barrier()
     assert len(sampled) == 7
-    expected = np.bincount(np.concatenate(sampled).ravel(), minlength=FAMILY.vocab_size)
+    expected = np.bincount(np.concatenate(sampled).ravel(), minlength=FAMILY.vocabulary_size)
     np.testing.assert_array_equal(state.token_counts, expected)
     assert np.count_nonzero(expected) > 5
 
