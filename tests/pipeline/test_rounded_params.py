@@ -153,7 +153,7 @@ def test_files_hold_what_was_read_whatever_lies_in_memory(sources, tmp_path):
 def test_adapters_are_merged_into_weights_in_full(sources, tmp_path):
     pipeline, exact = load_pipeline(sources, dtype="bfloat16"), load_pipeline(sources)
     stage, config = pipeline.stages[0], training(**ADAPTERS)
-    state = stage_program(stage, None, stage_params(pipeline, stage), {}, config, 0).init()
+    state = stage_program(stage, pipeline.family, stage_params(pipeline, stage), {}, config, 0).init()
     rng = np.random.default_rng(0)
     adapters = jax.tree.map(lambda a: jnp.asarray(rng.normal(0, 0.1, a.shape), a.dtype), state.params["lora"])
     tuned = tuned_networks(pipeline, stage, state._replace(params={"lora": adapters}), config)

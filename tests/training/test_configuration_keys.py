@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from configs import common
 from personalize_jax import personalization
 from personalize_jax.diffusion.process import discrete, squaredcos_betas
+from personalize_jax.families import diffusion_loss
 from personalize_jax.families.world import read_stage
 from personalize_jax.models.params import flatten
 from personalize_jax.training import loop, program
@@ -58,13 +59,13 @@ def dispatched(run=lambda step, *inputs: step(*inputs), **changes):
     groups = jax.tree.map(jnp.asarray, {name: group._replace(object_mask=mask) for name, group in groups.items()})
     batches = []
 
-    def spy(stage, encoder, objective, params, frozen_params, batch, rng):
+    def spy(stage, family, objective, params, frozen_params, batch, rng):
         batches.append(batch)
-        return real(stage, encoder, objective, params, frozen_params, batch, rng)
+        return real(stage, family, objective, params, frozen_params, batch, rng)
 
-    real = program.personalization_loss
+    real = diffusion_loss.personalization_loss
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "personalization_loss", spy)
+        patch.setattr(diffusion_loss, "personalization_loss", spy)
         made = program.stage_program(stage, tiny.LinearFamily(), parameters(), groups, config, 0, IDENTIFIER)
         before = made.init()
         state, metrics = run(made.advance.__wrapped__, before, made.frozen_params, made.examples)
