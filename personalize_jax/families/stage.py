@@ -11,6 +11,8 @@ from personalize_jax.diffusion import augmentation, samplers
 from personalize_jax.diffusion.guidance import dynamic_threshold, guide
 from personalize_jax.diffusion.prediction import Prediction, to_x0_eps
 from personalize_jax.diffusion.process import Process
+from personalize_jax.models import adapters
+from personalize_jax.models.adapters import Adapted
 from personalize_jax.models.params import Params
 
 # What a network is told of captions: a tuple of arrays with a leading batch axis, of which only the family that made
@@ -113,7 +115,7 @@ class Stage:
 
     def apply(
         self,
-        params: Params,
+        params: Params | Adapted,
         z_t: Array,
         t_B: Array,
         cond: Conditioning,
@@ -130,7 +132,8 @@ class Stage:
         """
         if low_res is not None:
             low_res = low_res[0], self.augmentation.network_time(low_res[1])
-        output = self.network.apply({"params": params}, z_t, self.process.network_time(t_B), *cond, *(low_res or ()))
+        inputs = z_t, self.process.network_time(t_B), *cond, *(low_res or ())
+        output = adapters.apply(self.network, params, *inputs)
         return output.astype(jnp.float32)
 
     def split(self, output: Array) -> tuple[Array, Array | None]:

@@ -13,6 +13,8 @@ from jax import Array
 from personalize_jax.families.diffusion_loss import DiffusionFamily
 from personalize_jax.families.stage import Stage
 from personalize_jax.formats.tokenizer import Tokenizer
+from personalize_jax.models import adapters
+from personalize_jax.models.adapters import Adapted
 from personalize_jax.models.clip_text import ClipTextEncoder
 from personalize_jax.models.params import Params
 from personalize_jax.models.t5_encoder import T5Encoder
@@ -85,6 +87,6 @@ class PixelDenoising:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(
-    text_encoder: TextEncoder | ClipTextEncoder | T5Encoder, params: Params, tokens_BL: Array
+    text_encoder: TextEncoder | ClipTextEncoder | T5Encoder, params: Params | Adapted, tokens_BL: Array
 ) -> tuple[Array, Array]:
-    return text_encoder.apply({"params": params}, tokens_BL)
+    return adapters.apply(text_encoder, params, tokens_BL)
