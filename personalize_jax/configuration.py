@@ -7,10 +7,9 @@ from personalize_jax.configuration_keys import check_keys, rules_of_run, trainin
 from personalize_jax.errors import UserError
 from personalize_jax.pipeline import Pipeline, Stage
 from personalize_jax.subject.frequency import token_frequencies
-from personalize_jax.training import sharding
+from personalize_jax.training import parameterizations, sharding
 from personalize_jax.training.prior import prior_sampling
 from personalize_jax.training.program import check_sizes, mesh_of
-from personalize_jax.training.trainable import select
 
 EVALUATION = tuple(configuration_keys.EVALUATION)  # keys of that section
 
@@ -93,7 +92,8 @@ def changed(config: ConfigDict, **changes: object) -> ConfigDict:
 
 def trains_encoders(pipeline: Pipeline, stage_name: str, training: ConfigDict) -> bool:
     """Whether tuning a stage changes what gives captions their conditioning, too, by the rules of its training."""
-    return bool(select(pipeline.networks(stage_name), training).networks & {*pipeline.family.encoders})
+    selection = parameterizations.select(pipeline.networks(stage_name), training)
+    return bool(selection.networks & {*pipeline.family.encoders})
 
 
 def _check_steps(base: Stage, config: ConfigDict) -> None:

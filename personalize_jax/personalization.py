@@ -27,13 +27,14 @@ from personalize_jax.subject.class_noun import Classifier, determine
 from personalize_jax.subject.dataset import MANIFEST, SubjectDataset, read_dataset, write_dataset
 from personalize_jax.subject.images import SubjectImage, load_images
 from personalize_jax.subject.registry import keep_identifier, reserve_identifier
+from personalize_jax.training import parameterizations
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
 from personalize_jax.training.loop import averaged, check_length, train, trained_params
+from personalize_jax.training.parameterizations.base import Identifier
 from personalize_jax.training.prior import class_images, own_class_images, own_hashes, prior_sampling
 from personalize_jax.training.program import stage_program
 from personalize_jax.training.step import TrainState
 from personalize_jax.training.tracking import JSONL_ONLY, Tracking
-from personalize_jax.training.trainable import LORA, Identifier, select
 
 
 class SubjectPhotos(NamedTuple):
@@ -312,13 +313,13 @@ def tuned_networks(pipeline: Pipeline, stage: Stage, state: TrainState, config: 
         config: the stage's training keys.
     """
     pretrained = pipeline.networks(stage.name)
-    selection = select(pretrained, config)
+    selection = parameterizations.select(pretrained, config)
     changed_in_part = selection.networks & selection.frozen.keys()
     float32 = {name: pipeline.network_in_full(stage.name, name) for name in changed_in_part}
     params = trained_params(state, pretrained | float32)
     encoders = {name: params[name] for name in pipeline.family.encoders if name in selection.networks}
     networks = {stage.name: params["denoiser"], **encoders}
-    return Tuned(networks, averaged(state).get(LORA))
+    return Tuned(networks, averaged(state).get(parameterizations.LORA.name))
 
 
 def save_tuned(pipeline: Pipeline, adapters: Mapping[str, Params], folder: Path) -> None:

@@ -8,7 +8,7 @@ from configs import deepfloyd_if, methods, stable_diffusion, world
 from personalize_jax.errors import UserError
 from personalize_jax.models.params import flatten
 from personalize_jax.pipeline import load_pipeline
-from personalize_jax.training.trainable import select
+from personalize_jax.training.parameterizations import select
 from tests import tiny_public
 
 CONFIGS = {
@@ -53,23 +53,22 @@ def selection(family, method, params):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_each_method_trains_what_it_is_known_for(family, params):
     denoiser = {path for path in flatten(params[family]) if path.startswith("denoiser/")}
-    chosen = {method: selection(family, method, params) for method in methods.METHODS}
+    chosen = {method: selection(family, method, params).chosen for method in methods.METHODS}
 
-    assert flatten(chosen["dreambooth"].trained).keys() == denoiser
-    assert not chosen["dreambooth"].with_rows and not chosen["dreambooth"].adapted
+    assert chosen["dreambooth"].keys() == {"full"} and chosen["dreambooth"]["full"].keys() == denoiser
 
-    assert chosen["textual_inversion"].trained == {}
-    assert len(chosen["textual_inversion"].with_rows) == 1
-    table = flatten(params[family])[chosen["textual_inversion"].with_rows[0]]
+    assert chosen["textual_inversion"].keys() == {"rows"}
+    (table,) = chosen["textual_inversion"]["rows"].values()
     assert table.ndim == 2 and table.shape[0] == max(leaf.shape[0] for leaf in jax.tree.leaves(params[family]))
 
-    assert chosen["lora"].trained == {} and not chosen["lora"].with_rows
-    assert chosen["lora"].adapted.keys() <= denoiser and len(chosen["lora"].adapted) >= 4
+    assert chosen["lora"].keys() == {"lora"}
+    assert chosen["lora"]["lora"].keys() <= denoiser and len(chosen["lora"]["lora"]) >= 4
 
     reads_text = {path for path in denoiser if re.fullmatch(READS_TEXT[family], path)}
-    assert flatten(chosen["custom_diffusion"].trained).keys() == reads_text
-    assert chosen["custom_diffusion"].with_rows == chosen["textual_inversion"].with_rows
-    share = sum(np.size(leaf) for leaf in jax.tree.leaves(chosen["custom_diffusion"].trained))
+    assert chosen["custom_diffusion"].keys() == {"full", "rows"}
+    assert chosen["custom_diffusion"]["full"].keys() == reads_text
+    assert chosen["custom_diffusion"]["rows"].keys() == chosen["textual_inversion"]["rows"].keys()
+    share = sum(np.size(leaf) for leaf in chosen["custom_diffusion"]["full"].values())
     assert 0 < share < 0.25 * sum(np.size(leaf) for leaf in jax.tree.leaves(params[family]["denoiser"]))
 
 

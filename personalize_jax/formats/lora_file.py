@@ -28,7 +28,7 @@ def save_lora(adapters: Params, folder: Path, networks: Networks) -> None:
     """Write adapters to `pytorch_lora_weights.safetensors`, to a temporary name first.
 
     Args:
-        adapters: by network, such as {"denoiser": ..., "text_encoder": ...}, as `training.lora` trains them.
+        adapters: by network, such as {"denoiser": ..., "text_encoder": ...}, as `parameterizations.lora` trains them.
         folder: made if missing.
         networks: those that there may be.
 
@@ -57,7 +57,7 @@ def load_lora(folder: Path, networks: Networks) -> Params:
         networks: those that there may be.
 
     Returns:
-        Adapters by network, such as {"denoiser": ..., "text_encoder": ...}, for `training.lora.apply_adapters`.
+        Adapters by network, such as {"denoiser": ..., "text_encoder": ...}, for `parameterizations.lora.export`.
 
     Raises:
         UserError: no such file, tensors of another kind, or an alpha that is not the rank.

@@ -23,8 +23,8 @@ from personalize_jax.planning.hlo import Collective
 from personalize_jax.planning.slices import Topology
 from personalize_jax.training import sharding
 from personalize_jax.training.examples import Examples
+from personalize_jax.training.parameterizations.base import Identifier
 from personalize_jax.training.program import mesh_of, stage_program
-from personalize_jax.training.trainable import Identifier
 
 PHOTOS, CAPTIONS = 5, 3  # of a subject, and its captions with the empty one: too little to matter
 # The compiler tells what the whole program takes, or early on what it needs beside its arguments.

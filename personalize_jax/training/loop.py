@@ -10,12 +10,12 @@ from ml_collections import ConfigDict
 from personalize_jax import interruption
 from personalize_jax.errors import UserError
 from personalize_jax.models.params import Params
+from personalize_jax.training import parameterizations
 from personalize_jax.training.checkpoint import Checkpoints
 from personalize_jax.training.optimizer import same_learning_rates
 from personalize_jax.training.program import Program
 from personalize_jax.training.step import Metrics, TrainState
 from personalize_jax.training.tracking import JSONL_ONLY, Tracking, TrainingLog, Work, check_finite
-from personalize_jax.training.trainable import merge
 
 
 def train(
@@ -122,10 +122,10 @@ def latest(directory: Path) -> TrainState | None:
 
 
 def averaged(state: TrainState) -> Params:
-    """The average of what was trained, or the last values without one; adapters are under `trainable.LORA`."""
+    """The average of what was trained, or the last values without one, as `parameterizations.init` lays it out."""
     return state.params if state.ema is None else state.ema
 
 
 def trained_params(state: TrainState, pretrained: Params) -> Params:
-    """What to sample with: the `averaged` parameters, completed by `pretrained`, with adapters applied."""
-    return merge(averaged(state), pretrained, state.token_ids)
+    """The parameters to sample with: `averaged` ones, completed by `pretrained`, with adapters merged."""
+    return parameterizations.export(averaged(state), pretrained, state.token_ids)

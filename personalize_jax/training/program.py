@@ -23,13 +23,12 @@ from personalize_jax.families.base import Family
 from personalize_jax.families.objective import objective_of
 from personalize_jax.families.stage import Stage
 from personalize_jax.models import attention
-from personalize_jax.models.params import Params, flatten, unflatten
-from personalize_jax.training import sharding
+from personalize_jax.models.params import Params
+from personalize_jax.training import parameterizations, sharding
 from personalize_jax.training.examples import Examples, sample_batches
-from personalize_jax.training.lora import init_adapters
 from personalize_jax.training.optimizer import make_optimizer
+from personalize_jax.training.parameterizations.base import Identifier
 from personalize_jax.training.step import Loss, TrainState, init_state, make_train_step, make_train_steps
-from personalize_jax.training.trainable import LORA, ROWS, Identifier, Selection, init_rows, select
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +38,7 @@ class Program:
     Attributes:
         loss: (parameters, frozen parameters, batch, key) -> (loss, metrics).
         sample_batch: (examples, key) -> batch; traceable.
-        init_params: (key, start, identifier) -> the parameters to train; traceable.
+        init_params: (start, identifier, key) -> the parameters to train; traceable.
         examples: what batches are sampled from, whole on every device; arrays or shapes.
         config: the keys of `configs.common.training()` that are about steps, average, mesh and optimiser.
         key: random key from which all randomness of the training comes.
@@ -54,7 +53,7 @@ class Program:
 
     loss: Loss
     sample_batch: Callable[[Any, Array], Any]
-    init_params: Callable[[Array, Any, Identifier | None], Params]
+    init_params: Callable[[Any, Identifier | None, Array], Params]
     examples: Any
     config: ConfigDict
     key: Array
@@ -108,7 +107,7 @@ class Program:
 
     def _first_state(self, key: Array, start: Any, identifier: Identifier | None) -> TrainState:
         init_key, steps_key = jax.random.split(key)
-        params = self.init_params(init_key, start, identifier)
+        params = self.init_params(start, identifier, init_key)
         token_ids = None if identifier is None else identifier.token_ids
         has_ema = self.config.ema_decay > 0
         return init_state(params, self._optimizer, steps_key, has_ema, self.vocabulary_size, token_ids)
@@ -145,9 +144,8 @@ def stage_program(
     """
     mesh = mesh_of(config, devices)
     check_sizes(config, mesh)
-    selection, objective = select(pretrained, config), objective_of(config)
-    if selection.with_rows and identifier is None:
-        raise UserError("The rows of an identifier are to be trained where there is none; give True or False instead.")
+    selection, objective = parameterizations.select(pretrained, config), objective_of(config)
+    identifier = parameterizations.needed_identifier(selection, identifier)
     needs_frozen = any(group.target.needs_frozen for group in objective.groups)
     frozen = dict(pretrained if needs_frozen else selection.frozen)
     if all(of_group.cond is not None for of_group in examples.values()):
@@ -159,41 +157,18 @@ def stage_program(
         sample_batch=partial(
             sample_batches, objective.groups, batch_size=config.batch_size, object_weight=config.object_weight
         ),
-        init_params=partial(_init_params, selection, config.lora.rank, shapes),
+        init_params=partial(parameterizations.init, selection),
         examples=sharding.placed(examples, (("", ()),), mesh),
         config=config,
         key=training_key(seed, stage.name),
         mesh=mesh,
         images=config.batch_size * len(objective.groups),
         frozen_params=sharding.placed(frozen, config.sharding, mesh),
-        start=_start(selection, shapes.__getitem__),
-        read_start=partial(_start, selection, read_float32 or pretrained.__getitem__),
-        identifier=identifier if selection.with_rows else None,
+        start=parameterizations.start(selection, shapes.__getitem__),
+        read_start=partial(parameterizations.start, selection, read_float32 or pretrained.__getitem__),
+        identifier=identifier,
         vocabulary_size=family.vocabulary_size if selection.networks & {*family.encoders} else None,
     )
-
-
-def _start(selection: Selection, read: Callable[[str], Params]) -> Params:
-    """The float32 arrays that `_init_params` starts from, of networks that are read by name."""
-    networks = {path.partition("/")[0] for path in (*flatten(selection.trained), *selection.with_rows)}
-    params = flatten({name: read(name) for name in networks})
-    return {
-        "trained": unflatten({path: params[path] for path in flatten(selection.trained)}),
-        "tables": unflatten({path: params[path] for path in selection.with_rows}),
-    }
-
-
-def _init_params(
-    selection: Selection, rank: int, shapes: Params, key: Array, start: Params, identifier: Identifier | None
-) -> Params:
-    """What a selection trains, before the first step; traceable."""
-    # Copied, since the state is donated and the caller keeps the pretrained parameters.
-    params = jax.tree.map(jnp.copy, start["trained"])
-    if selection.with_rows:
-        params[ROWS] = init_rows(start["tables"], identifier)
-    if selection.adapted:
-        params[LORA] = init_adapters(shapes, selection.adapted, rank, key)
-    return params
 
 
 def _shardings(state: TrainState) -> TrainState:

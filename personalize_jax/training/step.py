@@ -9,11 +9,12 @@ import optax
 from jax import Array
 
 from personalize_jax.models.params import Params
+from personalize_jax.training import parameterizations
 from personalize_jax.training.examples import count_tokens
-from personalize_jax.training.trainable import merge
+from personalize_jax.training.parameterizations.base import Networks
 
 Metrics = dict[str, Array]
-Loss = Callable[[Params, Params, Any, Array], tuple[Array, Metrics]]
+Loss = Callable[[Networks, Params, Any, Array], tuple[Array, Metrics]]
 
 
 class TrainState(NamedTuple):
@@ -21,7 +22,7 @@ class TrainState(NamedTuple):
 
     Attributes:
         step: number of updates done, int32.
-        params: the trained parameters, and no others; under "lora" adapters, under "rows" rows, if there are any.
+        params: what is trained, and nothing else, as `parameterizations.init` gives it.
         ema: their exponential moving average, or None when it is off.
         opt_state: state of the optimiser.
         token_counts: int32 [V], how often each token went through the text encoder in training it; or None when the
@@ -85,7 +86,7 @@ def make_train_step(
     `jax.vmap` of the step trains several subjects at once.
 
     Args:
-        loss: (merged params, frozen params, batch, rng) -> (loss, metrics).
+        loss: (networks' parameters, frozen params, batch, rng) -> (loss, metrics).
         optimizer: optax chain.
         ema_decay: decay of the moving average, used when the state has one.
         microbatches: parts of the batch that go through the networks one after another, see `accumulated`.
@@ -95,8 +96,8 @@ def make_train_step(
     def loss_of(
         params: Params, frozen_params: Params, token_ids: Array | None, batch: Any, rng: Array
     ) -> tuple[Array, Metrics]:
-        merged = merge(params, frozen_params, token_ids)
-        return loss(gather(merged), gather(frozen_params), batch, rng)
+        networks = parameterizations.apply(params, frozen_params, token_ids)
+        return loss(gather(networks), gather(frozen_params), batch, rng)
 
     gradient_of = accumulated(jax.value_and_grad(loss_of, has_aux=True), microbatches)
 

@@ -12,8 +12,8 @@ from personalize_jax.families.diffusion_loss import personalization_loss
 from personalize_jax.models.params import flatten
 from personalize_jax.personalization import save_tuned, tuned_networks
 from personalize_jax.pipeline import load_pipeline, save_pipeline
+from personalize_jax.training.parameterizations.base import Identifier
 from personalize_jax.training.program import stage_program
-from personalize_jax.training.trainable import Identifier
 from tests import tiny, tiny_public
 
 ROUNDED, FULL = jnp.dtype("bfloat16"), jnp.dtype("float32")

@@ -17,7 +17,7 @@ from personalize_jax.families import diffusion_loss
 from personalize_jax.families.world import read_stage
 from personalize_jax.models.params import flatten
 from personalize_jax.training import loop, program
-from personalize_jax.training.trainable import Identifier
+from personalize_jax.training.parameterizations.base import Identifier
 from tests import tiny
 
 B, EMPTY = 4, tiny.tokenizer()([""])[0]

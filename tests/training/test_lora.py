@@ -8,8 +8,7 @@ import pytest
 from personalize_jax.errors import UserError
 from personalize_jax.models.params import flatten
 from personalize_jax.training.loop import averaged, trained_params
-from personalize_jax.training.lora import adapted_kernels, apply_adapters, init_adapters
-from personalize_jax.training.trainable import LORA, select
+from personalize_jax.training.parameterizations import LORA
 from tests import tiny
 from tests.training import worker
 
@@ -36,21 +35,28 @@ TARGETS = (
 )
 
 
+def select(targets=TARGETS, rank=RANK, params=PARAMS):
+    return LORA.select(flatten(params), tiny.training(lora__rank=rank, lora__targets=targets))
+
+
+def first_adapters(seed=0, params=PARAMS):
+    return LORA.init({}, select(params=params), None, jax.random.key(seed))
+
+
 def random_adapters():
     """Adapters of every target whose both factors are random."""
-    adapters = init_adapters(PARAMS, adapted_kernels(PARAMS, RANK, TARGETS), RANK, jax.random.key(0))
-    return jax.tree.map(lambda a: normal(*a.shape, seed=a.size), adapters)
+    return jax.tree.map(lambda a: normal(*a.shape, seed=a.size), first_adapters())
 
 
 def test_targets_match_whole_paths_and_the_first_one_decides():
-    targets = (("denoiser/conv/kernel", 2), *TARGETS)
-    assert adapted_kernels(PARAMS, RANK, targets) == {
-        "denoiser/attention/query/kernel": 1,
-        "denoiser/attention/out/kernel": 2,
-        "denoiser/conv/kernel": 2,
-        "text_encoder/mlp/kernel": 1,
+    targets = (("denoiser/.*/query/kernel", 2), *TARGETS)
+    assert select(targets) == {
+        "denoiser/attention/query/kernel": ((8, 2, RANK), (RANK, 4)),
+        "denoiser/attention/out/kernel": ((2, 4, RANK), (RANK, 8)),
+        "denoiser/conv/kernel": ((3, 3, 8, RANK), (RANK, 6)),
+        "text_encoder/mlp/kernel": ((4, RANK), (RANK, 5)),
     }
-    assert adapted_kernels(PARAMS, 0, (("nothing", 1),)) == {}
+    assert select((("nothing", 1),), rank=0) == {}
 
 
 @pytest.mark.parametrize(
@@ -65,24 +71,22 @@ def test_targets_match_whole_paths_and_the_first_one_decides():
 )
 def test_targets_that_do_not_fit_are_refused(rank, targets, sentence):
     with pytest.raises(UserError) as caught:
-        adapted_kernels(PARAMS, rank, targets)
+        select(targets, rank)
     assert sentence in str(caught.value)
 
 
 def test_at_first_adapters_change_nothing_and_are_small():
-    adapted = adapted_kernels(PARAMS, RANK, TARGETS)
     wide = {"denoiser": PARAMS["denoiser"], "text_encoder": {"mlp": {"kernel": normal(900, 5)}}}
-    adapters = init_adapters(wide, adapted, RANK, jax.random.key(0))
-    assert np.std(adapters["text_encoder"]["mlp"]["kernel"]["down"]) == pytest.approx(1 / RANK, rel=0.1)
-    downs = [a.ravel()[:6] for path, a in flatten(adapters).items() if path.endswith("down")]
-    assert len(np.unique(np.concatenate(downs))) == 6 * len(adapted)  # a key each
-    adapters = init_adapters(PARAMS, adapted, RANK, jax.random.key(0))
-    jax.tree.map(np.testing.assert_array_equal, apply_adapters(PARAMS, adapters), PARAMS)
+    of_wide = first_adapters(params=wide)
+    assert np.std(of_wide["text_encoder"]["mlp"]["kernel"]["down"]) == pytest.approx(1 / RANK, rel=0.1)
+    downs = [a.ravel()[:6] for path, a in flatten(of_wide).items() if path.endswith("down")]
+    assert len(np.unique(np.concatenate(downs))) == 6 * len(TARGETS)  # a key each
+    jax.tree.map(np.testing.assert_array_equal, LORA.export(PARAMS, first_adapters()), PARAMS)
 
 
 def test_an_adapted_linear_layer_adds_a_product_of_rank_r():
     adapters = random_adapters()
-    merged = apply_adapters(PARAMS, adapters)
+    merged = LORA.export(PARAMS, adapters)
     for layer, inputs in (("query", 8), ("out", 8)):
         change = merged["denoiser"]["attention"][layer]["kernel"] - PARAMS["denoiser"]["attention"][layer]["kernel"]
         factors = adapters["denoiser"]["attention"][layer]["kernel"]
@@ -102,16 +106,17 @@ def test_an_adapted_convolution_adds_one_to_r_channels_and_a_pointwise_one():
     kernel, factors = PARAMS["denoiser"]["conv"]["kernel"], adapters["denoiser"]["conv"]["kernel"]
     x = normal(2, 5, 5, 8, seed=7)
     expected = convolve(x, kernel) + convolve(convolve(x, factors["down"]), factors["up"][None, None])
-    got = convolve(x, apply_adapters(PARAMS, adapters)["denoiser"]["conv"]["kernel"])
+    got = convolve(x, LORA.export(PARAMS, adapters)["denoiser"]["conv"]["kernel"])
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_adapters_of_another_network_are_refused():
     with pytest.raises(UserError, match=r"denoiser/conv/kernel.*\(3, 3, 8, 6\).*missing"):
-        apply_adapters({"denoiser": {}}, {"denoiser": {"conv": random_adapters()["denoiser"]["conv"]}})
-    with pytest.raises(UserError, match=r"text_encoder/mlp/kernel.*\(4, 5\).*of \(1, 5\) here"):
-        other = {"text_encoder": {"mlp": {"kernel": jnp.ones((1, 5))}}}
-        apply_adapters(other, {"text_encoder": random_adapters()["text_encoder"]})
+        LORA.export({"denoiser": {}}, {"denoiser": {"conv": random_adapters()["denoiser"]["conv"]}})
+    other = {"text_encoder": {"mlp": {"kernel": jnp.ones((1, 5))}}}
+    for complete in (LORA.apply, LORA.export):
+        with pytest.raises(UserError, match=r"text_encoder/mlp/kernel.*\(4, 5\).*of \(1, 5\) here"):
+            complete(other, {"text_encoder": random_adapters()["text_encoder"]})
 
 
 def metric(name, directory):
@@ -122,8 +127,8 @@ def metric(name, directory):
 def test_adapters_of_the_embedded_network_learn_and_nothing_else_moves(tmp_path):
     length = {"num_steps": 40, "checkpoint_every": 40, "batch_size": 8, "optimizer__learning_rate": 5e-2}
     state = worker.train(tmp_path, prior__form="frozen_prediction", **length, **ADAPTERS_ONLY)
-    assert set(state.params) == {LORA} and state.token_counts is None
-    moved = {path.rpartition("/")[0] for path, up in flatten(state.params[LORA]).items() if np.any(up)}
+    assert set(state.params) == {LORA.name} and state.token_counts is None
+    moved = {path.rpartition("/")[0] for path, up in flatten(state.params[LORA.name]).items() if np.any(up)}
     start, tuned = (flatten(p) for p in (worker.start(), trained_params(state, worker.start())))
     assert tuned.keys() == start.keys()
     assert {path for path in start if not np.array_equal(tuned[path], start[path])} == moved
@@ -158,15 +163,5 @@ def test_interrupted_and_resumed_adapters_are_those_of_the_uninterrupted_run(tmp
     assert jax.tree.structure(state) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     assert state.token_counts.sum() > 0  # captions go through the adapted text encoder
-    assert averaged(state)[LORA].keys() == {"denoiser", "text_encoder"}
+    assert averaged(state)[LORA.name].keys() == {"denoiser", "text_encoder"}
     assert not np.array_equal(*(jax.tree.leaves(tree)[0] for tree in (state.params, state.ema)))
-
-
-def test_a_selection_names_the_networks_that_change():
-    of_text = {"lora__targets": ((".*/mlp/kernel", 1),), "trainable": (("denoiser", True), (".*", False))}
-    config = tiny.training(lora__rank=2, **of_text)
-    assert select(PARAMS, config).networks == {"denoiser", "text_encoder"}
-    config = tiny.training(lora__rank=2, lora__targets=TARGETS[:2], trainable=((".*", False),))
-    selection = select(PARAMS, config)
-    assert selection.networks == {"denoiser"} and selection.trained == {}
-    assert flatten(selection.frozen).keys() == flatten(PARAMS).keys()

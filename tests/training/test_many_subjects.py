@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from personalize_jax.families.world import read_stage
+from personalize_jax.training.parameterizations.base import Identifier
 from personalize_jax.training.program import stage_program
-from personalize_jax.training.trainable import Identifier
 from tests import tiny
 
 STAGE = dataclasses.replace(read_stage(tiny.BASE), network=tiny.LinearNetwork())

@@ -7,7 +7,8 @@ import pytest
 from personalize_jax.errors import UserError
 from personalize_jax.models.params import flatten
 from personalize_jax.training.loop import trained_params
-from personalize_jax.training.trainable import ROWS, Identifier
+from personalize_jax.training.parameterizations import ROWS
+from personalize_jax.training.parameterizations.base import Identifier
 from tests import tiny
 from tests.training import worker
 
@@ -21,7 +22,7 @@ def test_only_the_rows_move_and_the_state_holds_no_more(tmp_path):
     length = {"num_steps": 40, "checkpoint_every": 40, "batch_size": 8, "optimizer__learning_rate": 0.1}
     state = worker.train(tmp_path, identifier=IDENTIFIER, **length, **ROWS_ONLY)
     assert {path: row.shape for path, row in flatten(state.params).items()} == {
-        f"{ROWS}/{TABLE}": (len(DOG), tiny.TEXT["width"])
+        f"{ROWS.name}/{TABLE}": (len(DOG), tiny.TEXT["width"])
     }
     moments = [leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     assert sum(moments) == 2 * len(DOG) * tiny.TEXT["width"]

@@ -18,7 +18,6 @@ from personalize_jax.families.world import read_stage
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.training import sharding
 from personalize_jax.training.step import init_state
-from personalize_jax.training.trainable import partition
 from tests.training import worker
 
 ROOT = Path(__file__).parents[2]
@@ -82,12 +81,10 @@ def test_every_parameter_matches_the_rules_of_every_configuration(name):
     personalization = world.get_config()
     tunings = {"base": personalization.training, "super_resolution": personalization.super_resolution_training}
     for config in (pretrain_world.get_config(name).training, tunings[name]):
-        trained, frozen, _ = partition(params, config.trainable)
-        for part in (trained, frozen):
-            for path, placed in flatten_dict(sharding.shardings(part, config.sharding, MESH), sep="/").items():
-                leaf = flatten_dict(part, sep="/")[path]
-                if leaf.size > 1000 and leaf.ndim > 1:
-                    assert placed.spec != P(*[None] * leaf.ndim), f"{path} of {leaf.shape} is whole on every device"
+        for path, placed in flatten_dict(sharding.shardings(params, config.sharding, MESH), sep="/").items():
+            leaf = flatten_dict(params, sep="/")[path]
+            if leaf.size > 1000 and leaf.ndim > 1:
+                assert placed.spec != P(*[None] * leaf.ndim), f"{path} of {leaf.shape} is whole on every device"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,79 @@
+"""What a way to train parameters is made of, and the rules that tell which parameters are trained."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from jax import Array
+from ml_collections import ConfigDict
+
+from personalize_jax.errors import UserError
+from personalize_jax.models.adapters import Adapted
+from personalize_jax.models.params import Params
+
+Rule = tuple[str, bool | Literal["identifier"]]  # a pattern, and what is trained of the parameters that it matches
+Chosen = Mapping[str, Any]  # parameters by slash-separated path, each with what `init` has to know of it
+Networks = Mapping[str, Params | Adapted]  # what networks run with, such as {"denoiser": ..., "text_encoder": ...}
+
+
+class Identifier(NamedTuple):
+    """The tokens of an identifier whose rows are trained.
+
+    Attributes:
+        token_ids: int32 [n], each token once.
+        start_ids: int32 [n, k], for each of them the tokens whose rows' mean it starts from.
+    """
+
+    token_ids: Array
+    start_ids: Array
+
+
+class Parameterization(NamedTuple):
+    """A way to train parameters.
+
+    Attributes:
+        name: the key under which its arrays are trained.
+        keys: the keys of `configs.common.training()` that choose its parameters, as sentences name them.
+        starts_from_values: whether `init` needs the pretrained values of the chosen parameters.
+        needs_identifier: whether it trains something of the identifier's tokens.
+        select: (arrays or shapes of all parameters by path, config) -> the chosen ones. Raises UserError where the
+            configuration does not fit the parameters.
+        init: (pretrained values by path, the chosen parameters, identifier, key) -> the arrays to train, nested by
+            path; traceable.
+        apply: (networks, trained arrays, token ids of the identifier) -> the networks as a train step runs and
+            differentiates them; traceable.
+        export: the same -> the networks as plain parameters, to sample from and to save; traceable.
+    """
+
+    name: str
+    keys: str
+    starts_from_values: bool
+    needs_identifier: bool
+    select: Callable[[Mapping[str, Array], ConfigDict], Chosen]
+    init: Callable[[Mapping[str, Array], Chosen, Identifier | None, Array], Params]
+    apply: Callable[[Networks, Params, Array | None], Networks]
+    export: Callable[[Params, Params, Array | None], Params]
+
+
+def matched(params: Mapping[str, Array], rules: Sequence[Rule], answer: bool | str) -> dict[str, Array]:
+    """The parameters of which the rules say the same.
+
+    Args:
+        params: by path.
+        rules: pairs of a regular expression and what is trained: True for the whole parameter, False, or "identifier"
+            for the rows of the identifier's tokens. The first pattern that matches a path's beginning decides.
+        answer: what the rules are to say.
+
+    Raises:
+        UserError: a path that no rule matches, or a rule that says something else.
+    """
+    if wrong := [trained for _, trained in rules if trained not in (True, False, "identifier")]:
+        raise UserError(f'A rule of config.training.trainable says {wrong[0]!r}; give True, False or "identifier".')
+    found = {}
+    for path, value in params.items():
+        trained = next((trained for pattern, trained in rules if re.match(pattern, path)), None)
+        if trained is None:
+            raise UserError(f"Parameter {path!r} matches no rule of config.training.trainable; add one, such as '.*'.")
+        if trained == answer:
+            found[path] = value
+    return found

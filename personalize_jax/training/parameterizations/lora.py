@@ -1,0 +1,85 @@
+r"""Low-rank adapters of frozen kernels: of W + down up only down and up are trained.
+
+Hu et al. 2021, "LoRA", eq. 3, with alpha = r, so that nothing scales the product. Networks know nothing of it. The
+adapters of {"denoiser": {"to_q": {"kernel": W}}} are {"denoiser": {"to_q": {"kernel": {"down": ..., "up": ...}}}}. A
+kernel of several input or output dimensions has factors of as many: with W [h, w, I, O], down is [h, w, I, r] and up is
+[r, O], so that a tensor product gives W's shape.
+"""
+
+import re
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from ml_collections import ConfigDict
+
+from personalize_jax.errors import UserError
+from personalize_jax.models.params import Params, flatten, unflatten
+from personalize_jax.training.parameterizations.base import Chosen, Identifier, Parameterization
+
+
+def select(params: Mapping[str, Array], config: ConfigDict) -> Chosen:
+    """The kernels that lora.targets matches, each with the shapes of its factors down and up.
+
+    Of the targets, pairs of a regular expression and a number of input dimensions, the first that matches a whole path
+    decides. A rank of 0 switches adapters off.
+
+    Raises:
+        UserError: a negative rank, a target that no path matches, or one that matches something else than parameters
+            with more dimensions.
+    """
+    rank, found = config.lora.rank, {}
+    if rank < 0:
+        raise UserError(f"lora.rank is {rank}; give a positive rank, or 0 to train without adapters.")
+    for pattern, input_dims in config.lora.targets if rank else ():
+        matches = [path for path in params if re.fullmatch(pattern, path)]
+        if not matches:
+            raise UserError(
+                f"The target {pattern!r} of lora.targets matches no parameter; "
+                f"give a pattern for whole paths such as {next(iter(params))!r}."
+            )
+        for path in matches:
+            shape = params[path].shape
+            if not 0 < input_dims < len(shape):
+                raise UserError(
+                    f"The target {pattern!r} of lora.targets gives {path!r} {input_dims} input dimensions of "
+                    f"{len(shape)} altogether; match kernels only, and leave an input and an output dimension each."
+                )
+            found.setdefault(path, ((*shape[:input_dims], rank), (rank, *shape[input_dims:])))
+    return found
+
+
+def init(values: Mapping[str, Array], chosen: Chosen, identifier: Identifier | None, key: Array) -> Params:
+    """Adapters that do not change their kernels yet.
+
+    down is normal with a deviation of 1 / r and up is zero, as peft's `init_lora_weights="gaussian"`, with which
+    diffusers' DreamBooth trains.
+    """
+    factors = {}
+    for (path, (down, up)), k in zip(sorted(chosen.items()), jax.random.split(key, len(chosen)), strict=True):
+        factors[f"{path}/down"] = jax.random.normal(k, down) / down[-1]
+        factors[f"{path}/up"] = jnp.zeros(up)
+    return unflatten(factors)
+
+
+def apply(networks: Params, adapters: Params, token_ids: Array | None) -> Params:
+    """The networks with W + down up in place of every adapted W.
+
+    Raises:
+        UserError: an adapter whose kernel the networks lack, or have in another shape.
+    """
+    params, factors = flatten(networks), flatten(adapters)
+    for path in (key.removesuffix("/down") for key in factors if key.endswith("/down")):
+        change = jnp.tensordot(factors[f"{path}/down"], factors[f"{path}/up"], axes=1)
+        if path not in params or params[path].shape != change.shape:
+            found = f"of {params[path].shape}" if path in params else "missing"
+            raise UserError(
+                f"The adapter of {path!r} is for a kernel of {change.shape}, which is {found} here; "
+                "give adapters that were trained for this network."
+            )
+        params[path] = params[path] + change
+    return unflatten(params)
+
+
+LORA = Parameterization("lora", "lora.targets", False, False, select, init, apply, export=apply)

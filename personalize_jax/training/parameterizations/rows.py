@@ -1,0 +1,45 @@
+"""Rows of embeddings: of a table only the vectors of the identifier's tokens are trained (Gal et al. 2022).
+
+Of n tokens the rows of {"text_encoder": {"tokens": {"embedding": [V, D]}}} are {"text_encoder": {"tokens":
+{"embedding": [n, D]}}}. Which rows these are is data, so that one program can train several subjects.
+"""
+
+from collections.abc import Mapping
+
+from jax import Array
+from ml_collections import ConfigDict
+
+from personalize_jax.errors import UserError
+from personalize_jax.models.params import Params, flatten, unflatten
+from personalize_jax.training.parameterizations.base import Chosen, Identifier, Parameterization, matched
+
+
+def select(params: Mapping[str, Array], config: ConfigDict) -> Chosen:
+    """The tables whose rule says "identifier"."""
+    return matched(params, config.trainable, "identifier")
+
+
+def init(values: Mapping[str, Array], chosen: Chosen, identifier: Identifier, key: Array) -> Params:
+    """The identifier's rows [n, D] of each table, each the mean of the pretrained rows that it starts from."""
+    return unflatten({path: values[path][identifier.start_ids].mean(1) for path in chosen})
+
+
+def apply(networks: Params, trained: Params, token_ids: Array | None) -> Params:
+    """The networks with the trained rows in their tables, rounded to the table's dtype.
+
+    Raises:
+        UserError: rows of another kind than these tables'.
+    """
+    params = flatten(networks)
+    for path, rows_ND in flatten(trained).items():
+        if path not in params:
+            raise UserError(
+                f"Rows of {path!r} were trained, which is no embedding here; those of a training that was begun with "
+                "an earlier version of this program cannot be read: give another --workdir."
+            )
+        table_VD = params[path]
+        params[path] = table_VD.at[token_ids].set(rows_ND.astype(table_VD.dtype))
+    return unflatten(params)
+
+
+ROWS = Parameterization("rows", "trainable", True, True, select, init, apply, export=apply)
