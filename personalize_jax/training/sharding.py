@@ -1,5 +1,6 @@
 """Where arrays live: a named mesh (data, fsdp, tensor) and rules from parameter paths to PartitionSpecs."""
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -106,16 +108,19 @@ def gathered(params: Any, rules: Sequence[tuple[str, Sequence[str | None]]], mes
         return params
     in_parts = shardings(params, rules, mesh)
     whole = shardings(params, [(p, [None if axis == "fsdp" else axis for axis in axes]) for p, axes in rules], mesh)
+    # Each by itself, so that frozen ones get no gradients beside others that are differentiated.
+    return jax.tree.map(_gather, params, in_parts, whole)
 
-    @jax.custom_vjp
-    def gather(params: Any) -> Any:
-        return jax.lax.with_sharding_constraint(params, whole)
 
-    gather.defvjp(
-        lambda params: (gather(params), None),
-        lambda _, gradient: (jax.lax.with_sharding_constraint(gradient, in_parts),),
-    )
-    return gather(params)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: Array, in_parts: NamedSharding, whole: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+_gather.defvjp(
+    lambda x, in_parts, whole: (_gather(x, in_parts, whole), None),
+    lambda in_parts, whole, _, gradient: (jax.lax.with_sharding_constraint(gradient, in_parts),),
+)
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 from types import SimpleNamespace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +34,8 @@ class Network:
     def apply(self, variables, z, t, text, mask, low_res, level):
         self.calls.append((z, low_res, level))
         params = variables["params"]
-        mean = params["scale"] * z + low_res / 2 + (text.mean(1) @ params["kernel"])[:, None, None, :]
+        of_text = nn.Dense(3, use_bias=False).apply(variables, text.mean(1))
+        mean = params["scale"] * z + low_res / 2 + of_text[:, None, None, :]
         return jnp.concatenate([mean, jnp.broadcast_to(params["variance"], mean.shape)], axis=-1)
 
 

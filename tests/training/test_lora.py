@@ -1,4 +1,8 @@
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -6,12 +10,18 @@ import numpy as np
 import pytest
 
 from personalize_jax.errors import UserError
+from personalize_jax.models import adapters
+from personalize_jax.models.clip_text import ClipTextEncoder
 from personalize_jax.models.params import flatten
+from personalize_jax.models.t5_encoder import T5Encoder
+from personalize_jax.models.unet_2d_condition import UNet2DCondition
+from personalize_jax.training import program
 from personalize_jax.training.loop import averaged, trained_params
 from personalize_jax.training.parameterizations import LORA
-from tests import tiny
+from tests import tiny, tiny_public
 from tests.training import worker
 
+ROOT = Path(__file__).parents[2]
 RANK = 3
 ADAPTERS_ONLY = {"lora__rank": RANK, "trainable": ((".*", False),)}
 
@@ -49,7 +59,7 @@ def random_adapters():
 
 
 def test_targets_match_whole_paths_and_the_first_one_decides():
-    targets = (("denoiser/.*/query/kernel", 2), *TARGETS)
+    targets = (("denoiser/.*/query/kernel", 2), *TARGETS, ("denoiser/.*/kernel", 1))
     assert select(targets) == {
         "denoiser/attention/query/kernel": ((8, 2, RANK), (RANK, 4)),
         "denoiser/attention/out/kernel": ((2, 4, RANK), (RANK, 8)),
@@ -65,7 +75,8 @@ def test_targets_match_whole_paths_and_the_first_one_decides():
         (4, (("denoiser/attention/query", 1),), "'denoiser/attention/query' of lora.targets matches no parameter"),
         (4, (*TARGETS, ("decoder/.*", 1)), "'decoder/.*' of lora.targets matches no parameter"),
         (4, ((".*/mlp/kernel", 2),), "'text_encoder/mlp/kernel' 2 input dimensions of 2 altogether"),
-        (4, ((".*/bias", 0),), "'denoiser/attention/query/bias' 0 input dimensions"),
+        (4, ((".*/conv/kernel", 1),), "'denoiser/conv/kernel' 1 input dimensions of 4 altogether"),
+        (4, ((".*/bias", 1),), "'denoiser/attention/query/bias' 1 input dimensions of 2 altogether; match kernels"),
         (-1, TARGETS, "lora.rank is -1"),
     ],
 )
@@ -84,32 +95,6 @@ def test_at_first_adapters_change_nothing_and_are_small():
     jax.tree.map(np.testing.assert_array_equal, LORA.export(PARAMS, first_adapters()), PARAMS)
 
 
-def test_an_adapted_linear_layer_adds_a_product_of_rank_r():
-    adapters = random_adapters()
-    merged = LORA.export(PARAMS, adapters)
-    for layer, inputs in (("query", 8), ("out", 8)):
-        change = merged["denoiser"]["attention"][layer]["kernel"] - PARAMS["denoiser"]["attention"][layer]["kernel"]
-        factors = adapters["denoiser"]["attention"][layer]["kernel"]
-        x = normal(5, inputs, seed=7)
-        expected = (x @ factors["down"].reshape(inputs, RANK)) @ factors["up"].reshape(RANK, -1)
-        np.testing.assert_allclose(x @ change.reshape(inputs, -1), expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(
-        merged["denoiser"]["attention"]["query"]["bias"], PARAMS["denoiser"]["attention"]["query"]["bias"]
-    )
-
-
-def test_an_adapted_convolution_adds_one_to_r_channels_and_a_pointwise_one():
-    def convolve(x, kernel):
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-    adapters = random_adapters()
-    kernel, factors = PARAMS["denoiser"]["conv"]["kernel"], adapters["denoiser"]["conv"]["kernel"]
-    x = normal(2, 5, 5, 8, seed=7)
-    expected = convolve(x, kernel) + convolve(convolve(x, factors["down"]), factors["up"][None, None])
-    got = convolve(x, LORA.export(PARAMS, adapters)["denoiser"]["conv"]["kernel"])
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-3)
-
-
 def test_adapters_of_another_network_are_refused():
     with pytest.raises(UserError, match=r"denoiser/conv/kernel.*\(3, 3, 8, 6\).*missing"):
         LORA.export({"denoiser": {}}, {"denoiser": {"conv": random_adapters()["denoiser"]["conv"]}})
@@ -117,6 +102,88 @@ def test_adapters_of_another_network_are_refused():
     for complete in (LORA.apply, LORA.export):
         with pytest.raises(UserError, match=r"text_encoder/mlp/kernel.*\(4, 5\).*of \(1, 5\) here"):
             complete(other, {"text_encoder": random_adapters()["text_encoder"]})
+
+
+def case(name):
+    """A network, its inputs, and targets among its attentions and its convolutions or MLPs."""
+    rng = np.random.default_rng(0)
+    t, text, mask = np.float32([0.1, 0.7]), rng.normal(size=(2, 7, tiny_public.WIDTH)), np.ones((2, 7), bool)
+    tokens = rng.integers(1, 30, (2, 7))
+    sizes = {"vocab_size": 30, "num_layers": 2, "num_heads": 2, "mlp_width": 32}
+
+    def pictures(channels, side=8):
+        return jnp.asarray(rng.normal(size=(2, side, side, channels)), jnp.float32)
+
+    heads = ((".*attention/(query|key|value)/kernel", 1), (".*attention/out/kernel", 2))
+    of_public = (".*/(to_[qkv]|to_out_0|add_k_proj|proj|time_emb_proj)/kernel", 1)
+    convolutions = (".*/(conv1|conv2|conv|conv_shortcut|conv_in|proj_out)/kernel", 3)
+    match name:
+        case "world":
+            network = tiny.pipeline().stages[1].network
+            inputs = pictures(3, 16), t, text, mask, pictures(3, 16), t
+            return network, inputs, (*heads, (".*(conv_out|stem|downsample_1)/kernel", 3), (".*upsample_1/kernel", 1))
+        case "stable_diffusion":
+            network = UNet2DCondition.from_config(tiny_public.SD_UNET, remat=True)
+            return network, (pictures(4), 1000 * t, text, mask), (of_public, (".*proj_in/kernel", 3), convolutions)
+        case "deepfloyd_if":
+            network = UNet2DCondition.from_config(tiny_public.IF_UNET)
+            return network, (pictures(3), 1000 * t, text, mask), (of_public, convolutions)
+        case "world text":
+            return tiny.text_encoder(), (tokens,), (*heads, (".*mlp_in/kernel", 1))
+        case "clip":
+            network = ClipTextEncoder(**sizes, width=16, max_length=7, remat=True)
+            return network, (tokens,), ((".*(q_proj|out_proj|fc1)/kernel", 1),)
+        case "t5":
+            network = T5Encoder(**sizes, width=16, head_dim=8, remat=True)
+            return network, (tokens,), ((".*/(q|v|o|wi_1|wo)/kernel", 1),)
+
+
+NETWORKS = ["world", "world text", "clip", "t5"]
+NETWORKS += [pytest.param(name, marks=pytest.mark.slow) for name in ("stable_diffusion", "deepfloyd_if")]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_with_adapters_is_what_is_exported_and_learns_as_that_would(name):
+    network, inputs, targets = case(name)
+    frozen = {"network": tiny.random_params(network.init, *inputs, seed=3)["params"]}
+    chosen = select(targets, params=frozen)
+    assert all(any(path in select((target,), params=frozen) for path in chosen) for target in targets)
+    rng = np.random.default_rng(1)
+    trained = jax.tree.map(
+        lambda a: jnp.asarray(rng.normal(0, 0.2, a.shape), jnp.float32), LORA.init({}, chosen, None, jax.random.key(0))
+    )
+
+    def outputs_and_gradients(complete):
+        def loss(trained):
+            outputs = jax.tree.leaves(adapters.apply(network, complete(frozen, trained)["network"], *inputs))[0]
+            return jnp.sum(jnp.sin(outputs)), outputs
+
+        (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(trained)
+        return outputs, flatten(gradients)
+
+    (outputs, gradients), (expected, expected_gradients) = map(outputs_and_gradients, (LORA.apply, LORA.export))
+    np.testing.assert_allclose(outputs, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    largest = max(np.abs(g).max() for g in expected_gradients.values())
+    assert largest > 0
+    for path, gradient in expected_gradients.items():
+        np.testing.assert_allclose(gradients[path], gradient, rtol=0, atol=1e-5 * largest, err_msg=path)
+
+
+@pytest.mark.slow
+def test_no_gradient_of_a_frozen_kernel_is_among_a_steps_operations():
+    """It would be a third of them, where the forward pass, and the gradients of inputs, are a third each."""
+
+    def compiled(**changes):
+        params, examples = jax.eval_shape(worker.start), {"instance": tiny.examples()}
+        config = tiny.training(batch_size=8, **changes)
+        step = program.stage_program(worker.STAGE, tiny.family(), params, examples, config, 0).lower().compile()
+        return step.cost_analysis()["flops"], step.memory_analysis().temp_size_in_bytes
+
+    flops, temporaries = compiled()
+    of_attention = compiled(**ADAPTERS_ONLY)
+    assert of_attention[0] < 0.72 * flops and of_attention[1] < 0.8 * temporaries
+    of_all = compiled(**ADAPTERS_ONLY | {"lora__rank": 2, "lora__targets": worker.EVERY_KERNEL})
+    assert of_all[0] < 0.72 * flops
 
 
 def metric(name, directory):
@@ -140,6 +207,21 @@ def test_adapters_of_the_embedded_network_learn_and_nothing_else_moves(tmp_path)
     instance, prior = (metric(f"{group}_loss", tmp_path) for group in ("instance", "prior"))
     assert np.mean(instance[-15:]) < 0.95 * np.mean(instance[:15])
     assert prior[0] < 1e-9 < 1e-3 < prior[-1]  # the network without adapters is what the prior is measured from
+
+
+@pytest.mark.slow
+def test_eight_devices_train_the_adapters_that_one_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "make_optimizer", None)  # put back after the worker's change
+    expected = flatten(worker.train_adapters(tmp_path / "one", (1, 1, 1)).params)
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    command = [sys.executable, "-m", "tests.training.worker", "train_adapters_on_eight_devices", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env=environment, timeout=1800, check=True)
+    with np.load(tmp_path / "params.npz") as file:
+        found = dict(file)
+    assert found.keys() == expected.keys()
+    for path, value in found.items():
+        np.testing.assert_allclose(value, expected[path], rtol=0, atol=1e-5, err_msg=path)
+    assert max(np.abs(a).max() for path, a in found.items() if path.endswith("up")) > 0.01  # a thousand tolerances
 
 
 @pytest.mark.slow

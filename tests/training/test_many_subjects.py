@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,14 +13,29 @@ from personalize_jax.training.parameterizations.base import Identifier
 from personalize_jax.training.program import stage_program
 from tests import tiny
 
-STAGE = dataclasses.replace(read_stage(tiny.BASE), network=tiny.LinearNetwork())
+
+class Network:
+    """In place of a U-Net: linear in z_t and, by a layer that can be adapted, in the mean text embedding."""
+
+    def apply(self, variables, z, t, text, mask):
+        of_text = nn.Dense(3, use_bias=False).apply(variables, text.mean(1))
+        return variables["params"]["scale"] * z + of_text[:, None, None, :]
+
+
+def parameters():
+    linear = tiny.linear_params()
+    denoiser = {"scale": linear["denoiser"]["scale"], "kernel": linear["denoiser"]["text"]}
+    return {"denoiser": denoiser, "text_encoder": linear["text_encoder"]}
+
+
+STAGE = dataclasses.replace(read_stage(tiny.BASE), network=Network())
 WAYS = {
     "full": {"trainable": (("denoiser/", True), (".*", False))},
     "rows": {"trainable": (("text_encoder/table", "identifier"), (".*", False))},
     "adapters": {
         "trainable": ((".*", False),),
         "lora__rank": 2,
-        "lora__targets": (("denoiser/text", 1),),
+        "lora__targets": (("denoiser/kernel", 1),),
     },
 }
 
@@ -30,7 +46,7 @@ def subject_program(seed, noun, **changes):
     token = tiny.tokenizer().encode(noun)[0]
     identifier = Identifier(np.array([token], np.int32), np.array([[token, 7]], np.int32))
     config = tiny.training(prior__weight=0.5, prior__form="frozen_prediction", optimizer__learning_rate=0.1, **changes)
-    return stage_program(STAGE, tiny.LinearFamily(), tiny.linear_params(), examples, config, seed, identifier)
+    return stage_program(STAGE, tiny.LinearFamily(), parameters(), examples, config, seed, identifier)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -89,6 +89,10 @@ def test_parameters_are_trained_in_full_beside_adapters():
     assert merged.keys() == KERNELS.keys()
     np.testing.assert_array_equal(merged["denoiser"]["stem"]["kernel"], [[2, 1, 0], [3, 1, -1]])
     np.testing.assert_array_equal(merged["denoiser"]["stem"]["bias"], [0, 0, 0])
+    run = apply(trained, others)
+    assert run["denoiser"].adapters == trained["lora"]["denoiser"] and run["text_encoder"] == {"norm": 1}
+    np.testing.assert_array_equal(run["denoiser"].params["stem"]["kernel"], np.ones((2, 3)))
+    np.testing.assert_array_equal(run["denoiser"].params["stem"]["bias"], [0, 0, 0])
 
 
 def test_only_networks_whose_values_are_needed_are_read():

@@ -23,6 +23,12 @@ from tests import tiny
 NETWORK = {"channels": (64,), "patch": 2, "down_blocks": (1,), "up_blocks": (0,), "attention": (True,)}
 STAGE = read_stage({**tiny.BASE, "network": NETWORK})
 MESHES = {"data": (8, 1, 1), "fsdp": (2, 4, 1), "tensor": (2, 2, 2)}
+EVERY_KERNEL = (  # of the network, as targets of adapters
+    ("denoiser/.*attention/(query|key|value)/kernel", 1),
+    ("denoiser/.*attention/out/kernel", 2),
+    ("denoiser/.*(conv_in|conv_out|stem|head)/kernel", 3),
+    ("denoiser/.*/kernel", 1),
+)
 
 
 def start():
@@ -56,6 +62,18 @@ def train_by_sgd(directory, **changes):
     """
     program.make_optimizer = lambda config, num_steps: optax.sgd(0.05, momentum=0.9)
     return train(directory, num_steps=10, checkpoint_every=10, batch_size=8, ema_decay=0.0, **changes)
+
+
+def train_adapters(directory, mesh):
+    """Ten steps of adapters beside every kernel of the network."""
+    adapters = {"lora__rank": 4, "lora__targets": EVERY_KERNEL, "trainable": ((".*", False),)}
+    return train_by_sgd(directory, mesh=mesh, **adapters)
+
+
+def train_adapters_on_eight_devices(directory):
+    """Keep what they become where batches, stored parameters and features are split."""
+    state = train_adapters(directory / "eight", MESHES["tensor"])
+    np.savez(directory / "params.npz", **jax.device_get(flatten_dict(state.params, sep="/")))
 
 
 def be_killed(directory):
@@ -102,4 +120,5 @@ def use_eight_devices(directory, *meshes):
 
 
 if __name__ == "__main__":
-    {"be_killed": be_killed, "use_eight_devices": use_eight_devices}[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
+    commands = be_killed, use_eight_devices, train_adapters_on_eight_devices
+    {command.__name__: command for command in commands}[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])

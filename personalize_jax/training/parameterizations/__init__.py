@@ -17,7 +17,7 @@ from personalize_jax.training.parameterizations.full import FULL
 from personalize_jax.training.parameterizations.lora import LORA
 from personalize_jax.training.parameterizations.rows import ROWS
 
-# In the order in which they act.
+# In the order in which they act: adapters, beside layers, are the last.
 PARAMETERIZATIONS = {how.name: how for how in (FULL, ROWS, LORA)}
 
 

@@ -1,9 +1,10 @@
 r"""Low-rank adapters of frozen kernels: of W + down up only down and up are trained.
 
-Hu et al. 2021, "LoRA", eq. 3, with alpha = r, so that nothing scales the product. Networks know nothing of it. The
-adapters of {"denoiser": {"to_q": {"kernel": W}}} are {"denoiser": {"to_q": {"kernel": {"down": ..., "up": ...}}}}. A
-kernel of several input or output dimensions has factors of as many: with W [h, w, I, O], down is [h, w, I, r] and up is
-[r, O], so that a tensor product gives W's shape.
+Hu et al. 2021, "LoRA", eq. 3, with alpha = r, so that nothing scales the product. A train step runs them beside their
+layers, see `models.adapters`; sampled from and saved are kernels with the product added. The adapters of {"denoiser":
+{"to_q": {"kernel": W}}} are {"denoiser": {"to_q": {"kernel": {"down": ..., "up": ...}}}}. A kernel of several input or
+output dimensions has factors of as many: with W [h, w, I, O], down is [h, w, I, r] and up is [r, O], so that a tensor
+product gives W's shape.
 """
 
 import re
@@ -15,8 +16,13 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from personalize_jax.errors import UserError
+from personalize_jax.models.adapters import Adapted
 from personalize_jax.models.params import Params, flatten, unflatten
-from personalize_jax.training.parameterizations.base import Chosen, Identifier, Parameterization
+from personalize_jax.training.parameterizations.base import Chosen, Identifier, Networks, Parameterization
+
+# By a kernel's number of dimensions, how many can be inputs: of a linear layer, of one whose inputs or outputs are
+# heads, and of a convolution.
+_INPUT_DIMS = {2: (1,), 3: (1, 2), 4: (3,)}
 
 
 def select(params: Mapping[str, Array], config: ConfigDict) -> Chosen:
@@ -26,8 +32,8 @@ def select(params: Mapping[str, Array], config: ConfigDict) -> Chosen:
     decides. A rank of 0 switches adapters off.
 
     Raises:
-        UserError: a negative rank, a target that no path matches, or one that matches something else than parameters
-            with more dimensions.
+        UserError: a negative rank, a target that no path matches, or one that matches something else than kernels with
+            so many input dimensions.
     """
     rank, found = config.lora.rank, {}
     if rank < 0:
@@ -39,14 +45,14 @@ def select(params: Mapping[str, Array], config: ConfigDict) -> Chosen:
                 f"The target {pattern!r} of lora.targets matches no parameter; "
                 f"give a pattern for whole paths such as {next(iter(params))!r}."
             )
-        for path in matches:
+        for path in (path for path in matches if path not in found):
             shape = params[path].shape
-            if not 0 < input_dims < len(shape):
+            if not path.endswith("/kernel") or input_dims not in _INPUT_DIMS.get(len(shape), ()):
                 raise UserError(
                     f"The target {pattern!r} of lora.targets gives {path!r} {input_dims} input dimensions of "
-                    f"{len(shape)} altogether; match kernels only, and leave an input and an output dimension each."
+                    f"{len(shape)} altogether; match kernels only, and give 1 for linear layers, 3 for convolutions."
                 )
-            found.setdefault(path, ((*shape[:input_dims], rank), (rank, *shape[input_dims:])))
+            found[path] = (*shape[:input_dims], rank), (rank, *shape[input_dims:])
     return found
 
 
@@ -63,23 +69,46 @@ def init(values: Mapping[str, Array], chosen: Chosen, identifier: Identifier | N
     return unflatten(factors)
 
 
-def apply(networks: Params, adapters: Params, token_ids: Array | None) -> Params:
+def apply(networks: Networks, adapters: Params, token_ids: Array | None) -> Networks:
+    """The networks with adapters beside their layers.
+
+    Raises:
+        UserError: an adapter whose kernel the networks lack, or have in another shape.
+    """
+    _check_kernels(networks, adapters)
+    return {**networks, **{name: Adapted(networks[name], adapters[name]) for name in adapters}}
+
+
+def export(networks: Params, adapters: Params, token_ids: Array | None) -> Params:
     """The networks with W + down up in place of every adapted W.
 
     Raises:
         UserError: an adapter whose kernel the networks lack, or have in another shape.
     """
-    params, factors = flatten(networks), flatten(adapters)
-    for path in (key.removesuffix("/down") for key in factors if key.endswith("/down")):
-        change = jnp.tensordot(factors[f"{path}/down"], factors[f"{path}/up"], axes=1)
-        if path not in params or params[path].shape != change.shape:
-            found = f"of {params[path].shape}" if path in params else "missing"
-            raise UserError(
-                f"The adapter of {path!r} is for a kernel of {change.shape}, which is {found} here; "
-                "give adapters that were trained for this network."
-            )
-        params[path] = params[path] + change
+    _check_kernels(networks, adapters)
+    params = flatten(networks)
+    for path, (down, up) in _pairs(adapters).items():
+        params[path] = params[path] + jnp.tensordot(down, up, axes=1)
     return unflatten(params)
 
 
-LORA = Parameterization("lora", "lora.targets", False, False, select, init, apply, export=apply)
+def _pairs(adapters: Params) -> dict[str, tuple[Array, Array]]:
+    """Factors down and up by the path of their kernel."""
+    flat = flatten(adapters)
+    paths = (key.removesuffix("/down") for key in flat if key.endswith("/down"))
+    return {path: (flat[f"{path}/down"], flat[f"{path}/up"]) for path in paths}
+
+
+def _check_kernels(networks: Params, adapters: Params) -> None:
+    kernels = flatten(networks)
+    for path, (down, up) in _pairs(adapters).items():
+        shape = (*down.shape[:-1], *up.shape[1:])
+        if path not in kernels or kernels[path].shape != shape:
+            found = f"of {kernels[path].shape}" if path in kernels else "missing"
+            raise UserError(
+                f"The adapter of {path!r} is for a kernel of {shape}, which is {found} here; "
+                "give adapters that were trained for this network."
+            )
+
+
+LORA = Parameterization("lora", "lora.targets", False, False, select, init, apply, export)
