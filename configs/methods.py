@@ -31,8 +31,12 @@ def textual_inversion(config: ConfigDict) -> ConfigDict:
 def lora(config: ConfigDict) -> ConfigDict:
     """Low-rank adapters of the base stage's attention (Hu et al. 2021), with the prior term.
 
-    They save the optimiser's moments, and gradients of all else. A step still forms every adapted kernel whole, in
-    float32, and its gradient.
+    They act beside their layers: a step forms neither W + down up nor the gradient of a whole kernel. A step of Stable
+    Diffusion 2.1 takes 8.8 GiB and 122 TFLOP where training all layers takes 20.7 GiB and 148 TFLOP, by
+
+        python -m personalize_jax.plan --config=configs/stable_diffusion.py:2.1:lora --topology=v5p:1x1x1
+
+    and by the same command with --config=configs/stable_diffusion.py:2.1.
     """
     return _trained(config, "lora", ((".*", False),))
 
