@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from personalize_jax.benchmark.subjects import class_prompt
 from personalize_jax.errors import UserError
 from personalize_jax.files import write_text
 from personalize_jax.metrics.encoders import (
@@ -35,6 +34,7 @@ from personalize_jax.metrics.similarity import (
 )
 from personalize_jax.metrics.table import Row, Scores, SubjectScores, subject_scores
 from personalize_jax.metrics.world import Reading, subject_truth
+from personalize_jax.subject.class_noun import class_prompt
 from personalize_jax.subject.images import from_pixels
 from personalize_jax.world import exact
 from personalize_jax.world.probe import RESOLUTION, Probe

@@ -1,14 +1,11 @@
 """A benchmark: subjects with a few photos each, and prompts that put them where no photo shows them."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from personalize_jax.subject.class_noun import with_article
-from personalize_jax.subject.identifier import PLACEHOLDER
 from personalize_jax.world.scene import Subject
 
 
@@ -51,14 +48,3 @@ class Benchmark(Sequence[BenchmarkSubject]):
 
     def __getitem__(self, index: int) -> BenchmarkSubject:
         return self.read(range(len(self.names))[index])  # the range refuses what is outside and knows negatives
-
-
-def class_prompt(prompt: str) -> str:
-    """The prompt for any member of the class, in which a prompt's "[V]" is left out.
-
-    >>> class_prompt("a [V] dog in the snow")
-    'a dog in the snow'
-    """
-    identified = rf"\ban? {re.escape(PLACEHOLDER)} (?=(\w+))"
-    with_fitting_articles = re.sub(identified, lambda match: with_article(match[1]).removesuffix(match[1]), prompt)
-    return with_fitting_articles.replace(f"{PLACEHOLDER} ", "")

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from personalize_jax.errors import UserError
+from personalize_jax.subject.identifier import PLACEHOLDER
 from personalize_jax.subject.images import SubjectImage
 
 MAX_CHARACTERS = 40
@@ -70,6 +71,17 @@ def with_article(phrase: str) -> str:
     """Put "a" or "an" before a phrase: "an" if its first letter is a vowel, but for words that sound otherwise."""
     sounds_as_vowel = phrase[0].lower() in "aeiou" and not _SOUNDS_AS_CONSONANT.match(phrase)
     return ("an " if sounds_as_vowel or _SILENT_H.match(phrase) else "a ") + phrase
+
+
+def class_prompt(prompt: str) -> str:
+    """The prompt for any member of the class, in which a prompt's "[V]" is left out.
+
+    >>> class_prompt("a [V] dog in the snow")
+    'a dog in the snow'
+    """
+    identified = rf"\ban? {re.escape(PLACEHOLDER)} (?=(\w+))"
+    with_fitting_articles = re.sub(identified, lambda match: with_article(match[1]).removesuffix(match[1]), prompt)
+    return with_fitting_articles.replace(f"{PLACEHOLDER} ", "")
 
 
 def _pool(nouns: list[str], probabilities_NK: np.ndarray) -> tuple[list[str], np.ndarray]:

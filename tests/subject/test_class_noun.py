@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from personalize_jax.errors import UserError
-from personalize_jax.subject.class_noun import determine, with_article
+from personalize_jax.subject.class_noun import class_prompt, determine, with_article
 from personalize_jax.subject.images import SubjectImage
 
 NOUNS = ["cat", "dog", "teapot", "bear plushie"]
@@ -87,3 +87,19 @@ def test_unsure_classifier_asks_and_names_its_three_best_guesses():
 def test_no_noun_and_no_classifier_asks():
     with pytest.raises(UserError, match="--class_noun"):
         determine(IMAGES, None)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a [V] dog in the snow", "a dog in the snow"),
+        ("a red [V] dog", "a red dog"),
+        ("a photo of a [V] orange cat", "a photo of an orange cat"),
+        ("an [V] dog", "a dog"),
+        ("an orange [V] cat", "an orange cat"),
+        ("a [V] umbrella beside a [V] unicorn", "an umbrella beside a unicorn"),
+        ("a dog", "a dog"),
+    ],
+)
+def test_the_class_prompt_lacks_the_identifier_and_its_articles_fit(prompt, expected):
+    assert class_prompt(prompt) == expected
