@@ -6,8 +6,9 @@ comes as pickles only, of which `_CONVERT_LPIPS` makes a folder. Where there is 
 stands in for it.
 """
 
+import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,8 @@ from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.metrics import timm_vit
 from personalize_jax.metrics.preprocessing import Preprocessing
 from personalize_jax.models.clip import Clip
-from personalize_jax.models.lpips import Backbone, Lpips
+from personalize_jax.models.lpips import Lpips
+from personalize_jax.models.params import Params
 from personalize_jax.models.vit import VisionTransformer
 from personalize_jax.training.sharding import BATCH, make_mesh, replicated
 
@@ -129,24 +131,6 @@ class Distance(NamedTuple):
         return in_batches(compare, np.stack([images_NHWC, others_NHWC], axis=1), PAIRS)
 
 
-class Found(NamedTuple):
-    """An encoder whose weights have not been read yet.
-
-    Attributes:
-        folder: in which its files lie.
-        config: content of its `config.json`.
-        network: that this describes.
-        prepare: pictures to its input.
-        tokenizer: of its texts, if it has any.
-    """
-
-    folder: Path
-    config: Mapping[str, Any]
-    network: VisionTransformer | Clip
-    prepare: Preprocessing
-    tokenizer: Tokenizer | None = None
-
-
 def label(source: str | Path) -> str:
     """What an encoder is called in tables: the last part of its name, without a revision.
 
@@ -156,8 +140,11 @@ def label(source: str | Path) -> str:
     return str(source).partition("@")[0].rstrip("/").rpartition("/")[2]
 
 
-def find_dino(source: str | Path) -> Found:
-    """Find what `load_dino` reads, after downloading it if need be.
+def find_dino(source: str | Path) -> Callable[[], ImageEncoder]:
+    """Find a ViT that was trained by DINO, after downloading it if need be; see `load_dino`.
+
+    Returns:
+        Reads its weights.
 
     Raises:
         UserError: there is no such model.
@@ -166,24 +153,35 @@ def find_dino(source: str | Path) -> Found:
     config = _config(folder)
     if timm_vit.ARCHITECTURE in config:
         network = timm_vit.network(config)
-        return Found(folder, config, network, timm_vit.preprocessing(network.resolution))
-    return Found(folder, config, VisionTransformer.from_config(config), Preprocessing.read(folder))
+        prepare = timm_vit.preprocessing(network.resolution)
+        read = functools.partial(timm_vit.load_params, num_layers=network.num_layers)
+    else:
+        network = VisionTransformer.from_config(config)
+        prepare = Preprocessing.read(folder)
+        read = functools.partial(load_weights, network="vit")
+    return lambda: _image_encoder(folder, network, prepare, read)
 
 
-def find_clip(source: str | Path) -> Found:
-    """Find what `load_clip` reads, after downloading it if need be.
+def find_clip(source: str | Path) -> Callable[[], ClipEncoder]:
+    """Find a CLIP, after downloading it if need be; see `load_clip`.
+
+    Returns:
+        Reads its weights.
 
     Raises:
         UserError: there is no such model.
     """
     folder = _folder(source, "clip", _CLIP_PARTS)
-    config = _config(folder)
-    network = Clip.from_config(config)
-    return Found(folder, config, network, Preprocessing.read(folder), Tokenizer.from_folder(folder, network.max_length))
+    network = Clip.from_config(_config(folder))
+    prepare, tokenizer = Preprocessing.read(folder), Tokenizer.from_folder(folder, network.max_length)
+    return lambda: _clip_encoder(folder, network, prepare, tokenizer)
 
 
-def find_lpips(source: str | Path) -> Path:
-    """The folder that `load_lpips` reads.
+def find_lpips(source: str | Path) -> Callable[[], Distance]:
+    """Find LPIPS; see `load_lpips`.
+
+    Returns:
+        Reads its weights.
 
     Raises:
         UserError: it is not there, or holds no safetensors.
@@ -196,30 +194,21 @@ def find_lpips(source: str | Path) -> Path:
             "of DINO in its place."
         )
     hub.refuse_pointers(folder, ["*"])
-    return folder
+    return lambda: _distance(folder)
 
 
-def load_dino(source: str | Path, prepare: Preprocessing | None = None) -> ImageEncoder:
+def load_dino(source: str | Path) -> ImageEncoder:
     """Read a ViT that was trained by DINO; its embedding is that of the class token.
 
     Args:
         source: "world" for the instance encoder that stands in DINO's place on the rendered world; a folder with
             `config.json`, `model.safetensors` and `preprocessor_config.json`, or with timm's files; or a name on the
             Hugging Face hub.
-        prepare: of pictures, instead of what these files say.
 
     Raises:
         UserError: there is no such model.
     """
-    found = find_dino(source)
-    network = found.network
-    picture = jax.ShapeDtypeStruct((1, network.resolution, network.resolution, 3), jnp.float32)
-    abstract = jax.eval_shape(network.init, jax.random.key(0), picture)["params"]
-    if timm_vit.ARCHITECTURE in found.config:
-        params = timm_vit.load_params(found.folder, network.num_layers, abstract)
-    else:
-        params = load_weights(found.folder, abstract, "vit")
-    return ImageEncoder(prepare or found.prepare, _on_every_device(network.apply, params))
+    return find_dino(source)()
 
 
 def load_clip(source: str | Path) -> ClipEncoder:
@@ -232,39 +221,23 @@ def load_clip(source: str | Path) -> ClipEncoder:
     Raises:
         UserError: there is no such model.
     """
-    found = find_clip(source)
-    network = found.network
-    picture = jax.ShapeDtypeStruct((1, network.resolution, network.resolution, 3), jnp.float32)
-    tokens = jax.ShapeDtypeStruct((1, network.max_length), jnp.int32)
-    abstract = jax.eval_shape(network.init, jax.random.key(0), picture, tokens)["params"]
-    params = load_weights(found.folder, abstract, "clip")
-
-    def tower(method: Callable) -> Callable:
-        return _on_every_device(lambda params, x: network.apply(params, x, method=method), params)
-
-    images = ImageEncoder(found.prepare, tower(Clip.encode_images))
-    return ClipEncoder(images, found.tokenizer, tower(Clip.encode_texts))
+    return find_clip(source)()
 
 
-def load_lpips(source: str | Path, backbone: Backbone = "alex") -> Distance:
+def load_lpips(source: str | Path) -> Distance:
     """Read LPIPS.
 
     Args:
         source: a folder with a `model.safetensors` made as the module's docstring says.
-        backbone: of which network.
 
     Raises:
         UserError: there is no such model.
     """
-    folder = find_lpips(source)
-    network = Lpips(backbone)
-    picture = jax.ShapeDtypeStruct((1, _LPIPS_SIDE, _LPIPS_SIDE, 3), jnp.float32)
-    abstract = jax.eval_shape(network.init, jax.random.key(0), picture, picture)["params"]
-    return Distance(_on_every_device(network.apply, load_weights(folder, abstract, "lpips")))
+    return find_lpips(source)()
 
 
 def cosine_distance(encoder: ImageEncoder) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """One minus the cosine of two pictures' embeddings, in [0, 2]: what `similarity.diversity` takes in LPIPS's place.
+    """One minus the cosine of two pictures' embeddings, in [0, 2]: what `distances_within` takes in LPIPS's place.
 
     Args:
         encoder: of the pictures.
@@ -302,6 +275,33 @@ def in_batches(function: Callable[[Sequence[Any]], Array], items: Sequence[Any],
         part = list(items[start : start + size])
         results.append(hosts.whole(function(part + part[-1:] * (size - len(part))))[: len(part)])
     return np.concatenate(results)
+
+
+def _image_encoder(
+    folder: Path, network: VisionTransformer, prepare: Preprocessing, read: Callable[..., Params]
+) -> ImageEncoder:
+    picture = jax.ShapeDtypeStruct((1, network.resolution, network.resolution, 3), jnp.float32)
+    abstract = jax.eval_shape(network.init, jax.random.key(0), picture)["params"]
+    return ImageEncoder(prepare, _on_every_device(network.apply, read(folder, abstract=abstract)))
+
+
+def _clip_encoder(folder: Path, network: Clip, prepare: Preprocessing, tokenizer: Tokenizer) -> ClipEncoder:
+    picture = jax.ShapeDtypeStruct((1, network.resolution, network.resolution, 3), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((1, network.max_length), jnp.int32)
+    abstract = jax.eval_shape(network.init, jax.random.key(0), picture, tokens)["params"]
+    params = load_weights(folder, abstract, "clip")
+
+    def tower(method: Callable) -> Callable:
+        return _on_every_device(lambda params, x: network.apply(params, x, method=method), params)
+
+    return ClipEncoder(ImageEncoder(prepare, tower(Clip.encode_images)), tokenizer, tower(Clip.encode_texts))
+
+
+def _distance(folder: Path) -> Distance:
+    network = Lpips()
+    picture = jax.ShapeDtypeStruct((1, _LPIPS_SIDE, _LPIPS_SIDE, 3), jnp.float32)
+    abstract = jax.eval_shape(network.init, jax.random.key(0), picture, picture)["params"]
+    return Distance(_on_every_device(network.apply, load_weights(folder, abstract, "lpips")))
 
 
 def _on_every_device(apply: Callable, params: Any) -> Callable:

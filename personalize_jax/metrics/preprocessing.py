@@ -112,7 +112,3 @@ def _crop(size: int | Mapping[str, int]) -> int:
     if size["height"] != size["width"]:
         raise UserError(f"{FILE} crops to {size['height']} x {size['width']} pixels; only squares are supported.")
     return size["height"]
-
-
-# The preparation of DINO's own code, by which papers report this metric; a checkpoint's file may differ.
-DINO = Preprocessing(256, Image.Resampling.BICUBIC, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -11,11 +11,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from personalize_jax.errors import UserError
-from personalize_jax.metrics.preprocessing import DINO, Preprocessing
+from personalize_jax.metrics.preprocessing import Preprocessing
 from personalize_jax.models.params import Params
 from personalize_jax.models.vit import VisionTransformer
 
@@ -25,6 +26,7 @@ _NAME = re.compile(r"vit_(tiny|small|base|large)_patch(\d+)_(\d+)")  # size, sid
 _SIZES = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}  # width, layers
 _HEAD_WIDTH = 64
 _EPSILON = 1e-6
+_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours
 
 
 def network(config: Mapping[str, Any]) -> VisionTransformer:
@@ -59,7 +61,8 @@ def preprocessing(resolution: int) -> Preprocessing:
     Args:
         resolution: side of the network's pictures, pixels.
     """
-    return DINO._replace(size=resolution * DINO.size // DINO.crop, crop=resolution)
+    size = resolution * 256 // 224
+    return Preprocessing(size, Image.Resampling.BICUBIC, resolution, _MEAN, _DEVIATION)
 
 
 def load_params(folder: Path, num_layers: int, abstract: Params) -> Params:

@@ -1,17 +1,15 @@
 """LPIPS, the learned perceptual distance of two pictures.
 
 Zhang et al. 2018 (The Unreasonable Effectiveness of Deep Features as a Perceptual Metric), version 0.1 of its authors'
-package, whose names the parameters have.
+package, whose names the parameters have; over AlexNet, which they advise for measuring.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-
-Backbone = Literal["alex", "vgg"]
 
 
 class Layer(NamedTuple):
@@ -34,50 +32,38 @@ class Layer(NamedTuple):
     pool: int = 0
 
 
-# Slices of the networks; what each of them ends with is compared.
-SLICES: dict[str, tuple[tuple[Layer, ...], ...]] = {
-    "alex": (
-        (Layer(0, 64, size=11, stride=4, padding=2),),
-        (Layer(3, 192, size=5, padding=2, pool=3),),
-        (Layer(6, 384, pool=3),),
-        (Layer(8, 256),),
-        (Layer(10, 256),),
-    ),
-    "vgg": (
-        (Layer(0, 64), Layer(2, 64)),
-        (Layer(5, 128, pool=2), Layer(7, 128)),
-        (Layer(10, 256, pool=2), Layer(12, 256), Layer(14, 256)),
-        (Layer(17, 512, pool=2), Layer(19, 512), Layer(21, 512)),
-        (Layer(24, 512, pool=2), Layer(26, 512), Layer(28, 512)),
-    ),
-}
+# AlexNet's layers; what each of them ends with is compared.
+LAYERS = (
+    Layer(0, 64, size=11, stride=4, padding=2),
+    Layer(3, 192, size=5, padding=2, pool=3),
+    Layer(6, 384, pool=3),
+    Layer(8, 256),
+    Layer(10, 256),
+)
 # ImageNet's mean and deviation, for pictures in [-1, 1].
 _SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
 _SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 
 
 class Features(nn.Module):
-    """The backbone: what its slices end with."""
-
-    backbone: Backbone
+    """AlexNet's features."""
 
     @nn.compact
     def __call__(self, x_BHWC: Array) -> list[Array]:
-        """Return [B, H', W', C'] of each slice."""
+        """Return [B, H', W', C'] of each layer."""
         outputs = []
-        for number, layers in enumerate(SLICES[self.backbone], start=1):
-            for layer in layers:
-                if layer.pool:
-                    x_BHWC = nn.max_pool(x_BHWC, (layer.pool, layer.pool), (2, 2))
-                kernel, strides = (layer.size, layer.size), (layer.stride, layer.stride)
-                name = f"slice{number}_{layer.index}"
-                x_BHWC = nn.relu(nn.Conv(layer.channels, kernel, strides, layer.padding, name=name)(x_BHWC))
+        for number, layer in enumerate(LAYERS, start=1):
+            if layer.pool:
+                x_BHWC = nn.max_pool(x_BHWC, (layer.pool, layer.pool), (2, 2))
+            kernel, strides = (layer.size, layer.size), (layer.stride, layer.stride)
+            name = f"slice{number}_{layer.index}"
+            x_BHWC = nn.relu(nn.Conv(layer.channels, kernel, strides, layer.padding, name=name)(x_BHWC))
             outputs.append(x_BHWC)
         return outputs
 
 
 class Head(nn.Module):
-    """Weights of a slice's channels."""
+    """Weights of a layer's channels."""
 
     @nn.compact
     def __call__(self, x_BHWC: Array) -> Array:
@@ -86,13 +72,7 @@ class Head(nn.Module):
 
 
 class Lpips(nn.Module):
-    """The distance of each picture to its counterpart.
-
-    Attributes:
-        backbone: "alex", which the authors advise for measuring, or "vgg".
-    """
-
-    backbone: Backbone
+    """The distance of each picture to its counterpart."""
 
     @nn.compact
     def __call__(self, x_BHWC: Array, y_BHWC: Array) -> Array:
@@ -105,7 +85,7 @@ class Lpips(nn.Module):
         Returns:
             [B], 0 for the same pictures.
         """
-        net = Features(self.backbone, name="net")
+        net = Features(name="net")
         pairs = zip(*(net((a - _SHIFT) / _SCALE) for a in (x_BHWC, y_BHWC)), strict=True)
         distance_B = jnp.zeros(x_BHWC.shape[0])
         for i, (x, y) in enumerate(pairs):

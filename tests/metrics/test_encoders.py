@@ -23,7 +23,7 @@ from transformers import (
 from configs import common
 from personalize_jax.errors import UserError
 from personalize_jax.formats.port_weights import load_weights
-from personalize_jax.metrics import preprocessing
+from personalize_jax.metrics import preprocessing, timm_vit
 from personalize_jax.metrics.encoders import (
     BATCH_SIZE,
     ImageEncoder,
@@ -35,7 +35,7 @@ from personalize_jax.metrics.encoders import (
 )
 from personalize_jax.metrics.similarity import distances_within
 from personalize_jax.models.clip import Clip
-from personalize_jax.models.lpips import SLICES
+from personalize_jax.models.lpips import LAYERS
 from personalize_jax.scoring import find_judges
 from tests import hub_cache, tiny_public
 from tests.metrics.conftest import PHOTOS
@@ -134,18 +134,17 @@ def test_texts_end_where_transformers_lets_them(end, tmp_path):
 class TorchLpips(torch.nn.Module):
     """LPIPS over torchvision's layers, with the state's names of its authors' package."""
 
-    def __init__(self, backbone):
+    def __init__(self):
         super().__init__()
-        self.net, self.pools, channels = torch.nn.Module(), {}, 3
-        for number, layers in enumerate(SLICES[backbone], start=1):
+        self.net, channels = torch.nn.Module(), 3
+        for number, layer in enumerate(LAYERS, start=1):
             part = torch.nn.Sequential()
-            for layer in layers:
-                if layer.pool:
-                    part.add_module(str(layer.index - 1), torch.nn.MaxPool2d(layer.pool, 2))
-                convolution = torch.nn.Conv2d(channels, layer.channels, layer.size, layer.stride, layer.padding)
-                part.add_module(str(layer.index), convolution)
-                part.add_module(str(layer.index + 1), torch.nn.ReLU())
-                channels = layer.channels
+            if layer.pool:
+                part.add_module(str(layer.index - 1), torch.nn.MaxPool2d(layer.pool, 2))
+            convolution = torch.nn.Conv2d(channels, layer.channels, layer.size, layer.stride, layer.padding)
+            part.add_module(str(layer.index), convolution)
+            part.add_module(str(layer.index + 1), torch.nn.ReLU())
+            channels = layer.channels
             self.net.add_module(f"slice{number}", part)
             head = torch.nn.Module()
             head.model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Conv2d(channels, 1, 1, bias=False))
@@ -163,12 +162,11 @@ class TorchLpips(torch.nn.Module):
         return distance
 
 
-@pytest.mark.parametrize("backbone", ["alex", "vgg"])
-def test_lpips_agrees_with_torch(backbone, tmp_path):
-    model = TorchLpips(backbone)
+def test_lpips_agrees_with_torch(tmp_path):
+    model = TorchLpips()
     scramble(model, seed=3)
     save_model(model.eval(), tmp_path / "model.safetensors")
-    distance = load_lpips(tmp_path, backbone)
+    distance = load_lpips(tmp_path)
     rng = np.random.default_rng(1)
     for side in (64, 70):
         x, y = (rng.integers(0, 256, (2, side, 64, 3), np.uint8) for _ in range(2))
@@ -227,9 +225,10 @@ def test_processors_of_old_files_are_understood():
 def test_dinos_own_preparation_keeps_the_middle():
     picture = np.zeros((300, 600, 3), np.uint8)
     picture[:, 150:450] = 255
-    prepared = preprocessing.DINO([picture])
+    prepare = timm_vit.preprocessing(224)
+    prepared = prepare([picture])
     assert prepared.shape == (1, 224, 224, 3)
-    white = (1 - np.array(preprocessing.DINO.mean)) / np.array(preprocessing.DINO.deviation)
+    white = (1 - np.array(prepare.mean)) / np.array(prepare.deviation)
     np.testing.assert_allclose(prepared[0, :, 8:-8], np.broadcast_to(white, (224, 208, 3)), atol=1e-5)
 
 
