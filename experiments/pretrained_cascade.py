@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from personalize_jax import command
 from personalize_jax.files import write_text
-from personalize_jax.metrics.world import accuracy, prompt_fidelity
 from personalize_jax.pipeline import load_pipeline
 from personalize_jax.report import Panel, gallery
 from personalize_jax.world.captions import prompt, words_for
 from personalize_jax.world.probe import Probe
+from personalize_jax.world.reading import accuracy
 from personalize_jax.world.scene import CLASSES, COLOURS, CONTEXTS
 
 SHEET = 48
@@ -38,9 +38,9 @@ def prompt_grid(count: int) -> tuple[list[str], dict[str, np.ndarray]]:
     i = np.arange(count)
     # Steps such that no two properties go in step: 200 prompts hold nearly as many pairs as there are, of any two.
     truth = {
-        "class_ids": i % len(CLASSES),
-        "contexts": (11 * i + i // len(CLASSES)) % len(CONTEXTS),
-        "colours": (i + i // len(CLASSES)) % len(COLOURS),
+        "class_id": i % len(CLASSES),
+        "context": (11 * i + i // len(CLASSES)) % len(CONTEXTS),
+        "body_colour": (i + i // len(CLASSES)) % len(COLOURS),
     }
     rows = zip(*(column.tolist() for column in truth.values()), strict=True)
     return [prompt(CLASSES[a], context=CONTEXTS[b], colour=tuple(COLOURS)[c]) for a, b, c in rows], truth
@@ -67,7 +67,7 @@ def main(_: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     scores = {}
     for stage, images in zip(pipeline.stages, pictures, strict=True):
-        scores[stage.name] = prompt_fidelity(probe.read(images), **truth)
+        scores[stage.name] = accuracy(probe.read(images), **truth)
         panels = [
             Panel(f"{stage.name}, {stage.resolution} pixels", text, image[None])
             for text, image in list(zip(prompts, images, strict=True))[:SHEET]

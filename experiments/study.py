@@ -45,7 +45,7 @@ from personalize_jax.subject.images import from_pixels, read_image
 from personalize_jax.subject.registry import reserve_identifier
 from personalize_jax.training import tracking
 from personalize_jax.training.tracking import JSONL_ONLY, NO_DESTINATIONS, Destinations, Tracking
-from personalize_jax.world.exact import truth_of
+from personalize_jax.world.exact_metrics import truth_of
 
 QUICK_SUBJECTS = 2
 

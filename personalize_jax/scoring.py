@@ -33,11 +33,11 @@ from personalize_jax.metrics.similarity import (
     similarities_within,
 )
 from personalize_jax.metrics.table import Row, Scores, SubjectScores, subject_scores
-from personalize_jax.metrics.world import Reading, subject_truth
 from personalize_jax.subject.class_noun import class_prompt
 from personalize_jax.subject.images import from_pixels
-from personalize_jax.world import exact
+from personalize_jax.world import exact_metrics
 from personalize_jax.world.probe import RESOLUTION, Probe
+from personalize_jax.world.reading import Reading, subject_truth
 
 Truth = Mapping[str, int | np.ndarray]
 
@@ -195,9 +195,9 @@ def _add_similarities(
 def _add_exact(probe: Probe, pictures: Sequence[Picture], role: str, truth: Truth, scores: Sequence[Scores]) -> None:
     reading = _read(probe, pictures)
     if role == "subject":
-        found = exact.subject_scores(reading, truth, [picture.prompt for picture in pictures])
+        found = exact_metrics.subject_scores(reading, truth, [picture.prompt for picture in pictures])
     else:
-        found = exact.class_scores(reading, truth)
+        found = exact_metrics.class_scores(reading, truth)
     for of_one, more in zip(scores, found, strict=True):
         of_one |= more
 

@@ -16,7 +16,6 @@ from personalize_jax.configuration import num_steps
 from personalize_jax.errors import UserError
 from personalize_jax.files import replacing, write_text
 from personalize_jax.manifest import phase, phase_times
-from personalize_jax.metrics import world as world_metrics
 from personalize_jax.personalized import Personalized
 from personalize_jax.pictures import file_name
 from personalize_jax.pipeline import Pipeline
@@ -26,6 +25,7 @@ from personalize_jax.subject.dataset import SubjectDataset
 from personalize_jax.subject.identifier import PLACEHOLDER, substitute
 from personalize_jax.training.prior import own_files
 from personalize_jax.training.tracking import JSONL_ONLY, Tracking
+from personalize_jax.world import reading as world_metrics
 from personalize_jax.world.probe import RESOLUTION, Probe
 from personalize_jax.world.scene import CLASSES, COLOURS, CONTEXTS, PATTERNS
 

@@ -43,12 +43,12 @@ def test_wandb_that_is_not_installed_is_missed_before_anything_is_done(tmp_path)
 
 def test_prompts_go_through_all_properties_evenly():
     prompts, truth = prompt_grid(200)
-    sizes = {"class_ids": len(CLASSES), "contexts": len(CONTEXTS), "colours": len(COLOURS)}
+    sizes = {"class_id": len(CLASSES), "context": len(CONTEXTS), "body_colour": len(COLOURS)}
     assert len(set(prompts)) == len(prompts) == 200
     for name, size in sizes.items():
         counts = np.bincount(truth[name], minlength=size)
         assert len(counts) == size and np.ptp(counts) <= 2
-    for a, b in (("class_ids", "contexts"), ("class_ids", "colours"), ("contexts", "colours")):
+    for a, b in (("class_id", "context"), ("class_id", "body_colour"), ("context", "body_colour")):
         pairs = len(set(zip(truth[a].tolist(), truth[b].tolist(), strict=True)))
         assert pairs >= 0.9 * min(200, sizes[a] * sizes[b])
 
@@ -56,7 +56,7 @@ def test_prompts_go_through_all_properties_evenly():
 def test_prompts_say_the_truth():
     prompts, truth = prompt_grid(30)
     for i, text in enumerate(prompts):
-        words = CLASSES[truth["class_ids"][i]], CONTEXTS[truth["contexts"][i]], tuple(COLOURS)[truth["colours"][i]]
+        words = CLASSES[truth["class_id"][i]], CONTEXTS[truth["context"][i]], tuple(COLOURS)[truth["body_colour"][i]]
         assert all(word in text for word in words)
 
 

@@ -5,7 +5,7 @@ from configs import world
 from personalize_jax.errors import UserError
 from personalize_jax.metrics.table import Row
 from personalize_jax.scoring import Picture, load_judges, read_rows, score, summary, write_rows
-from personalize_jax.world.exact import truth_of
+from personalize_jax.world.exact_metrics import truth_of
 from personalize_jax.world.photos import heldout_subject
 from personalize_jax.world.probe import Probe
 from personalize_jax.world.scene import COLOURS

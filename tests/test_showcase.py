@@ -11,13 +11,13 @@ from ml_collections import ConfigDict
 
 from personalize_jax import sample, showcase
 from personalize_jax.errors import UserError
-from personalize_jax.metrics.world import Reading
 from personalize_jax.personalization import class_knowledge
 from personalize_jax.personalized import Personalized
 from personalize_jax.subject.class_noun import ClassNoun
 from personalize_jax.subject.dataset import SubjectDataset
 from personalize_jax.subject.identifier import Identifier
 from personalize_jax.world.dataset_builder import LABELS
+from personalize_jax.world.reading import Reading
 from personalize_jax.world.scene import CLASSES, CONTEXTS
 from tests import tiny, tiny_world
 

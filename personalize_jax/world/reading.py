@@ -1,4 +1,4 @@
-"""Exact metrics on the rendered world: what a probe reads off each picture, held against what should be seen.
+"""What a probe reads off pictures of the rendered world, held against what should be seen.
 
 A picture counts as showing the likeliest value of each property; a probe's own mistakes therefore lower fidelities,
 and its held-out accuracies are their ceilings.
@@ -58,27 +58,6 @@ def fidelities(reading: Reading, **truth: int | np.ndarray) -> dict[str, np.ndar
 def accuracy(reading: Reading, **truth: int | np.ndarray) -> dict[str, float]:
     """Means of `fidelities` over the pictures: shares of pictures that show the true value, in [0, 1], by property."""
     return {name: float(scores.mean()) for name, scores in fidelities(reading, **truth).items()}
-
-
-def prompt_fidelity(
-    reading: Reading,
-    class_ids: int | np.ndarray,
-    contexts: int | np.ndarray | None = None,
-    colours: int | np.ndarray | None = None,
-) -> dict[str, float]:
-    """How often pictures show what their prompts name.
-
-    Args:
-        reading: of N pictures.
-        class_ids: the class of each prompt, an int or int [N].
-        contexts: the context of each prompt; None where prompts name none.
-        colours: the body colour of each prompt; None where prompts name none.
-
-    Returns:
-        The `accuracy` of "class_id" and, where given, of "context" and "body_colour".
-    """
-    named = {"class_id": class_ids, "context": contexts, "body_colour": colours}
-    return accuracy(reading, **{name: values for name, values in named.items() if values is not None})
 
 
 def subject_fidelity(
@@ -174,20 +153,12 @@ def colour_entropy(reading: Reading) -> float:
 
 
 def leakage(reading: Reading, body_colour: int) -> float:
-    """Share of N pictures of "a class" that have the subject's body colour, in [0, 1]; compare with `chance`.
+    """Share of N pictures of "a class" that have the subject's body colour, in [0, 1].
 
     Raises:
         ValueError: no pictures, or no such colour.
     """
     return accuracy(reading, body_colour=body_colour)["body_colour"]
-
-
-def chance(reading: Reading, name: str) -> float:
-    """What `accuracy` is on the average where pictures have nothing to do with the truth: 1 / K, for one property.
-
-    Of the shape, 2/3: proportions are uniform in [0, 1], and two unrelated ones are 1/3 apart on the average.
-    """
-    return 2 / 3 if name == "shape" else 1 / getattr(reading, name).shape[1]
 
 
 def _likeliest(p_NK: np.ndarray) -> np.ndarray:

@@ -1,15 +1,13 @@
 import numpy as np
 import pytest
 
-from personalize_jax.metrics.world import (
+from personalize_jax.world.reading import (
     Reading,
     accuracy,
-    chance,
     colour_entropy,
     fidelities,
     is_subject,
     leakage,
-    prompt_fidelity,
     subject_fidelity,
     subject_truth,
 )
@@ -52,14 +50,8 @@ def coloured(colours):
 def test_perfect_pictures_have_fidelity_one(truth):
     reading = reading_of(truth)
     assert set(accuracy(reading, **truth).values()) == {1.0}
-    prompt = prompt_fidelity(reading, truth["class_id"], contexts=truth["context"], colours=truth["body_colour"])
-    assert prompt == {"class_id": 1.0, "context": 1.0, "body_colour": 1.0}
     asked = ("class_id", "body_colour", "accent_colour", "pattern", "finish", "shape")
     assert subject_fidelity(reading, **{name: truth[name] for name in asked}) == dict.fromkeys(asked, 1.0)
-
-
-def test_only_what_prompts_name_is_scored(truth):
-    assert prompt_fidelity(reading_of(truth), truth["class_id"]).keys() == {"class_id"}
 
 
 def test_fidelity_is_the_share_of_right_pictures(truth):
@@ -88,11 +80,12 @@ def test_likeness_of_proportions_is_linear_in_their_distance(truth):
     np.testing.assert_allclose(scores, 1 - half.mean(axis=1), atol=1e-6)
 
 
-def test_unrelated_proportions_score_chance():
+def test_unrelated_proportions_score_two_thirds():
+    """Two uniform numbers are a third apart on the average."""
     rng = np.random.default_rng(3)
     scene = {name: np.zeros(4000, int) for name in SIZES} | {"shape": rng.random((4000, 4))}
     score = accuracy(reading_of(scene), class_id=0, shape=rng.random((4000, 4)))["shape"]
-    assert score == pytest.approx(chance(reading_of(scene), "shape"), abs=0.01)
+    assert score == pytest.approx(2 / 3, abs=0.01)
 
 
 def test_proportions_of_another_class_count_nothing(truth):
@@ -158,7 +151,7 @@ def test_entropy_has_the_bias_it_states():
 
 def test_leakage_between_none_chance_and_all():
     everything = coloured(np.arange(11))
-    assert [leakage(everything, k) for k in range(11)] == pytest.approx([chance(everything, "body_colour")] * 11)
+    assert [leakage(everything, k) for k in range(11)] == pytest.approx([1 / 11] * 11)
     assert leakage(coloured([3] * 6), 3) == 1.0 and leakage(coloured([3] * 6), 4) == 0.0
 
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from personalize_jax.metrics.table import Scores
-from personalize_jax.metrics.world import IDENTITY, Reading, fidelities, is_subject
 from personalize_jax.world.captions import asked
+from personalize_jax.world.reading import IDENTITY, Reading, fidelities, is_subject
 from personalize_jax.world.scene import COLOURS, Subject
 
 # Of the subject's truth, what is scored and how the scores are called.

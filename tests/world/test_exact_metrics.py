@@ -1,8 +1,8 @@
 import pytest
 
 from personalize_jax.world.captions import asked
-from personalize_jax.world.exact import subject_scores
-from tests.metrics.test_world import SIZES, coloured
+from personalize_jax.world.exact_metrics import subject_scores
+from tests.world.test_reading import SIZES, coloured
 
 TRUTH = {name: 0 for name in SIZES if name not in ("context", "accessory")} | {"body_colour": 3}
 
