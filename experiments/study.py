@@ -26,6 +26,7 @@ from personalize_jax.benchmark.subjects import BenchmarkSubject
 from personalize_jax.configuration import changed, check, check_values, num_steps, training_sections
 from personalize_jax.errors import UserError
 from personalize_jax.evaluation import evaluate
+from personalize_jax.metrics.metric import MetricEncoders
 from personalize_jax.metrics.table import Row
 from personalize_jax.personalization import (
     SubjectPhotos,
@@ -37,7 +38,7 @@ from personalize_jax.personalization import (
 from personalize_jax.personalized import Personalized, load_personalized
 from personalize_jax.pipeline import Pipeline
 from personalize_jax.report import Panel
-from personalize_jax.scoring import Judges, find_judges, load_judges, read_rows, summary, write_rows
+from personalize_jax.scoring import find_encoders, load_encoders, read_rows, summary, write_rows
 from personalize_jax.showcase import sheets
 from personalize_jax.subject.class_noun import determine
 from personalize_jax.subject.identifier import PLACEHOLDER
@@ -114,7 +115,7 @@ def run(make_study: Callable[[ConfigDict], Study]) -> None:
         workdir, destinations = Path(arguments.workdir), tracking.asked_for()
         destinations.of(workdir)  # which refuses what is not installed, before identifiers are given out
         config = quick(arguments.config) if arguments.quick else arguments.config
-        find_judges(config.evaluation)
+        find_encoders(config.evaluation)
         study = with_arms(make_study(config), arguments.arms)
         count = arguments.num_subjects or (QUICK_SUBJECTS if arguments.quick else study.num_subjects)
         benchmark = load_benchmark(arguments.benchmark)
@@ -232,12 +233,12 @@ def conduct(
     Raises:
         UserError: a run's directory belongs to another configuration, or a destination cannot be reached.
     """
-    judges = load_judges(config.evaluation)
+    encoders = load_encoders(find_encoders(config.evaluation))
     rows: dict[str, list[Row]] = {arm.name: [] for arm in study.arms}
     with tqdm(total=len(subjects) * len(study.arms), desc=study.name, unit="run") as bar:
         for subject in subjects:
             for arm in study.arms:
-                rows[arm.name] += scored_run(study, arm, subject, nouns, pretrained, judges, workdir, destinations)
+                rows[arm.name] += scored_run(study, arm, subject, nouns, pretrained, encoders, workdir, destinations)
                 bar.update()
             if delete_weights:
                 for arm in study.arms:
@@ -252,7 +253,7 @@ def scored_run(
     subject: BenchmarkSubject,
     nouns: Sequence[str],
     pretrained: Pipeline,
-    judges: Judges,
+    encoders: MetricEncoders,
     workdir: Path,
     destinations: Destinations = NO_DESTINATIONS,
 ) -> list[Row]:
@@ -273,7 +274,7 @@ def scored_run(
         with tracked.running(config):
             tuned = tuned_run(arm, config, subject, noun, pretrained, workdir, first, tracked)
             rows = evaluate(
-                tuned, pretrained, subject.name, prompts, judges, settings, out, subject.photos, truth, before
+                tuned, pretrained, subject.name, prompts, encoders, settings, out, subject.photos, truth, before
             )
             if study.measure:
                 write_rows(study.measure(tuned, subject), measured)

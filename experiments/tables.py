@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from personalize_jax import metric_registry
 from personalize_jax.files import replacing, write_text
 from personalize_jax.metrics.table import (
     Estimate,
@@ -20,11 +21,6 @@ from personalize_jax.metrics.table import (
     estimates,
     markdown,
 )
-
-PAPER_METRICS = ("DINO", "CLIP-I", "CLIP-T", "PRES", "DIV")
-SUBJECT_METRICS = ("class", "body colour", "accent colour", "pattern", "finish", "proportions", "context", "property")
-CLASS_METRICS = ("leakage", "is subject", "colours", "diversity kept")
-SHOWN = ("DINO", "CLIP-T", "PRES", "DIV", "body colour", "pattern", "context", "diversity kept")
 
 
 class Finding(NamedTuple):
@@ -73,20 +69,19 @@ def write(
 
 
 def tables(table: Table, paper: Mapping[str, Mapping[str, float]], num_subjects: int) -> str:
-    """The paper's metrics with its own rows, and the exact ones of the rendered world where there are any."""
+    """The similarities with the paper's own rows, and the exact metrics of the rendered world, as far as measured."""
     first = next(iter(table.values()))
+    measured = dict.fromkeys(name for metrics in table.values() for name in metrics)
     real = {name.removesuffix(" (real)"): value for name, value in first.items() if name.endswith(" (real)")}
     quoted = {
         f"paper: {row}": {name: Estimate(value, value, value) for name, value in values.items()}
         for row, values in paper.items()
     }
-    known = (*PAPER_METRICS, *SUBJECT_METRICS, *CLASS_METRICS)
-    further = [name for name in first if name not in known and not name.endswith((" (real)", " before"))]
-    text = f"Means over {num_subjects} subjects, with 95 % bootstrap intervals over them.\n\n"
-    text += markdown({"real pictures": real, **table, **quoted}, [*PAPER_METRICS, *further])
-    for metrics in (SUBJECT_METRICS, CLASS_METRICS):
-        if any(metric in first for metric in metrics):
-            text += "\n" + markdown(table, [metric for metric in metrics if metric in first])
+    compared = {"real pictures": real, **table, **quoted}
+    text = f"Means over {num_subjects} subjects, with 95 % bootstrap intervals over them.\n"
+    for name, rows in (("similarity", compared), ("subject", table), ("class", table)):
+        if columns := metric_registry.columns_of(name, measured):
+            text += "\n" + markdown(rows, columns)
     return text
 
 
@@ -124,7 +119,8 @@ def verdict(difference: Estimate) -> str:
 
 def draw(table: Table, file: Path) -> None:
     """A panel for each metric: the arms from top to bottom, with their intervals."""
-    shown = [metric for metric in SHOWN if any(metric in metrics for metrics in table.values())]
+    of_figure = [metric.name for metric in metric_registry.METRICS if metric.in_figure]
+    shown = [name for name in of_figure if any(name in metrics for metrics in table.values())]
     columns = min(4, len(shown))
     lines = -(-len(shown) // columns)
     height = 0.28 * len(table) + 0.9

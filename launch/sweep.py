@@ -27,21 +27,19 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from experiments.study import forget_weights, select
-from experiments.tables import CLASS_METRICS, PAPER_METRICS, SUBJECT_METRICS
 from launch.sweep_engines import Job, Local, Outcome, Ray, read_job
 from launch.sweep_points import STEPS, Point, prolonged, read_points
 from launch.sweep_table import Result, ranked, write
-from personalize_jax import command, manifest
+from personalize_jax import command, manifest, metric_registry
 from personalize_jax.benchmark.loading import load_benchmark
 from personalize_jax.benchmark.prompts import LIVE_CLASSES, read_prompts
 from personalize_jax.benchmark.subjects import BenchmarkSubject
 from personalize_jax.configuration import changed, check_values
 from personalize_jax.errors import UserError
 from personalize_jax.files import write_text
-from personalize_jax.metrics.encoders import label
 from personalize_jax.metrics.table import estimates
 from personalize_jax.personalization import class_knowledge, load_subject
-from personalize_jax.scoring import summary
+from personalize_jax.scoring import encoder_names, summary
 from personalize_jax.subject.class_noun import determine
 from personalize_jax.subject.images import list_images, read_image
 from personalize_jax.training import tracking
@@ -218,15 +216,13 @@ def check_rungs(given: Sequence[str], keep: float, points: Sequence[Point]) -> l
 
 
 def check_metric(metric: str, config: ConfigDict) -> None:
-    """Refuse a metric that the evaluation will not give.
+    """Refuse a metric that the evaluation will not give, or of which neither way is better.
 
     Raises:
         UserError: there is no such metric.
     """
-    further = [label(source) for source in config.evaluation.clips[1:]]
-    known = [*PAPER_METRICS, *(f"{of} ({clip})" for clip in further for of in ("CLIP-I", "CLIP-T"))]
-    if config.evaluation.probe:
-        known += [*SUBJECT_METRICS, *CLASS_METRICS]
+    measured = metric_registry.measured(encoder_names(config.evaluation))
+    known = [of_all.name for of_all in measured if of_all.better is not None]
     if metric not in known:
         raise UserError(f"--metric is {metric!r}; give one of {', '.join(known)}.")
 

@@ -25,10 +25,11 @@ from launch.sweep_points import Point
 from personalize_jax import command, configuration
 from personalize_jax.benchmark.subjects import BenchmarkSubject
 from personalize_jax.errors import UserError
+from personalize_jax.metrics.metric import MetricEncoders
 from personalize_jax.metrics.table import Row
 from personalize_jax.personalization import load_pretrained
 from personalize_jax.pipeline import Pipeline
-from personalize_jax.scoring import Judges, load_judges, read_rows
+from personalize_jax.scoring import find_encoders, load_encoders, read_rows
 from personalize_jax.training.program import mesh_of
 from personalize_jax.training.tracking import NO_DESTINATIONS, Destinations
 
@@ -103,8 +104,8 @@ def run_job(
         for subject in subjects:
             folder = workdir / point.name / subject.name
             if not _rows_file(folder).exists():
-                pretrained, judges = _models(_asked(point.config))
-                scored_run(study, study.arms[0], subject, (), pretrained, judges, workdir, destinations)
+                pretrained, encoders = _models(_asked(point.config))
+                scored_run(study, study.arms[0], subject, (), pretrained, encoders, workdir, destinations)
         return read_job(job, subjects, workdir)
 
 
@@ -254,9 +255,9 @@ def _asked(config: ConfigDict) -> str:
 
 
 @functools.lru_cache(maxsize=1)  # hardly any sweep varies them
-def _models(asked: str) -> tuple[Pipeline, Judges]:
+def _models(asked: str) -> tuple[Pipeline, MetricEncoders]:
     config = ConfigDict(json.loads(asked))
-    return load_pretrained(config), load_judges(config.evaluation)
+    return load_pretrained(config), load_encoders(find_encoders(config.evaluation))
 
 
 def _offers(node: Mapping[str, float], resources: Mapping[str, float]) -> bool:

@@ -12,13 +12,12 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from experiments.tables import CLASS_METRICS, PAPER_METRICS, SHOWN, SUBJECT_METRICS
 from launch.sweep_points import Point, varied
+from personalize_jax import metric_registry
 from personalize_jax.files import replacing, write_text
 from personalize_jax.metrics.similarity import Estimate
 from personalize_jax.metrics.table import cell
 
-LOWER_IS_BETTER = ("PRES", "leakage", "is subject")
 MAX_TICKS = 8
 
 
@@ -38,7 +37,7 @@ class Result(NamedTuple):
 
 def ranked(results: Sequence[Result], metric: str) -> list[Result]:
     """Those that have a metric, the best first; equals stay in their order."""
-    sign = 1 if metric in LOWER_IS_BETTER else -1
+    sign = 1 if _lower_is_better(metric) else -1
     return sorted((r for r in results if metric in r.metrics), key=lambda r: sign * r.metrics[metric].mean)
 
 
@@ -64,8 +63,8 @@ def write(results: Sequence[Result], metric: str, num_subjects: int, folder: Pat
 
 
 def markdown(results: Sequence[Result], metric: str, num_subjects: int) -> str:
-    """The table, the best point in bold, with the metrics of `experiments.tables`."""
-    metrics = _metrics(results, (*PAPER_METRICS, *SUBJECT_METRICS, *CLASS_METRICS), metric)
+    """The table, the best point in bold, with the metrics of the registry."""
+    metrics = _metrics(results, [of_all.name for of_all in metric_registry.METRICS], metric)
     columns = varied([result.point for result in results])
     best = ranked(results, metric)[:1]
     header = [*columns, *metrics, "status"]
@@ -101,7 +100,7 @@ def comma_separated(results: Sequence[Result], num_subjects: int) -> str:
 def draw(results: Sequence[Result], metric: str) -> Figure:
     """A line for each point that was scored, over an axis for each override and metric, coloured by one metric."""
     scored = ranked(results, metric)
-    metrics = _metrics(scored, SHOWN, metric)
+    metrics = _metrics(scored, [of_all.name for of_all in metric_registry.METRICS if of_all.in_figure], metric)
     columns = varied([result.point for result in scored])
     columns |= {name: [result.metrics[name].mean for result in scored] for name in metrics}
     figure = Figure(figsize=(1.4 * len(columns) + 1.6, 4.0), layout="constrained", dpi=100)
@@ -117,13 +116,18 @@ def draw(results: Sequence[Result], metric: str) -> Figure:
             axes.annotate(label, (x, height), (3, 0), textcoords="offset points", fontsize=7, va="center")
     for value, line in reversed(list(zip(values, zip(*heights, strict=True), strict=True))):  # the best on top
         axes.plot(range(len(columns)), line, color=colours.to_rgba(value), marker="o", markersize=3)
-    names = [f"{name}\n(lower is better)" if name in LOWER_IS_BETTER else name.replace(".", ".\n") for name in columns]
+    names = [f"{name}\n(lower is better)" if _lower_is_better(name) else name.replace(".", ".\n") for name in columns]
     axes.set_xticks(range(len(columns)), names, fontsize=8)
     axes.set_yticks([])
     axes.set_ylim(-0.05, 1.05)
     axes.spines[:].set_visible(False)
     figure.colorbar(colours, ax=axes, label=metric)
     return figure
+
+
+def _lower_is_better(column: str) -> bool:
+    metric = metric_registry.metric_of(column)
+    return metric is not None and metric.better == "lower"
 
 
 def _metrics(results: Sequence[Result], wanted: Sequence[str], metric: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Evaluate as the paper does: DINO, CLIP-I, CLIP-T, PRES and DIV, and exact scores on the rendered world.
+"""Evaluate by the metrics of the registry: the paper's, and on the rendered world exact ones.
 
     python -m personalize_jax.evaluate --workdir=runs/rex
     python -m personalize_jax.evaluate --config=configs/stable_diffusion.py:1.5 --images=pictures/ \
@@ -10,7 +10,8 @@ there already, whatever made them. `prompts.csv` has the columns file and prompt
 the column subject, which names a folder of photos below `--photos`. "[V]" stands for the identifier: a prompt with it
 asks for the subject, one without it for its class.
 
-Every picture gets a line in `rows.jsonl`; `table.md` and `table.csv` have the means over subjects, with intervals.
+Every picture gets a line in `rows.jsonl`; `table.md` and `table.csv` have the means over subjects, with intervals. A
+metric whose encoder the configuration does not name is left out.
 """
 
 from collections.abc import Mapping
@@ -26,11 +27,12 @@ from personalize_jax.configuration_keys import EVALUATION, check_keys
 from personalize_jax.errors import UserError
 from personalize_jax.evaluation import evaluate, read_pictures
 from personalize_jax.files import write_text
+from personalize_jax.metrics.metric import MetricEncoders
 from personalize_jax.metrics.table import Row, comma_separated, estimates, transposed
 from personalize_jax.personalization import load_pretrained
 from personalize_jax.personalized import load_personalized
 from personalize_jax.pipeline import Pipeline
-from personalize_jax.scoring import Judges, find_judges, load_judges, score, summary, write_rows
+from personalize_jax.scoring import find_encoders, load_encoders, score, summary, write_rows
 
 
 def define_flags() -> None:
@@ -93,27 +95,26 @@ def of_runs(runs: Mapping[Path, ConfigDict], config: ConfigDict | None) -> list[
         runs: by run directory, the configuration of each.
         config: whose `evaluation` keys to use; None for the run's own.
     """
-    settings_of = {}
+    settings_of, found = {}, {}
     for workdir, ran in runs.items():
         if (settings := (config or ran).get("evaluation")) is None:
             raise UserError(f"{workdir} was begun without `evaluation` keys in its configuration; give --config.")
-        find_judges(settings)
-        settings_of[workdir] = settings
+        settings_of[workdir], found[workdir] = settings, find_encoders(settings)
     rows: list[Row] = []
-    judges: dict[str, Judges] = {}  # by what they are loaded from, so that the runs share them
+    encoders: dict[str, MetricEncoders] = {}  # by what they are loaded from, so that the runs share them
     pretrained: dict[str, Pipeline] = {}
     for workdir, ran in runs.items():
         tuned = load_personalized(workdir)
         settings = settings_of[workdir]
         prompts = read_prompts(settings.prompts, tuned.subject.class_noun.noun)
         count = len(prompts) * settings.images_per_prompt + 2 * settings.class_samples
-        if (reads := settings.to_json()) not in judges:
-            judges = {reads: load_judges(settings)}
+        if (reads := settings.to_json()) not in encoders:
+            encoders = {reads: load_encoders(found[workdir])}
         if (origin := str((ran.pretrained, ran.get("compute")))) not in pretrained:
             pretrained = {origin: load_pretrained(ran)}
         with tqdm(total=count, desc=f"evaluating {workdir.name}", unit="img") as bar:
             folder = workdir / "evaluation"
-            known = pretrained[origin], workdir.name, prompts, judges[reads]
+            known = pretrained[origin], workdir.name, prompts, encoders[reads]
             rows += evaluate(tuned, *known, settings, folder, progress=bar.update)
     return rows
 
@@ -121,10 +122,10 @@ def of_runs(runs: Mapping[Path, ConfigDict], config: ConfigDict | None) -> list[
 def of_pictures(images: Path, prompts: Path, photos: Path, config: ConfigDict) -> list[Row]:
     """Rows of pictures that are there already."""
     by_subject = read_pictures(images, prompts, photos)
-    judges = load_judges(config.evaluation)
+    encoders = load_encoders(find_encoders(config.evaluation))
     rows = []
     for subject, pictures in tqdm(by_subject.items(), desc="subjects"):
-        rows += score(judges, subject, pictures, None)
+        rows += score(encoders, subject, pictures)
     return rows
 
 

@@ -6,22 +6,22 @@ lie beside them. Pictures that are there already are scored all the same: `read_
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from personalize_jax import hosts
+from personalize_jax import hosts, metric_registry
 from personalize_jax.errors import UserError
 from personalize_jax.files import write_text
-from personalize_jax.metrics.similarity import DEFINITIONS
+from personalize_jax.metrics.metric import MetricEncoders, Picture
 from personalize_jax.metrics.table import Row
 from personalize_jax.personalized import Personalized
 from personalize_jax.pictures import file_name
 from personalize_jax.pipeline import Pipeline
 from personalize_jax.pipeline.kept import draw_kept
-from personalize_jax.scoring import Judges, Picture, Truth, read_rows, score, write_rows
+from personalize_jax.scoring import read_rows, score, write_rows
 from personalize_jax.subject.identifier import PLACEHOLDER, substitute
 from personalize_jax.subject.images import list_images, read_image
 
@@ -33,11 +33,11 @@ def evaluate(
     pretrained: Pipeline,
     name: str,
     prompts: Sequence[str],
-    judges: Judges,
+    encoders: MetricEncoders,
     settings: ConfigDict,
     folder: Path,
     photos: Sequence[np.ndarray] | None = None,
-    truth: Truth | None = None,
+    truth: Mapping[str, int | np.ndarray] | None = None,
     before: Path | None = None,
     progress: Callable[[int], object] = lambda pictures: None,
 ) -> list[Row]:
@@ -48,7 +48,7 @@ def evaluate(
         pretrained: the cascade before.
         name: the subject's, in the rows.
         prompts: with "[V]".
-        judges: what reads the pictures.
+        encoders: what reads the pictures; see `score`.
         settings: the configuration's `evaluation` keys.
         folder: for the pictures and `rows.jsonl`.
         photos: real pictures of the subject, uint8 [H, W, 3]; by default those of its labelled dataset.
@@ -66,7 +66,7 @@ def evaluate(
         raise UserError(f"The prompt {plain[0]!r} has no {PLACEHOLDER}; write it before the class noun.")
     tuned, untuned = personalized.pipeline.fingerprint, pretrained.fingerprint
     made_of = {
-        "definitions": DEFINITIONS,
+        "definitions": metric_registry.definitions(encoders),
         "weights": {"after": tuned, "before": untuned},
         "prompts": list(prompts),
         "settings": json.loads(settings.to_json()),
@@ -84,7 +84,7 @@ def evaluate(
     pictures += draw(personalized.pipeline, "subject", in_prompts, tuned, identifier, folder, size, progress)
     pictures += draw(personalized.pipeline, "class", of_class, tuned, identifier, folder, size, progress)
     pictures += draw(pretrained, "class before", of_class, untuned, "", before or folder, size, progress)
-    rows = score(judges, name, pictures, truth)
+    rows = score(encoders, name, pictures, subject.class_noun.noun, truth)
 
     def write() -> None:
         write_rows(rows, folder / "rows.jsonl")

@@ -13,7 +13,7 @@ from personalize_jax.pictures import save_png
 from personalize_jax.pipeline import load_pipeline, save_pipeline
 from personalize_jax.scoring import read_rows
 from tests import processes, tiny, tiny_world
-from tests.judges import plain
+from tests.metric_encoders import plain
 
 
 def evaluate(folder, *flags):

@@ -1,7 +1,10 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from personalize_jax import metric_registry
 from personalize_jax.errors import UserError
 from personalize_jax.evaluation import draw, evaluate, read_pictures
 from personalize_jax.personalized import Personalized
@@ -10,7 +13,7 @@ from personalize_jax.subject.class_noun import ClassNoun
 from personalize_jax.subject.dataset import SubjectDataset
 from personalize_jax.subject.identifier import Identifier
 from tests import tiny
-from tests.judges import judges, plain
+from tests.metric_encoders import BRIGHTNESS, metric_encoders, plain
 
 JOBS = [("a [V] dog", 0), ("a [V] dog", 1), ("a [V] dog in the snow", 0)]
 SETTINGS = ConfigDict({"images_per_prompt": 2, "class_samples": 3, "batch_size": 4})
@@ -80,7 +83,7 @@ def test_fingerprints_tell_weights_and_samplings_apart(pipeline, personalized):
 
 def test_evaluation_has_a_row_for_every_picture_and_is_not_done_twice(pipeline, personalized, tmp_path):
     prompts = ["a [V] dog in the snow", "a red [V] dog"]
-    arguments = (personalized, pipeline, "rex", prompts, judges(), SETTINGS, tmp_path)
+    arguments = (personalized, pipeline, "rex", prompts, metric_encoders(), SETTINGS, tmp_path)
     rows = evaluate(*arguments)
     counts = {role: sum(row.role == role for row in rows) for role in ("photo", "subject", "class", "class before")}
     assert counts == {"photo": 2, "subject": 4, "class": 3, "class before": 3}
@@ -91,13 +94,33 @@ def test_evaluation_has_a_row_for_every_picture_and_is_not_done_twice(pipeline, 
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.*")}
     assert evaluate(*arguments) == rows
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.*")} == before
-    more = evaluate(personalized, pipeline, "rex", [*prompts, "a [V] dog"], judges(), SETTINGS, tmp_path)
+    more = evaluate(personalized, pipeline, "rex", [*prompts, "a [V] dog"], metric_encoders(), SETTINGS, tmp_path)
     assert len(more) == len(rows) + 2
+
+
+def test_a_metric_that_came_later_is_added_without_drawing_again(pipeline, personalized, tmp_path, monkeypatch):
+    arguments = (personalized, pipeline, "rex", ["a [V] dog"], metric_encoders(), SETTINGS, tmp_path)
+    before = evaluate(*arguments)
+    monkeypatch.setattr(metric_registry, "METRICS", (*metric_registry.METRICS, BRIGHTNESS))
+    drawn = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}
+    after = evaluate(*arguments)
+    assert drawn == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}
+    for old, new in zip(before, after, strict=True):
+        scores = dict(new.scores)
+        assert (scores.pop("brightness", None) is not None) == (new.role == "subject")
+        assert old == new._replace(scores=scores)
+    monkeypatch.undo()
+    assert evaluate(*arguments) == before
+
+    dino, *others = metric_registry.METRICS
+    other = dataclasses.replace(dino, version=2, score=lambda subject, rows, dino: [0.5] * len(rows))
+    monkeypatch.setattr(metric_registry, "METRICS", (other, *others))
+    assert {row.scores["DINO"] for row in evaluate(*arguments) if row.role == "subject"} == {0.5}
 
 
 def test_prompts_must_ask_for_the_subject(pipeline, personalized, tmp_path):
     with pytest.raises(UserError, match=r"'a dog' has no \[V\]"):
-        evaluate(personalized, pipeline, "rex", ["a dog"], judges(), SETTINGS, tmp_path)
+        evaluate(personalized, pipeline, "rex", ["a dog"], metric_encoders(), SETTINGS, tmp_path)
 
 
 @pytest.fixture

@@ -3,13 +3,14 @@ import pytest
 
 from configs import world
 from personalize_jax.errors import UserError
+from personalize_jax.metrics.metric import Picture
 from personalize_jax.metrics.table import Row
-from personalize_jax.scoring import Picture, load_judges, read_rows, score, summary, write_rows
+from personalize_jax.scoring import find_encoders, read_rows, score, summary, write_rows
 from personalize_jax.world.exact_metrics import truth_of
 from personalize_jax.world.photos import heldout_subject
 from personalize_jax.world.probe import Probe
 from personalize_jax.world.scene import COLOURS
-from tests.judges import judges, plain
+from tests.metric_encoders import metric_encoders, plain
 
 PHOTOS = [Picture("photo", "", None, f"{i}.png", plain("red")) for i in range(2)]
 
@@ -18,8 +19,8 @@ def drawn(*colours, role="subject", prompt="a [V] red dog"):
     return [Picture(role, prompt, i, f"{role}{i}.png", plain(colour)) for i, colour in enumerate(colours)]
 
 
-def scores_of(pictures, subject_judges=None, truth=None):
-    return [row.scores for row in score(subject_judges or judges(), "rex", [*PHOTOS, *pictures], truth)[2:]]
+def scores_of(pictures, encoders=None):
+    return [row.scores for row in score(encoders or metric_encoders(), "rex", [*PHOTOS, *pictures])[2:]]
 
 
 def test_pictures_of_the_subject_are_compared_with_photos_prompts_and_each_other():
@@ -47,41 +48,38 @@ def test_pictures_of_the_class_are_compared_with_photos():
 
 
 def test_the_class_is_compared_with_photos_by_dino():
-    blind = judges()
-    for clip in blind.clips.values():
-        clip.images = lambda images: np.ones((len(images), 1))
+    blind = metric_encoders()
+    for name in ("clip", "clip (second)"):
+        blind[name].images = lambda images: np.ones((len(images), 1))
     same, other = scores_of(drawn("red", "green", role="class", prompt="a dog"), blind)
     assert (same["PRES"], other["PRES"]) == pytest.approx((1, 0), abs=1e-5)
 
 
 def test_photos_are_compared_with_each_other():
-    rows = score(judges(), "rex", [*PHOTOS, Picture("photo", "", None, "2.png", plain("blue"))])
+    rows = score(metric_encoders(), "rex", [*PHOTOS, Picture("photo", "", None, "2.png", plain("blue"))])
     assert [row.scores["DINO (real)"] for row in rows] == pytest.approx([0.5, 0.5, 0], abs=1e-5)
-    assert score(judges(), "rex", PHOTOS[:1])[0].scores == {}
+    assert score(metric_encoders(), "rex", PHOTOS[:1])[0].scores == {}
 
 
 def test_order_does_not_matter():
     pictures = drawn("red", "green", "blue", "red")
-    expected = {row.file: row.scores for row in score(judges(), "rex", [*PHOTOS, *pictures])}
-    shuffled = {row.file: row.scores for row in score(judges(), "rex", [*pictures[::-1], *PHOTOS])}
+    expected = {row.file: row.scores for row in score(metric_encoders(), "rex", [*PHOTOS, *pictures])}
+    shuffled = {row.file: row.scores for row in score(metric_encoders(), "rex", [*pictures[::-1], *PHOTOS])}
     for file, scores in expected.items():
         assert shuffled[file] == pytest.approx(scores)
 
 
 def test_prompts_are_read_without_the_identifier():
-    several = judges()
+    several = metric_encoders()
     scores_of(drawn("red", prompt="a [V] dog in the snow"), several)
-    assert several.clips["first"].texts_seen == ["a dog in the snow"]
+    assert several["clip"].texts_seen == ["a dog in the snow"]
 
 
 def test_clips_are_told_apart_by_their_names():
     settings = world.get_config().evaluation.copy_and_resolve_references()
     settings.clips = ("some/clip", "other/clip@refs/pr/1")
     with pytest.raises(UserError, match="has two CLIPs of one name among clip, clip"):
-        load_judges(settings)
-    settings.clips = ()
-    with pytest.raises(UserError, match="clips is empty"):
-        load_judges(settings)
+        find_encoders(settings)
 
 
 def test_diversity_kept_is_the_share_of_the_class_as_it_was_before():
@@ -95,7 +93,7 @@ def test_diversity_kept_is_the_share_of_the_class_as_it_was_before():
 
 def test_photos_are_needed():
     with pytest.raises(UserError, match="No photos of rex"):
-        score(judges(), "rex", drawn("red"))
+        score(metric_encoders(), "rex", drawn("red"))
 
 
 def test_rendered_pictures_of_a_subject_are_found_to_be_that_subject():
@@ -104,7 +102,7 @@ def test_rendered_pictures_of_a_subject_are_found_to_be_that_subject():
     photos = [Picture("photo", "", None, str(i), photo) for i, photo in enumerate(held.photos)]
     roles = {"subject": "a [V] car", "class": "a car", "class before": "a car"}
     pictures = [p._replace(role=role, prompt=prompt) for role, prompt in roles.items() for p in photos]
-    (metrics,) = summary(score(judges(Probe.load()), "car", [*photos, *pictures], truth)).values()
+    (metrics,) = summary(score(metric_encoders(Probe.load()), "car", [*photos, *pictures], truth=truth)).values()
     assert metrics["class"] == 1
     assert metrics["body colour"] >= 0.8
     assert metrics["leakage"] == metrics["leakage before"] == metrics["body colour"]
@@ -119,7 +117,7 @@ def test_truth_that_is_given_goes_before_what_the_photos_show():
     other = told | {"body_colour": (told["body_colour"] + 1) % len(COLOURS)}
     photos = [Picture("photo", "", None, str(i), photo) for i, photo in enumerate(held.photos)]
     drawn = [p._replace(role=role, prompt="a [V] car") for role in ("subject", "class") for p in photos]
-    scores = summary(score(judges(Probe.load()), "car", [*photos, *drawn], other))["car"]
+    scores = summary(score(metric_encoders(Probe.load()), "car", [*photos, *drawn], truth=other))["car"]
     assert scores["class"] == 1 and scores["body colour"] <= 0.2 and scores["leakage"] <= 0.2
 
 
@@ -128,14 +126,15 @@ def test_without_truth_the_photos_tell_it():
     photos = [Picture("photo", "", None, str(i), photo) for i, photo in enumerate(held.photos)]
     pictures = [*photos, *(p._replace(role="subject", prompt="a [V] car") for p in photos)]
     told, found = (
-        summary(score(judges(Probe.load()), "car", pictures, truth))["car"] for truth in (truth_of(held.subject), None)
+        summary(score(metric_encoders(Probe.load()), "car", pictures, truth=truth))["car"]
+        for truth in (truth_of(held.subject), None)
     )
     assert found["class"] == told["class"] == 1
     assert found["body colour"] >= told["body colour"]  # photos agree with what most of them show
 
 
 def test_rows_come_back(tmp_path):
-    rows = score(judges(), "rex", [*PHOTOS, *drawn("red", "blue")])
+    rows = score(metric_encoders(), "rex", [*PHOTOS, *drawn("red", "blue")])
     write_rows(rows, tmp_path / "rows.jsonl")
     assert read_rows(tmp_path / "rows.jsonl") == rows
     (tmp_path / "rows.jsonl").write_text('{"subject": "rex"}\n')
@@ -146,5 +145,5 @@ def test_rows_come_back(tmp_path):
 
 
 def test_numbers_are_plain():
-    assert all(type(value) is float for row in score(judges(), "rex", PHOTOS) for value in row.scores.values())
-    assert np.isfinite([value for row in score(judges(), "rex", PHOTOS) for value in row.scores.values()]).all()
+    values = [value for row in score(metric_encoders(), "rex", PHOTOS) for value in row.scores.values()]
+    assert values and all(type(value) is float for value in values) and np.isfinite(values).all()

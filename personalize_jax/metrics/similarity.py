@@ -1,16 +1,7 @@
-"""The paper's metrics, defined on embeddings and distances (Ruiz et al. 2023, sections 4.1, 4.3 and 5).
+"""Cosines of embeddings and distances of pictures, of which the paper's metrics are made: one value a picture.
 
-    DINO     `similarities` of generated pictures of a subject to its real ones, ViT-S/16 of DINO
-    CLIP-I   the same, CLIP's pictures
-    CLIP-T   `prompt_similarities` of generated pictures and their prompts, without the identifier, CLIP
-    PRES     `similarities` of pictures of "a class", generated without the identifier, to real ones of the subject,
-             DINO: the lower, the less the class has become the subject
-    DIV      `distances_within` pictures of one subject generated for one prompt, LPIPS
-    real     `similarities_within` a subject's real pictures, DINO or CLIP
-
-All give one value a picture. A subject's value is the mean over its pictures, which is the mean over pairs, too; tables
-give the mean over subjects with an `interval` over them. `DEFINITIONS` counts versions of all this: figures of
-different versions cannot be compared.
+A subject's value is the mean over its pictures, which is the mean over pairs, too; tables give the mean over subjects
+with an `interval` over them.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
-
-DEFINITIONS = 1
 
 
 class Estimate(NamedTuple):

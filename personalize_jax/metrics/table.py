@@ -3,8 +3,8 @@
 import csv
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,17 @@ class Row(NamedTuple):
     scores: Scores
 
 
+def mean(numbers: Sequence[float]) -> float:
+    """The mean of numbers.
+
+    Raises:
+        ValueError: no numbers.
+    """
+    if not len(numbers):
+        raise ValueError("The mean of nothing was asked for; give at least one number.")
+    return float(np.mean(numbers))
+
+
 def entropy(categories: Sequence[str]) -> float:
     """Entropy of how often each category occurs, in bits: 0 where all are one, log2 K where K are as frequent.
 
@@ -50,10 +61,12 @@ def entropy(categories: Sequence[str]) -> float:
     return float(np.sum(q * np.log2(1 / q)))
 
 
-def subject_scores(rows: Iterable[Row]) -> SubjectScores:
-    """What the pictures of each subject come to: means of numbers, and the `entropy` of categories.
+def subject_scores(rows: Iterable[Row], combine: Callable[[str], Callable[[Sequence[Any]], float]]) -> SubjectScores:
+    """What the scores of each subject's pictures come to; a metric counts over the pictures that have it.
 
-    A metric counts over the pictures that have it.
+    Args:
+        rows: the pictures of all subjects.
+        combine: takes a metric's name; gives what makes a subject's score of those of its pictures.
     """
     values: dict[str, dict[str, list]] = {}
     for row in rows:
@@ -61,7 +74,7 @@ def subject_scores(rows: Iterable[Row]) -> SubjectScores:
         for name, value in row.scores.items():
             of_subject.setdefault(name, []).append(value)
     return {
-        subject: {name: entropy(v) if isinstance(v[0], str) else float(np.mean(v)) for name, v in metrics.items()}
+        subject: {name: combine(name)(scores) for name, scores in metrics.items()}
         for subject, metrics in values.items()
     }
 

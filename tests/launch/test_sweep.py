@@ -68,7 +68,7 @@ def runs(monkeypatch):
     class Runs:
         begun, fails, go_on_from = [], {}, {}
 
-    def scored_run(study, arm, subject, nouns, pretrained, judges, workdir, destinations):
+    def scored_run(study, arm, subject, nouns, pretrained, encoders, workdir, destinations):
         Runs.begun.append(arm.name)
         Runs.go_on_from[arm.name] = arm.goes_on_from
         if arm.name in Runs.fails:

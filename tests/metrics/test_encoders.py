@@ -36,7 +36,7 @@ from personalize_jax.metrics.encoders import (
 from personalize_jax.metrics.similarity import distances_within
 from personalize_jax.models.clip import Clip
 from personalize_jax.models.lpips import LAYERS
-from personalize_jax.scoring import find_judges
+from personalize_jax.scoring import find_encoders
 from tests import hub_cache, tiny_public
 from tests.metrics.conftest import PHOTOS
 from tests.metrics.timm_config import TIMM
@@ -319,10 +319,10 @@ def test_public_configurations_name_encoders_that_are_found(cache, tmp_path):
     hub_cache.lay_out(cache, settings.dino, {"config.json": json.dumps(TIMM).encode()} | weights)
     settings.lpips = str(tmp_path / "lpips")
     with pytest.raises(UserError, match=r"lpips' is no folder with LPIPS .* `import lpips, .*lpips/model.safetensors'"):
-        find_judges(settings)
+        find_encoders(settings)
     (tmp_path / "lpips").mkdir()
     (tmp_path / "lpips" / "model.safetensors").touch()
-    find_judges(settings)
+    find_encoders(settings)
 
 
 @pytest.mark.parametrize("load", [load_dino, load_clip])

@@ -12,6 +12,7 @@ from personalize_jax.metrics.table import (
     entropy,
     estimates,
     markdown,
+    mean,
     subject_scores,
     transposed,
 )
@@ -25,13 +26,14 @@ def test_entropy_of_known_distributions():
     assert entropy(["red"] * 5) == 0
     assert entropy(["red", "blue", "green", "gray"]) == pytest.approx(2)
     assert entropy(["red", "red", "blue"]) == pytest.approx(np.log2(3) - 2 / 3)
-    with pytest.raises(ValueError, match="at least one"):
-        entropy([])
+    for combine in (entropy, mean):
+        with pytest.raises(ValueError, match="at least one"):
+            combine([])
 
 
 def test_a_metric_counts_over_the_pictures_that_have_it():
     rows = [row("rex", DINO=0.2), row("rex", DINO=0.4, context=1.0), row("rex", context=0.0), row("tom", DINO=0.9)]
-    scores = subject_scores(rows)
+    scores = subject_scores(rows, {"DINO": mean, "context": mean}.get)
     assert scores["rex"] == pytest.approx({"DINO": 0.3, "context": 0.5})
     assert scores["tom"] == {"DINO": 0.9}
     means = estimates(scores)
@@ -39,12 +41,13 @@ def test_a_metric_counts_over_the_pictures_that_have_it():
     assert means["context"] == (0.5, 0.5, 0.5)
 
 
-def test_categories_come_to_their_entropy():
-    assert subject_scores([row("rex", colours=c) for c in ("red", "red", "blue", "blue")])["rex"]["colours"] == 1
+def test_each_metric_combines_pictures_in_its_own_way():
+    rows = [row("rex", colours=c, DINO=0.5) for c in ("red", "red", "blue", "blue")]
+    assert subject_scores(rows, {"DINO": mean, "colours": entropy}.get) == {"rex": {"colours": 1, "DINO": 0.5}}
 
 
 def test_subjects_count_alike_however_many_pictures_they_have():
-    scores = subject_scores([row("rex", DINO=0.0)] * 9 + [row("tom", DINO=1.0)])
+    scores = subject_scores([row("rex", DINO=0.0)] * 9 + [row("tom", DINO=1.0)], {"DINO": mean}.get)
     assert estimates(scores)["DINO"].mean == pytest.approx(0.5)
 
 

@@ -1,9 +1,22 @@
-"""Judges that need no weights: they see pictures as their mean colours and texts as the colours they name."""
+"""Metric encoders that need no weights, which see pictures as their mean colours and texts as the colours they name.
+
+And a metric that needs no encoder, and that no registry lists.
+"""
 
 import numpy as np
 
-from personalize_jax.scoring import Judges
+from personalize_jax.metrics.metric import Metric
 
+BRIGHTNESS = Metric(
+    name="brightness",
+    definition="mean of a picture's pixels",
+    unit="share, 0 to 1",
+    better="lower",
+    table="subject",
+    in_figure=True,
+    roles=("subject",),
+    score=lambda subject, rows: [subject.pictures[i].pixels.mean() / 255 for i in rows],
+)
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}
 
 
@@ -29,8 +42,10 @@ def distance(a, b):
     return np.abs(a.astype(float) - b).mean((1, 2, 3)) / 255
 
 
-def judges(probe=None):
-    return Judges(embed, {"first": Clip(), "second": Clip()}, distance, probe)
+def metric_encoders(probe=None):
+    """Two CLIPs, of which the second is called "second"; a probe where one is given."""
+    encoders = {"dino": embed, "clip": Clip(), "clip (second)": Clip(), "distance": distance}
+    return encoders | ({} if probe is None else {"probe": probe})
 
 
 def plain(colour, size=32):
