@@ -3,7 +3,7 @@
 python -m personalize_jax.personalize --config=configs/world.py --images=photos/ --class_noun=dog --workdir=runs/rex
 
 On 2 cores of an AMD EPYC (Zen 4) the bundled subject takes 191 seconds, and 145 once the programs are compiled; its
-`metrics.json` then has "prompt: context" .94 and "class, after: leakage" .47.
+`metrics.json` then has "subject: context" .94 and "class after: leakage" .47.
 
 By another method than DreamBooth: --config=configs/world.py:textual_inversion, or lora, or custom_diffusion.
 """

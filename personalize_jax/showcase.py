@@ -4,30 +4,30 @@ import importlib.metadata
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from personalize_jax import hosts, personalization
+from personalize_jax import hosts, metric_registry, personalization
 from personalize_jax.configuration import num_steps
 from personalize_jax.errors import UserError
 from personalize_jax.files import replacing, write_text
 from personalize_jax.manifest import phase, phase_times
+from personalize_jax.metrics.metric import Picture
 from personalize_jax.personalized import Personalized
 from personalize_jax.pictures import file_name
 from personalize_jax.pipeline import Pipeline
 from personalize_jax.pipeline.kept import draw_kept
 from personalize_jax.report import Panel, gallery, read_metrics, report_html
+from personalize_jax.scoring import score, summary
 from personalize_jax.subject.dataset import SubjectDataset
 from personalize_jax.subject.identifier import PLACEHOLDER, substitute
 from personalize_jax.training.prior import own_files
 from personalize_jax.training.tracking import JSONL_ONLY, Tracking
-from personalize_jax.world import reading as world_metrics
 from personalize_jax.world.probe import RESOLUTION, Probe
-from personalize_jax.world.scene import CLASSES, COLOURS, CONTEXTS, PATTERNS
 
 CLASS_PANEL = 8  # class pictures shown; all of them are measured
 CLASS_SEED = 1000  # of the first class picture: not those of the class images, which the network was tuned on
@@ -110,9 +110,10 @@ def show(
     scores = {}
     if config.evaluation.probe:
         with phase(workdir, "metrics"):
-            scores = world_scores(
-                personalized, in_context, {name: base for name, (base, _) in of_class.items()}, config
-            )
+            drawn = {"subject": _pictures("subject", prompts, in_context)}
+            for name, (measured, _) in of_class.items():
+                drawn[f"class {name}"] = _pictures("class", [subject.class_prompt], [measured])
+            scores = exact_scores(subject, drawn)
 
     with phase(workdir, "report"):
         named = f'"{subject.labels[0]}"'
@@ -158,52 +159,40 @@ def sheets(panels: Sequence[Panel]) -> dict[str, np.ndarray]:
     return {", ".join(filter(None, (panel.prompt, panel.note))): np.asarray(gallery([panel])) for panel in panels}
 
 
-def world_scores(
-    personalized: Personalized, in_context: Sequence[np.ndarray], of_class: dict[str, np.ndarray], config: ConfigDict
-) -> dict[str, tuple[float, str]]:
-    """Exact scores on the rendered world: (value, what it means) by name.
+def exact_scores(subject: SubjectDataset, drawn: Mapping[str, Sequence[Picture]]) -> dict[str, tuple[float, str]]:
+    """The scores of the rendered world: (value, what it is) by pictures and metric, as in "class after: leakage".
 
     The subject's properties are those that the probe reads in the photos; its class is known.
 
     Args:
-        personalized: the cascade, with its subject.
-        in_context: pictures of "a [V] class" by context.
-        of_class: pictures of "a class" by cascade.
-        config: for the contexts.
+        subject: the subject, with its photos.
+        drawn: pictures by what the scores call them; those of "class before" are what a class is compared with.
     """
-    probe = Probe.load()
-    class_id = CLASSES.index(personalized.subject.class_noun.noun)
-    truth = world_metrics.subject_truth(probe.read(personalized.subject.images_NHWC), class_id)
-    pictures = np.concatenate(in_context)
-    reading = probe.read(pictures)
+    encoders = {"probe": Probe.load()}
+    photos = [Picture("photo", "", None, f"{i:02d}", photo) for i, photo in enumerate(subject.images_NHWC)]
+    before = [picture._replace(role="class before") for picture in drawn.get("class before", ())]
     scores = {}
-    for name, value in world_metrics.subject_fidelity(reading, **truth).items():
-        meaning = f"of the {len(pictures)} pictures of the subject"
-        measure = "mean likeness of proportions" if name == "shape" else f"share with its {name}"
-        scores[f"subject: {name}"] = (value, f"{measure}, {meaning}")
-    places = zip(config.report.contexts, in_context, strict=True)
-    if known := [(CONTEXTS.index(context), images) for context, images in places if context in CONTEXTS]:
-        contexts = np.repeat([context for context, _ in known], config.report.images_per_context)
-        reading = probe.read(np.concatenate([images for _, images in known]))
-        fidelity = world_metrics.accuracy(reading, context=contexts)
-        scores["prompt: context"] = (fidelity["context"], "share of them in the context of the prompt")
-    colour = tuple(COLOURS)[truth["body_colour"]]
-    for name, images in of_class.items():
-        reading = probe.read(images)
-        scores[f"class, {name}: colour entropy"] = (
-            world_metrics.colour_entropy(reading),
-            f"bits, of the body colours of {len(images)} class pictures; at most {np.log2(len(COLOURS)):.2f}",
-        )
-        scores[f"class, {name}: leakage"] = (
-            world_metrics.leakage(reading, truth["body_colour"]),
-            f"share of class pictures in the subject's body colour, {colour} ({PATTERNS[truth['pattern']]})",
-        )
-        own = {name: truth[name] for name in world_metrics.IDENTITY}
-        scores[f"class, {name}: is the subject"] = (
-            float(world_metrics.is_subject(reading, **own).mean()),
-            "share of class pictures in the subject's class, colours and pattern",
-        )
+    for called, pictures in drawn.items():
+        known = [*photos, *pictures, *(before if called != "class before" else ())]
+        rows = score(encoders, subject.labels[0], known, subject.class_noun.noun)
+        (metrics,) = summary(rows).values()
+        for metric in metric_registry.measured(encoders):
+            if metric.name in metrics:
+                counted = sum(metric.name in row.scores for row in rows)
+                of_pictures = f"; {counted} pictures" if counted else ""
+                meaning = f"{metric.definition} ({metric.unit}{of_pictures})"
+                scores[f"{called}: {metric.name}"] = (metrics[metric.name], meaning)
     return scores
+
+
+def _pictures(role: str, prompts: Sequence[str], images: Sequence[np.ndarray]) -> list[Picture]:
+    """Pictures to be scored, of several prompts."""
+    of_prompt = zip(prompts, images, strict=True)
+    return [
+        Picture(role, prompt, None, f"{role} {i}", pixels)
+        for prompt, images_NHWC in of_prompt
+        for i, pixels in enumerate(images_NHWC)
+    ]
 
 
 def _draw_contexts(

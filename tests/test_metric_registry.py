@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from configs import common, world
@@ -12,6 +13,11 @@ from personalize_jax.metrics.metric import Picture
 from personalize_jax.metrics.similarity import Estimate
 from personalize_jax.metrics.table import estimates
 from personalize_jax.scoring import encoder_names, find_encoders, load_encoders, score, summary
+from personalize_jax.showcase import exact_scores
+from personalize_jax.subject.class_noun import ClassNoun
+from personalize_jax.subject.dataset import SubjectDataset
+from personalize_jax.subject.identifier import Identifier
+from personalize_jax.world.photos import heldout_subject
 from tests.metric_encoders import BRIGHTNESS, metric_encoders, plain
 
 EVERY = metric_registry.METRICS
@@ -112,3 +118,22 @@ def test_a_registered_metric_ranks_a_sweep_in_its_direction(brightness):
 def test_sweeps_are_not_ranked_where_neither_way_is_better():
     with pytest.raises(UserError, match="--metric is 'colours'; give one of DINO, CLIP-I"):
         sweep.check_metric("colours", world.get_config())
+
+
+def test_a_runs_own_scores_bear_the_names_of_the_evaluations():
+    photos = np.stack([photo[::4, ::4] for photo in heldout_subject("car", 0).photos])
+    assert photos.shape[1:] == (32, 32, 3)
+    subject = SubjectDataset(photos, ("a tar car",) * 5, ClassNoun("car", 1.0, "given"), Identifier("tar", (7,), (0,)))
+    drawn = {
+        "subject": [Picture("subject", "a red [V] car in the snow", 0, "s", photos[0])],
+        "class before": [Picture("class", "a car", i, "b", photo) for i, photo in enumerate(photos)],
+        "class after": [Picture("class", "a car", 0, "a", photos[1])],
+    }
+    own = {name.partition(": ")[::2]: value for name, (value, _) in exact_scores(subject, drawn).items()}
+    pictures = [Picture("photo", "", None, "p", photo) for photo in photos] + drawn["subject"] + drawn["class after"]
+    pictures += [picture._replace(role="class before") for picture in drawn["class before"]]
+    encoders = load_encoders({"probe": find_encoders(world.get_config().evaluation)["probe"]})
+    (evaluated,) = summary(score(encoders, "car", pictures, "car")).values()
+    for (called, name), value in own.items():
+        assert evaluated[f"{name} before" if called == "class before" else name] == value
+    assert {name for _, name in own} == {name.removesuffix(" before") for name in evaluated}

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from personalize_jax import sample, showcase
 from personalize_jax.errors import UserError
+from personalize_jax.metrics.metric import Picture
 from personalize_jax.personalization import class_knowledge
 from personalize_jax.personalized import Personalized
 from personalize_jax.subject.class_noun import ClassNoun
@@ -22,14 +22,28 @@ from personalize_jax.world.scene import CLASSES, CONTEXTS
 from tests import tiny, tiny_world
 
 SUBJECT = {"class_id": 2, "body_colour": 3, "accent_colour": 5, "pattern": 1, "finish": 0}
+OWN = ("class", "body colour", "accent colour", "pattern", "finish")
 
 
 def pictures_of(count, shape=0, **properties):
     """Pictures whose first bytes say what a probe is to read in them: values by name, then four proportions."""
-    images = np.zeros((count, 4, 4, 3), np.uint8)
+    images = np.zeros((count, 32, 32, 3), np.uint8)
     values = {**SUBJECT, "context": 0, "accessory": 0, **properties}
     images.reshape(count, -1)[:, : len(LABELS) + 4] = [*(values[name] for name in LABELS), *[shape] * 4]
     return images
+
+
+def in_context(**images_of):
+    """The subject's pictures by context, whose words have _ for spaces."""
+    return [
+        Picture("subject", f"a [V] {NOUN} {place.replace('_', ' ')}", None, "", pixels)
+        for place, images in images_of.items()
+        for pixels in images
+    ]
+
+
+def of_class(images):
+    return [Picture("class", f"a {NOUN}", None, "", pixels) for pixels in images]
 
 
 class PixelProbe:
@@ -48,64 +62,59 @@ class PixelProbe:
         return Reading(**values, shape=columns[len(LABELS) : len(LABELS) + 4].T / np.float32(255))
 
 
+NOUN = CLASSES[SUBJECT["class_id"]]
 LOOK_LIKE_ANOTHER_CLASS = pictures_of(3, class_id=7)  # what the subject is was said, not read
 
 
 @pytest.fixture
 def score(monkeypatch):
-    """Scores of pictures in contexts and of class pictures by cascade."""
+    """Scores of pictures by what they are called."""
     monkeypatch.setattr(showcase, "Probe", PixelProbe)
-    class_noun = SimpleNamespace(noun=CLASSES[SUBJECT["class_id"]])
 
-    def score(in_context, of_class, photos=LOOK_LIKE_ANOTHER_CLASS):
-        personalized = SimpleNamespace(subject=SimpleNamespace(images_NHWC=photos, class_noun=class_noun))
-        config = ConfigDict({"report": {"contexts": tuple(in_context), "images_per_context": 2}})
-        scores = showcase.world_scores(personalized, list(in_context.values()), of_class, config)
-        return {name: value for name, (value, _) in scores.items()}
+    def score(drawn, photos=LOOK_LIKE_ANOTHER_CLASS):
+        subject = SimpleNamespace(images_NHWC=photos, class_noun=SimpleNamespace(noun=NOUN), labels=("a tar",))
+        return {name: value for name, (value, _) in showcase.exact_scores(subject, drawn).items()}
 
     return score
 
 
 def test_what_shows_the_subject_where_the_prompt_says_scores_one(score):
-    places = {place: pictures_of(2, context=CONTEXTS.index(place)) for place in ("on the beach", "in the snow")}
-    scores = score(places, {})
-    assert set(scores) == {*(f"subject: {name}" for name in SUBJECT), "prompt: context"}
-    assert set(scores.values()) == {1.0}
+    on_beach, in_snow = (pictures_of(2, context=CONTEXTS.index(place)) for place in ("on the beach", "in the snow"))
+    scores = score({"subject": in_context(on_the_beach=on_beach, in_the_snow=in_snow)})
+    assert scores == dict.fromkeys((f"subject: {name}" for name in (*OWN, "context")), 1.0)
 
 
 def test_the_subjects_own_properties_and_the_places_are_counted(score):
-    places = {
-        "on the beach": pictures_of(2, context=CONTEXTS.index("on the beach"), body_colour=4),
-        "in the snow": pictures_of(2, context=CONTEXTS.index("in the jungle")),
-    }
-    scores = score(places, {})
-    assert scores["subject: body_colour"] == scores["prompt: context"] == 0.5
-    assert scores["subject: class_id"] == 1.0
+    other_colour = pictures_of(2, context=CONTEXTS.index("on the beach"), body_colour=4)
+    other_place = pictures_of(2, context=CONTEXTS.index("in the jungle"))
+    scores = score({"subject": in_context(on_the_beach=other_colour, in_the_snow=other_place)})
+    assert scores["subject: body colour"] == scores["subject: context"] == 0.5
+    assert scores["subject: class"] == 1.0
 
 
 def test_proportions_are_held_against_those_of_the_photos(score):
-    scores = score({"in the snow": pictures_of(2, shape=153)}, {}, photos=pictures_of(3, shape=102))
-    assert scores["subject: shape"] == pytest.approx(1 - 51 / 255)
+    drawn = {"subject": in_context(in_the_snow=pictures_of(2, shape=153))}
+    scores = score(drawn, photos=pictures_of(3, shape=102))
+    assert scores["subject: proportions"] == pytest.approx(1 - 51 / 255)
 
 
 def test_places_that_the_probe_does_not_know_are_left_out(score):
     snow = pictures_of(2, context=CONTEXTS.index("in the snow"))
-    assert score({"on the moon": pictures_of(2), "in the snow": snow}, {})["prompt: context"] == 1.0
-    scores = score({"on the moon": pictures_of(2)}, {})
-    assert "prompt: context" not in scores and scores["subject: pattern"] == 1.0
+    assert score({"subject": in_context(on_the_moon=pictures_of(2), in_the_snow=snow)})["subject: context"] == 1.0
+    scores = score({"subject": in_context(on_the_moon=pictures_of(2))})
+    assert "subject: context" not in scores and scores["subject: pattern"] == 1.0
 
 
 def test_a_class_that_became_the_subject_leaks_and_has_no_variety(score):
     varied = np.concatenate([pictures_of(1, body_colour=colour) for colour in range(8)])
-    scores = score(
-        {"in the snow": pictures_of(2)}, {"before": varied, "after": pictures_of(8), "other": varied[[0, 1]]}
-    )
-    assert scores["class, before: colour entropy"] == pytest.approx(3.0)
-    assert scores["class, before: leakage"] == pytest.approx(1 / 8)
-    assert scores["class, after: colour entropy"] == 0.0
-    assert scores["class, after: leakage"] == scores["class, after: is the subject"] == 1.0
-    assert scores["class, before: is the subject"] == pytest.approx(1 / 8)
-    assert scores["class, other: leakage"] == 0.0
+    drawn = {"class before": varied, "class after": pictures_of(8), "class other": varied[[0, 1]]}
+    scores = score({name: of_class(images) for name, images in drawn.items()})
+    assert scores["class before: colours"] == pytest.approx(3.0)
+    assert scores["class before: leakage"] == scores["class before: is subject"] == pytest.approx(1 / 8)
+    assert scores["class after: colours"] == scores["class after: diversity kept"] == 0.0
+    assert scores["class after: leakage"] == scores["class after: is subject"] == 1.0
+    assert scores["class other: leakage"] == 0.0 and scores["class other: diversity kept"] == pytest.approx(1 / 3)
+    assert "class before: diversity kept" not in scores
 
 
 # What a run shows of its subject.
@@ -156,7 +165,7 @@ def test_a_subject_without_a_class_in_its_label_is_drawn_by_the_identifier_alone
 
 def test_pictures_of_the_rendered_world_are_read_wherever_the_cascade_lies(cascade, tmp_path):
     scores, _, _ = shown(cascade, tmp_path / "with", evaluation__probe=True)
-    assert {"subject: pattern", "prompt: context", "class, after: leakage"} <= scores.keys()
+    assert {"subject: pattern", "subject: context", "class after: leakage"} <= scores.keys()
     assert shown(cascade, tmp_path / "without")[0] == {}
     of_world, of_others = (tiny_world.get_config("models/pipeline", evaluation__probe=probe) for probe in (True, False))
     classifier, nouns = class_knowledge(of_world)

@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from personalize_jax.metrics.table import entropy
-
 IDENTITY = ("class_id", "body_colour", "accent_colour", "pattern")  # no two splits of the world's subjects share all
 
 
@@ -60,34 +58,6 @@ def accuracy(reading: Reading, **truth: int | np.ndarray) -> dict[str, float]:
     return {name: float(scores.mean()) for name, scores in fidelities(reading, **truth).items()}
 
 
-def subject_fidelity(
-    reading: Reading,
-    class_id: int | np.ndarray,
-    body_colour: int | np.ndarray,
-    accent_colour: int | np.ndarray,
-    pattern: int | np.ndarray,
-    finish: int | np.ndarray | None = None,
-    shape: np.ndarray | None = None,
-) -> dict[str, float]:
-    """How often pictures show the subject's own properties.
-
-    Args:
-        reading: of N pictures, all of one subject (an int for each property), or of several (int [N]).
-        class_id: the subject's own.
-        body_colour: the subject's own.
-        accent_colour: the subject's own.
-        pattern: the subject's own.
-        finish: the subject's own; None where it is unknown.
-        shape: the subject's own proportions; None where they are unknown.
-
-    Returns:
-        The `accuracy` of each that is given.
-    """
-    own = {"class_id": class_id, "body_colour": body_colour, "accent_colour": accent_colour}
-    own |= {"pattern": pattern, "finish": finish, "shape": shape}
-    return accuracy(reading, **{name: values for name, values in own.items() if values is not None})
-
-
 def subject_truth(reading: Reading, class_id: int | None = None) -> dict[str, int | np.ndarray]:
     """The properties of a subject of which only photos are known.
 
@@ -99,7 +69,7 @@ def subject_truth(reading: Reading, class_id: int | None = None) -> dict[str, in
         class_id: the subject's class, where it is known; otherwise it is read as well.
 
     Returns:
-        The arguments of `subject_fidelity`; without "shape" where no photo is read as of the subject's class.
+        Its properties, as `fidelities` takes them; without "shape" where no photo is read as of the subject's class.
 
     Raises:
         ValueError: no photos.
@@ -122,8 +92,7 @@ def is_subject(
 ) -> np.ndarray:
     """Whether each picture shows the very subject: bool [N], true where all of IDENTITY is the subject's.
 
-    Of pictures of "a class" none should: their mean is the share in which the class has become the subject. `leakage`
-    asks for the body colour alone, and thus sees what has only begun.
+    Of pictures of "a class" none should: their mean is the share in which the class has become the subject.
 
     Args:
         reading: of N pictures.
@@ -137,28 +106,6 @@ def is_subject(
     """
     own = dict(zip(IDENTITY, (class_id, body_colour, accent_colour, pattern), strict=True))
     return np.all([scores == 1 for scores in fidelities(reading, **own).values()], axis=0)
-
-
-def colour_entropy(reading: Reading) -> float:
-    """Diversity of N pictures of "a class": the entropy of their body colours in bits, in [0, log2 K].
-
-    `entropy` of the likeliest colours: 0 where all pictures are copies of one, log2 11 = 3.46 where all colours are as
-    frequent; too low by .11 at N = 64. Likeliest colours are counted, rather than probabilities averaged, so that
-    pictures in which the probe is unsure are not taken for varied ones.
-
-    Raises:
-        ValueError: no pictures.
-    """
-    return entropy(_likeliest(reading.body_colour))
-
-
-def leakage(reading: Reading, body_colour: int) -> float:
-    """Share of N pictures of "a class" that have the subject's body colour, in [0, 1].
-
-    Raises:
-        ValueError: no pictures, or no such colour.
-    """
-    return accuracy(reading, body_colour=body_colour)["body_colour"]
 
 
 def _likeliest(p_NK: np.ndarray) -> np.ndarray:

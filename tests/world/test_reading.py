@@ -4,11 +4,8 @@ import pytest
 from personalize_jax.world.reading import (
     Reading,
     accuracy,
-    colour_entropy,
     fidelities,
     is_subject,
-    leakage,
-    subject_fidelity,
     subject_truth,
 )
 
@@ -50,8 +47,6 @@ def coloured(colours):
 def test_perfect_pictures_have_fidelity_one(truth):
     reading = reading_of(truth)
     assert set(accuracy(reading, **truth).values()) == {1.0}
-    asked = ("class_id", "body_colour", "accent_colour", "pattern", "finish", "shape")
-    assert subject_fidelity(reading, **{name: truth[name] for name in asked}) == dict.fromkeys(asked, 1.0)
 
 
 def test_fidelity_is_the_share_of_right_pictures(truth):
@@ -125,34 +120,9 @@ def test_the_order_of_pictures_does_not_matter(truth):
     order = np.random.default_rng(1).permutation(40)
     shuffled = Reading(*(p[order] for p in reading))
     assert accuracy(shuffled, class_id=3, pattern=1) == accuracy(reading, class_id=3, pattern=1)
-    assert colour_entropy(shuffled) == pytest.approx(colour_entropy(reading), abs=1e-12)
-    assert leakage(shuffled, 4) == leakage(reading, 4)
     truths = subject_truth(shuffled), subject_truth(reading)
     np.testing.assert_allclose(*(truth.pop("shape") for truth in truths), atol=1e-6)
     assert truths[0] == truths[1]
-
-
-def test_entropy_of_copies_of_uniform_and_of_two_colours():
-    assert colour_entropy(coloured([5] * 9)) == 0.0
-    assert colour_entropy(coloured(np.tile(np.arange(11), 3))) == pytest.approx(np.log2(11))
-    assert colour_entropy(coloured([2, 2, 2, 7])) == pytest.approx(2 - 0.75 * np.log2(3))
-
-
-def test_entropy_counts_colours_and_not_doubts():
-    doubtful = reading_of({name: np.zeros(8, int) for name in SIZES}, certainty=0.2)
-    assert colour_entropy(doubtful) == 0.0
-
-
-def test_entropy_has_the_bias_it_states():
-    rng = np.random.default_rng(2)
-    measured = np.mean([colour_entropy(coloured(rng.integers(11, size=64))) for _ in range(400)])
-    assert np.log2(11) - measured == pytest.approx(10 / (2 * 64 * np.log(2)), rel=0.15)
-
-
-def test_leakage_between_none_chance_and_all():
-    everything = coloured(np.arange(11))
-    assert [leakage(everything, k) for k in range(11)] == pytest.approx([1 / 11] * 11)
-    assert leakage(coloured([3] * 6), 3) == 1.0 and leakage(coloured([3] * 6), 4) == 0.0
 
 
 def test_truth_of_photos_pools_evidence():
@@ -196,6 +166,6 @@ def test_truths_that_do_not_fit_are_named(truth, values):
 
 def test_no_pictures_no_metric(truth):
     empty = Reading(*(p[:0] for p in reading_of(truth)))
-    for metric in (colour_entropy, subject_truth, lambda reading: leakage(reading, 0)):
+    for metric in (subject_truth, lambda reading: accuracy(reading, body_colour=0)):
         with pytest.raises(ValueError, match="no p"):
             metric(empty)
