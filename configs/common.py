@@ -132,7 +132,7 @@ def public(pretrained: str | tuple[str, ...]) -> ConfigDict:
                 "images_per_prompt": 4,
                 "class_samples": 64,
                 "batch_size": 16,
-                "dino": "timm/vit_small_patch16_224.dino",  # on the hub, or a folder
+                "dino": "timm/vit_small_patch16_224.dino",  # on the hub, or a folder; "" leaves its metrics out
                 "clips": ("openai/clip-vit-base-patch32@refs/pr/66", "openai/clip-vit-large-patch14"),
                 "lpips": "models/lpips",  # a folder: see metrics/encoders.py; "" measures DIV by DINO's cosine
                 "probe": False,  # whether pictures are of the rendered world: see configs/world.py

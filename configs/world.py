@@ -54,8 +54,8 @@ def get_config(method: str = methods.DREAMBOOTH) -> ConfigDict:
                 "images_per_prompt": 4,
                 "class_samples": 64,
                 "batch_size": 16,
-                "dino": "world",  # or a folder, or a name on the hub
-                "clips": ("world",),
+                "dino": "world",  # or a folder, or a name on the hub; "" leaves its metrics out
+                "clips": ("world",),  # further ones have columns of their own; () leaves their metrics out
                 "lpips": "",  # a folder; without one DIV is measured by DINO's cosine
                 "probe": True,  # pictures are of the rendered world: its classes are known, and scores exact
             },

@@ -187,10 +187,21 @@ EVALUATION: Rules = {
     "images_per_prompt": COUNT,
     "class_samples": COUNT,
     "batch_size": COUNT,
-    "dino": NAME,
-    "clips": several("one or more folders, or names on the hub, of a CLIP each", NAME),
+    "dino": text('a folder, or a name on the hub, or "" to go without', empty=True),
+    "clips": several("folders, or names on the hub, of a CLIP each", NAME, least=0),
     "lpips": text('a folder, or "" to go without', empty=True),
     "probe": truth(),
+}
+# What the evaluation of a run takes that was begun before there was such a key: no encoder that it does not name.
+EVALUATION_DEFAULTS: Mapping[str, Any] = {
+    "prompts": "dreambooth",
+    "images_per_prompt": 4,
+    "class_samples": 64,
+    "batch_size": 16,
+    "dino": "",
+    "clips": (),
+    "lpips": "",
+    "probe": False,
 }
 
 COMPUTE: Rules = {

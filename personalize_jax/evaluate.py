@@ -14,6 +14,7 @@ Every picture gets a line in `rows.jsonl`; `table.md` and `table.csv` have the m
 metric whose encoder the configuration does not name is left out.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from personalize_jax import command, hosts, manifest
 from personalize_jax.benchmark.prompts import read_prompts
-from personalize_jax.configuration_keys import EVALUATION, check_keys
+from personalize_jax.configuration_keys import EVALUATION, EVALUATION_DEFAULTS, check_keys
 from personalize_jax.errors import UserError
 from personalize_jax.evaluation import evaluate, read_pictures
 from personalize_jax.files import write_text
@@ -33,6 +34,8 @@ from personalize_jax.personalization import load_pretrained
 from personalize_jax.personalized import load_personalized
 from personalize_jax.pipeline import Pipeline
 from personalize_jax.scoring import find_encoders, load_encoders, score, summary, write_rows
+
+logger = logging.getLogger(__name__)
 
 
 def define_flags() -> None:
@@ -95,11 +98,10 @@ def of_runs(runs: Mapping[Path, ConfigDict], config: ConfigDict | None) -> list[
         runs: by run directory, the configuration of each.
         config: whose `evaluation` keys to use; None for the run's own.
     """
-    settings_of, found = {}, {}
-    for workdir, ran in runs.items():
-        if (settings := (config or ran).get("evaluation")) is None:
-            raise UserError(f"{workdir} was begun without `evaluation` keys in its configuration; give --config.")
-        settings_of[workdir], found[workdir] = settings, find_encoders(settings)
+    settings_of = {
+        workdir: config.evaluation if config else own_settings(workdir, ran) for workdir, ran in runs.items()
+    }
+    found = {workdir: find_encoders(settings) for workdir, settings in settings_of.items()}
     rows: list[Row] = []
     encoders: dict[str, MetricEncoders] = {}  # by what they are loaded from, so that the runs share them
     pretrained: dict[str, Pipeline] = {}
@@ -117,6 +119,31 @@ def of_runs(runs: Mapping[Path, ConfigDict], config: ConfigDict | None) -> list[
             known = pretrained[origin], workdir.name, prompts, encoders[reads]
             rows += evaluate(tuned, *known, settings, folder, progress=bar.update)
     return rows
+
+
+def own_settings(workdir: Path, config: ConfigDict) -> ConfigDict:
+    """The `evaluation` keys that a run was begun with.
+
+    A key that has come since takes its default, and one that is gone is dropped; the log says so.
+
+    Args:
+        workdir: the run directory.
+        config: the run's configuration.
+
+    Raises:
+        UserError: there are no such keys, or a value that makes no sense.
+    """
+    if not isinstance(config.get("evaluation"), ConfigDict):
+        raise UserError(f"{workdir} was begun without `evaluation` keys in its configuration; give --config.")
+    own = config.evaluation.to_dict()
+    if missing := [key for key in EVALUATION if key not in own]:
+        taken = ", ".join(f"{key}={EVALUATION_DEFAULTS[key]!r}" for key in missing)
+        logger.warning("%s was begun before config.evaluation had %s; give --config for others.", workdir, taken)
+    if gone := [key for key in own if key not in EVALUATION]:
+        logger.warning("%s has config.evaluation.%s, which nothing reads any more.", workdir, ", ".join(gone))
+    settings = ConfigDict({key: own.get(key, default) for key, default in EVALUATION_DEFAULTS.items()})
+    check_keys(settings, EVALUATION, "evaluation.")
+    return settings
 
 
 def of_pictures(images: Path, prompts: Path, photos: Path, config: ConfigDict) -> list[Row]:
