@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -20,6 +22,7 @@ from personalize_jax.subject.identifier import Identifier
 from personalize_jax.world.photos import heldout_subject
 from tests.metric_encoders import BRIGHTNESS, metric_encoders, plain
 
+ROOT = Path(__file__).parents[1]
 EVERY = metric_registry.METRICS
 ENCODERS = {"dino", "clip", "distance", "probe"}
 
@@ -137,3 +140,10 @@ def test_a_runs_own_scores_bear_the_names_of_the_evaluations():
     for (called, name), value in own.items():
         assert evaluated[f"{name} before" if called == "class before" else name] == value
     assert {name for _, name in own} == {name.removesuffix(" before") for name in evaluated}
+
+
+def test_a_document_has_the_table_of_metrics():
+    documents = [ROOT / "README.md", ROOT / "experiments" / "README.md"]
+    written = [file.read_text() for file in documents if file.exists()]
+    table = metric_registry.markdown()
+    assert any(table in text for text in written), f"put this table into one of README.md's:\n{table}"
