@@ -29,7 +29,7 @@ format: .venv/test-installed
 	.venv/bin/python -m ruff format .
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 # Scripts are run as modules throughout: their own first lines break in folders with spaces, or once moved.

@@ -33,9 +33,10 @@ from personalize_jax.interruption import Stopped
 FILE = "manifest.json"
 # What requirements.txt says the project imports, and what computes.
 PACKAGES = (
-    *("absl-py", "array-record", "beautifulsoup4", "einops", "flax", "ftfy", "jax", "jaxlib", "libtpu", "matplotlib"),
-    *("ml-collections", "numpy", "optax", "orbax-checkpoint", "pillow", "safetensors", "scipy", "sentencepiece"),
-    *("tensorboardx", "tensorflow-datasets", "tokenizers", "tqdm", "transformers", "wordfreq"),
+    *("absl-py", "array-record", "beautifulsoup4", "einops", "flax", "ftfy", "huggingface-hub", "jax", "jaxlib"),
+    *("libtpu", "matplotlib", "ml-collections", "numpy", "optax", "orbax-checkpoint", "pillow", "safetensors"),
+    *("scipy", "sentencepiece", "tensorboardx", "tensorflow-datasets", "tokenizers", "tqdm", "transformers"),
+    "wordfreq",
 )
 
 

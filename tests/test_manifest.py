@@ -133,7 +133,7 @@ def test_a_full_disk_hides_no_error(tmp_path, monkeypatch):
 
 def test_versions_are_those_of_what_the_project_imports():
     section = re.search(r"# What the project imports\.\n(.*?)\n\n", (ROOT / "requirements.txt").read_text(), re.S)
-    assert set(re.findall(r"^([\w-]+)==", section[1], re.M)) == set(manifest.PACKAGES) - {"jaxlib", "libtpu"}
+    assert set(re.findall(r"^([\w-]+)==", section[1], re.M)) == set(manifest.PACKAGES) - {"libtpu"}
 
 
 def test_the_revision_is_that_of_the_checkout_and_says_whether_it_was_changed(tmp_path, monkeypatch):

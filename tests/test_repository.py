@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,10 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "personalize_jax"
-SOURCES = sorted(
-    file
-    for folder in ("personalize_jax", "configs", "experiments", "launch", "tests")
-    for file in (ROOT / folder).rglob("*.py")
-)
+FOLDERS = ("personalize_jax", "configs", "experiments", "launch", "tests")
+SOURCES = sorted(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))
 TEXTS = [*SOURCES, ROOT / "README.md", ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / ".ci" / "run"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # In the order in which data passes through them; each imports only what stands before it. `command` is here because
 # rooms may hold commands. Other modules of the package's top level may import everything, and no room imports them.
@@ -83,6 +82,18 @@ def requirements(file: Path) -> dict[str, str]:
 
 def normalised(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def third_party(file: Path) -> set[str]:
+    """Top-level modules that a file imports and that neither Python nor this repository has."""
+    return {name.split(".")[0] for name in imports(file)} - set(FOLDERS) - sys.stdlib_module_names
+
+
+def ranges(extra: str | None = None) -> dict[str, Requirement]:
+    """Dependencies that pyproject.toml declares, or those of one of its extras, by normalised distribution name."""
+    project = PROJECT["project"]
+    lines = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    return {normalised(requirement.name): requirement for requirement in map(Requirement, lines)}
 
 
 def test_rooms_import_only_the_rooms_before_them() -> None:
@@ -150,11 +161,10 @@ def test_whatever_is_imported_is_pinned_as_installed() -> None:
     test_pins = requirements(ROOT / "tests" / "requirements.txt")
     launch_pins = requirements(ROOT / "launch" / "requirements.txt")
     distributions = importlib.metadata.packages_distributions()
-    own = {"personalize_jax", "configs", "experiments", "launch", "tests"}
     for file in SOURCES:
         known = pins | (test_pins if name_of(file).startswith(COMPARES) else {})
         known |= launch_pins if name_of(file).startswith(LAUNCHES) else {}
-        for module in {name.split(".")[0] for name in imports(file)} - own - sys.stdlib_module_names:
+        for module in third_party(file):
             owners = {normalised(owner) for owner in distributions.get(module, [])}
             assert owners & known.keys(), f"{name_of(file)} imports {module}, which no requirement provides"
     drifted = {name: pin for name, pin in pins.items() if importlib.metadata.version(name) != pin}
@@ -173,6 +183,34 @@ def test_nothing_is_left_to_the_resolver() -> None:
                 new = {(requirement.name, wanted) for wanted in requirement.extras} - seen
                 seen |= new
                 pending |= new
+
+
+def test_whatever_the_package_imports_is_a_dependency_and_nothing_else_is() -> None:
+    distributions = importlib.metadata.packages_distributions()
+    imported = set().union(*map(third_party, PACKAGE.rglob("*.py")))
+    owners = {module: {normalised(owner) for owner in distributions.get(module, [])} for module in imported}
+    assert not {module: names for module, names in owners.items() if not names & ranges().keys()}
+    # tensorflow-datasets imports array-record to write the rendered world's dataset, and asks for it on Linux only.
+    assert ranges().keys() - set().union(*owners.values()) == {"array-record"}
+
+
+@pytest.mark.parametrize("extra", [None, *PROJECT["project"]["optional-dependencies"]])
+def test_pins_lie_within_the_ranges_of_the_package(extra: str | None) -> None:
+    pins = requirements(ROOT / "requirements.txt")
+    pins |= requirements(ROOT / "tests" / "requirements.txt") | requirements(ROOT / "launch" / "requirements.txt")
+    pins |= re.findall(r"pip install (wandb)==(\S+)", (ROOT / "requirements.txt").read_text())
+    own = {normalised(PROJECT["project"]["name"])}
+    outside = [str(r) for name, r in ranges(extra).items() if name not in own and pins[name] not in r.specifier]
+    assert not outside, "requirements files and pyproject.toml disagree"
+    if extra is None:
+        unbounded = [name for name, r in ranges().items() if not any(s.operator == ">=" for s in r.specifier)]
+        assert not unbounded, "any version, however old, would do"
+
+
+def test_the_installed_package_has_all_assets() -> None:
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["personalize_jax"]
+    installed = {file for pattern in patterns for file in PACKAGE.glob(pattern)}
+    assert {file for file in (PACKAGE / "assets").rglob("*") if file.is_file()} == installed
 
 
 @pytest.mark.parametrize("document", [f for f in TEXTS if f != Path(__file__)], ids=name_of)

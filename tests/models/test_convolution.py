@@ -1,8 +1,10 @@
+import importlib.metadata
 import os
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import torch
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import personalize_jax
 from personalize_jax.models.convolution import Conv, convolve_3x3
 from personalize_jax.training.sharding import BATCH, make_mesh
 
@@ -108,6 +111,13 @@ def test_xla_convolves_itself_with_the_pinned_versions():
     if find_spec("jax_plugins"):
         pytest.skip("an accelerator's compiler is installed, which may not know the flag")
     assert "=LIBRARY_FUSION_TYPE_REDUCE" in os.environ["XLA_FLAGS"]
+
+
+def test_other_versions_are_given_no_flag_that_they_may_not_know(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--of_the_user")
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda name: [SimpleNamespace(version="0.11.2")])
+    importlib.reload(personalize_jax)
+    assert os.environ["XLA_FLAGS"] == "--of_the_user"
 
 
 @pytest.mark.slow
