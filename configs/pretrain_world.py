@@ -18,7 +18,7 @@ Base loss by mean over 500 steps, first training: .510 at 1,500, .440 at 2,500, 
 5,600; second: .391 at 2,000, where its learning rate began to fall, .378 at 3,000, .367 at 4,000, .338 at 5,000: still
 falling. Captions of the first training had ordinary words without a meaning (see `world/captions.py`), and its first
 500 steps saw an earlier lighting of the world. `python -m experiments.pretrained_cascade` gives the probe's scores: see
-the README.
+experiments/README.md.
 """
 
 from ml_collections import ConfigDict

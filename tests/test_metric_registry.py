@@ -143,7 +143,7 @@ def test_a_runs_own_scores_bear_the_names_of_the_evaluations():
 
 
 def test_a_document_has_the_table_of_metrics():
-    documents = [ROOT / "README.md", ROOT / "experiments" / "README.md"]
+    documents = [ROOT / "README.md", ROOT / "personalize_jax" / "README.md", ROOT / "experiments" / "README.md"]
     written = [file.read_text() for file in documents if file.exists()]
     table = metric_registry.markdown()
     assert any(table in text for text in written), f"put this table into one of README.md's:\n{table}"

@@ -1,4 +1,4 @@
-"""House rules that no single module can show: who imports whom, what is pinned, what README and Makefile name."""
+"""House rules that no single module can show: who imports whom, what is pinned, what documents and Makefile name."""
 
 import ast
 import functools
@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "personalize_jax"
 FOLDERS = ("personalize_jax", "configs", "experiments", "launch", "tests")
 SOURCES = sorted(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))
-TEXTS = [*SOURCES, ROOT / "README.md", ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / ".ci" / "run"]
+DOCUMENTS = [*ROOT.glob("*.md"), *sorted(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.md"))]
+TEXTS = [*SOURCES, *DOCUMENTS, ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / ".ci" / "run"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # In the order in which data passes through them; each imports only what stands before it. `command` is here because
@@ -46,6 +47,7 @@ COMPARES = ("tests/", "experiments/benchmark_peers.py")  # what may import the t
 LAUNCHES = ("tests/", "launch/")  # what may import Ray
 PICKLE_READERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch"}
 MAX_LINES = 400
+MAX_README_WORDS = 1800
 MAX_ASSETS_BYTES = 40 * 2**20
 
 
@@ -216,19 +218,35 @@ def test_the_installed_package_has_all_assets() -> None:
 @pytest.mark.parametrize("document", [f for f in TEXTS if f != Path(__file__)], ids=name_of)
 def test_commands_named_exist(document: Path) -> None:
     text = document.read_text()
-    for module in re.findall(r"python -m ((?:personalize_jax|experiments|launch)[\w.]*)", text):
+    for module in re.findall(r"python -m ((?:personalize_jax|experiments|launch|tests)[\w.]*)", text):
         found = importlib.util.find_spec(module)
         assert found and '__name__ == "__main__"' in Path(found.origin).read_text(), f"python -m {module}"
     for config in re.findall(r"--config=(configs/[\w/]+\.py)", text):
         assert (ROOT / config).is_file(), config
 
 
-def test_readme_names_what_exists() -> None:
-    readme = (ROOT / "README.md").read_text()
+def anchors(document: Path) -> set[str]:
+    """Fragments by which GitHub links to a document's headings."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_documents_name_what_exists(document: Path) -> None:
+    text = document.read_text()
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    assert set(re.findall(r"\bmake ([a-z][\w-]*)", "\n".join(re.findall(r"`[^`]+`|^make .*", readme, re.M)))) <= targets
-    links = re.findall(r"\]\(([^)#\s]+)", readme)
-    assert not [link for link in links if "://" not in link and not (ROOT / link).exists()]
-    commands = [*PACKAGE.rglob("*.py"), *(ROOT / "experiments").glob("*.py"), *(ROOT / "launch").glob("*.py")]
-    defined = set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", "".join(f.read_text() for f in commands)))
-    assert set(re.findall(r" --(\w+)[= ]", readme)) <= defined
+    code = "\n".join(re.findall(r"```.*?```|`[^`]+`", text, flags=re.DOTALL))
+    assert set(re.findall(r"\bmake ([a-z][\w-]*)", code)) <= targets
+    for link, _, fragment in (link.partition("#") for link in re.findall(r"\]\(([^)\s]+)", text) if "://" not in link):
+        target = document.parent / link if link else document
+        assert target.exists(), link
+        assert not fragment or fragment in anchors(target), f"{link}#{fragment}"
+    files = re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]+)(?::\w+)?`", text)
+    assert not [file for file in files if not (ROOT / file).exists()]
+    commands = [file for folder in FOLDERS if folder != "configs" for file in (ROOT / folder).rglob("*.py")]
+    defined = set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", "".join(file.read_text() for file in commands)))
+    assert set(re.findall(r"(?<!tensorboard)[ `]--(\w+)[= `]", text)) <= defined
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= MAX_README_WORDS
