@@ -1,7 +1,7 @@
 # make demo       personalise the bundled subject; ends with the path of its gallery
 # make test       every test but the slow ones
 # make test-all   every test
-# make lint       style
+# make lint       style and types
 # make format     put it right
 # make clean      remove the environment and caches; runs are kept
 
@@ -23,13 +23,14 @@ test-all: .venv/test-installed
 lint: .venv/test-installed
 	.venv/bin/python -m ruff check --no-cache .
 	.venv/bin/python -m ruff format --no-cache --check .
+	.venv/bin/python -m mypy
 
 format: .venv/test-installed
 	.venv/bin/python -m ruff check --fix .
 	.venv/bin/python -m ruff format .
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 # Scripts are run as modules throughout: their own first lines break in folders with spaces, or once moved.

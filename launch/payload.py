@@ -53,7 +53,7 @@ class Program(NamedTuple):
     @property
     def takes_multihost(self) -> bool:
         """Whether that module can be one process of several."""
-        return "define_multihost()" in _module_file(self.module).read_text()
+        return self.module is not None and "define_multihost()" in _module_file(self.module).read_text()
 
     @property
     def is_gated(self) -> bool:
@@ -154,7 +154,8 @@ def pack(files: Sequence[str], archive: Path) -> None:
 
 def jax_version() -> str:
     """The version of JAX that the requirements pin."""
-    return re.search(r"^jax==(\S+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE).group(1)
+    pins = dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+    return pins["jax"]
 
 
 def _value(command: Sequence[str], flag: str) -> str | None:
@@ -164,7 +165,7 @@ def _value(command: Sequence[str], flag: str) -> str | None:
 
 def _values(command: Sequence[str], wanted: Sequence[str]) -> list[str]:
     """The values of flags, as `--flag=value` or `--flag value`."""
-    found = []
+    found: list[str] = []
     for i, word in enumerate(command):
         name, equals, value = word.lstrip("-").partition("=")
         if word.startswith("-") and name in wanted:

@@ -83,6 +83,7 @@ def main(_: list[str]) -> None:
     if (arguments.images is None) == (arguments.benchmark is None):
         raise UserError("Give either --images (photos of one subject) or --benchmark (whose subjects).")
     destinations = tracking.asked_for()
+    engine: Local | Ray
     if arguments.engine == "ray":
         engine = Ray(arguments.ray_address, resources, arguments.max_retries, destinations)
     else:
@@ -138,7 +139,7 @@ def conduct(
     results: dict[str, Result] = {}
     ran: set[str] = set()
     going = list(points)
-    for rung in rungs or [None]:
+    for rung in tuple(rungs) or (None,):
         runs = {point.name: point if rung is None else prolonged(point, rung) for point in going}
         jobs = [Job(run, results[name].point.name if name in results else None) for name, run in runs.items()]
         outcomes = _outcomes(jobs, subjects, engine, workdir, "points" if rung is None else f"points, {rung} steps")
@@ -246,8 +247,9 @@ def _outcomes(
     jobs: Sequence[Job], subjects: Sequence[BenchmarkSubject], engine: Local | Ray, workdir: Path, description: str
 ) -> dict[str, Outcome]:
     """By name of the run; those that were scored before are read, the rest goes to the engine."""
-    found = {job.point.name: read_job(job, subjects, workdir) for job in jobs}
-    missing = [job for job in jobs if found[job.point.name] is None]
+    scored = {job.point.name: read_job(job, subjects, workdir) for job in jobs}
+    found: dict[str, Outcome] = {name: rows for name, rows in scored.items() if rows is not None}
+    missing = [job for job in jobs if job.point.name not in found]
     with tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc=description, unit="point") as bar:
         for job, outcome in engine.run(missing, subjects, workdir):
             found[job.point.name] = outcome

@@ -106,7 +106,9 @@ def run_job(
             if not _rows_file(folder).exists():
                 pretrained, encoders = _models(_asked(point.config))
                 scored_run(study, study.arms[0], subject, (), pretrained, encoders, workdir, destinations)
-        return read_job(job, subjects, workdir)
+        rows = read_job(job, subjects, workdir)
+        assert rows is not None  # all of them have been written
+        return rows
 
 
 class Local:

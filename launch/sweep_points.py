@@ -86,7 +86,7 @@ def name_of(overrides: Mapping[str, object]) -> str:
 
 def values(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     """All values of a configuration by dotted key."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in config.items():
         found |= values(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {f"{prefix}{key}": value}
     return found
@@ -104,7 +104,7 @@ def _overrides(file: Path, config: ConfigDict) -> list[Any]:
     if not file.is_file():
         raise UserError(f"There is no sweep at {file}; give a Python file such as configs/sweeps/prior_weight.py.")
     spec = importlib.util.spec_from_file_location(f"sweep_{file.stem}", file)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise UserError(f"{file} is no Python file; give one such as configs/sweeps/prior_weight.py.")
     module = importlib.util.module_from_spec(spec)
     try:

@@ -13,7 +13,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from absl import app, flags
@@ -23,6 +22,8 @@ from tqdm import tqdm
 from personalize_jax import hosts, interruption
 from personalize_jax.errors import UserError
 from personalize_jax.files import reason
+
+_CACHE_FOLDER = "jax_compilation_cache_dir"
 
 
 def run(
@@ -159,7 +160,7 @@ def _expanded(value: object) -> object:
     return os.path.expanduser(value) if isinstance(value, str) and re.match(r"~(/|$)", value) else value
 
 
-def _report_unraisable(unraisable: Any) -> None:
+def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
     """As usual, but for what comes of writes that orbax leaves to themselves once one of them has failed."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
@@ -171,10 +172,10 @@ def _one_line(error: Exception) -> str:
 
 def _keep_compiled_programs() -> None:
     """Programs are compiled once for all runs: in the user's cache directory, unless JAX is told of another."""
-    if jax.config.jax_compilation_cache_dir is not None:
+    if getattr(jax.config, _CACHE_FOLDER) is not None:
         return
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", os.path.join(home, "personalize_jax"))
+    jax.config.update(_CACHE_FOLDER, os.path.join(home, "personalize_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

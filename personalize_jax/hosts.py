@@ -21,8 +21,9 @@ from personalize_jax.files import reason
 from personalize_jax.interruption import Stopped
 
 _OUTCOME_BYTES = 4096
-_ERRORS = (None, Stopped, UserError, Exception)  # with which a share of work may end, from none to the worst
-_FAILED = _ERRORS.index(Exception)
+# With which a share of work may end, the worst last. Its severity is its place here, from 1; 0 is none.
+_ERRORS: tuple[type[Exception], ...] = (Stopped, UserError, Exception)
+_FAILED = len(_ERRORS)
 _SHUTDOWN_SECONDS = 60  # that a process which has failed waits for the others, before it ends them
 
 
@@ -86,14 +87,14 @@ def each_does(work: Callable[[], object]) -> None:
     if raised is not None and worst == _severity(raised):
         raise raised
     if worst > 0:
-        raise _ERRORS[worst](sentence)
+        raise _ERRORS[worst - 1](sentence)
 
 
 def _severity(raised: Exception | None) -> int:
-    """The place in `_ERRORS` of what a share of work has raised."""
+    """The severity of what a share of work has raised."""
     if raised is None:
         return 0
-    return next(i for i, kind in enumerate(_ERRORS) if i > 0 and isinstance(raised, kind))
+    return next(i for i, kind in enumerate(_ERRORS, start=1) if isinstance(raised, kind))
 
 
 def _written_outcome(raised: Exception | None) -> np.ndarray:

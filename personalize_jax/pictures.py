@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from personalize_jax import hosts
 from personalize_jax.errors import UserError
@@ -55,6 +55,7 @@ def read_png(file: Path) -> tuple[np.ndarray, dict[str, str]]:
             image.verify()  # the checksums, which decoding alone ignores
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             image.load()
+            assert isinstance(image, PngImageFile)
             mode, pixels, metadata = image.mode, np.array(image), dict(image.text)
     except _DAMAGE as error:
         raise UserError(f"{file} is damaged, or no PNG file; delete it, so that it is drawn again.") from error

@@ -46,5 +46,5 @@ class Benchmark(Sequence[BenchmarkSubject]):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> BenchmarkSubject:
+    def __getitem__(self, index: int) -> BenchmarkSubject:  # type: ignore[override]  # no slices
         return self.read(range(len(self.names))[index])  # the range refuses what is outside and knows negatives

@@ -106,7 +106,9 @@ def flash_flops(program: str, forward: bool = True) -> float:
     return total
 
 
-def _in_parts(kernel: Callable[..., Array], q_BLND: Array, k_BSND: Array, v_BSND: Array, kept_BS: Array) -> Array:
+def _in_parts(
+    kernel: Callable[[Array, Array, Array, Array], Array], q_BLND: Array, k_BSND: Array, v_BSND: Array, kept_BS: Array
+) -> Array:
     """The kernel on each device with its pictures and heads: attention never looks from one to another."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:  # 0 without a mesh

@@ -128,7 +128,7 @@ class Clip(nn.Module):
 _NO_END = 2  # stands in the config.json of the first files, whose texts end otherwise; transformers knows it too
 
 # What transformers leaves out of a config.json: the base model's, of which openai/clip-vit-base-patch32 is one.
-_VISION_DEFAULTS = {
+_VISION_DEFAULTS: dict[str, Any] = {
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,

@@ -20,7 +20,7 @@ from personalize_jax.models.attention import Implementation, attend
 from personalize_jax.models.published_config import check_kinds
 
 # What stands for a key of a text tower that its config.json leaves out: transformers' `CLIPTextConfig`.
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "vocab_size": 49408,
     "hidden_size": 512,
     "intermediate_size": 2048,

@@ -22,7 +22,7 @@ from personalize_jax.models.published_config import check_kinds
 PAD_ID = 0  # in every vocabulary of T5
 _FEED_FORWARDS = ("relu", "gated-gelu")
 # What stands for a key that a config.json leaves out: transformers' `T5Config`.
-_DEFAULTS = {
+_DEFAULTS: dict[str, Any] = {
     "vocab_size": 32128,
     "d_model": 512,
     "d_kv": 64,

@@ -145,5 +145,6 @@ class UNet(nn.Module):
         pooled_BD = jnp.einsum("bld,bl->bd", text_BLD, weight)
         condition += nn.Dense(width, name="pooled_text")(pooled_BD)
         if self.super_resolution:
+            assert level_B is not None  # such a network is told the level
             condition += nn.Dense(width, name="augmentation_level")(sinusoidal_embedding(level_B, width))
         return nn.silu(nn.Dense(width, name="condition_out")(nn.silu(condition)))

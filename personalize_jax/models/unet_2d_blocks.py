@@ -295,8 +295,8 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC: Array, text_BLD: Array) -> Array:
         """Return [B, H, W, C]."""
-        project = nn.Dense if self.linear_projection else partial(Conv, size=1)
-        project = partial(project, x_BHWC.shape[-1], dtype=self.dtype)
+        projection: Part = nn.Dense if self.linear_projection else partial(Conv, size=1)
+        project = partial(projection, x_BHWC.shape[-1], dtype=self.dtype)
         attention = partial(Attention, self.heads, self.dtype, self.implementation)
         h = project(name="proj_in")(group_norm(self.groups, 1e-6, self.dtype, "norm")(x_BHWC))
         h = einops.rearrange(h, "b h w c -> b (h w) c")
@@ -334,6 +334,7 @@ class Block(nn.Module):
         """Apply what ends the block."""
 
         def apply(block: Block, x_BHWC: Array, time_BD: Array) -> Array:
+            assert block.last is not None
             return block.last(name=name)(x_BHWC, time_BD)
 
         return (nn.remat(apply) if self.remat else apply)(self, x_BHWC, time_BD)

@@ -314,6 +314,7 @@ class UNet2DCondition(nn.Module):
 
         time_BD = embed(n_B, self.timestep_post_act, "time_embedding")
         if self.class_embed_type == "timestep":
+            assert level_B is not None  # as _check has seen
             time_BD += embed(level_B, None, "class_embedding")
         if self.addition_embed_type == "text":
             heads = self.addition_embed_type_num_heads
@@ -370,7 +371,7 @@ class UNet2DCondition(nn.Module):
     def _attention(self, kind: BlockType, level: int, heads: int, only_cross_attention: bool) -> Part | None:
         if not kind.attention:
             return None
-        shared = {
+        shared: dict[str, Any] = {
             "groups": self.norm_num_groups,
             "only_cross_attention": only_cross_attention,
             "dtype": self.dtype,

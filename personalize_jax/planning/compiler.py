@@ -21,10 +21,12 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
-from jaxlib import _hlo, _jax  # the only way to XLA's own counts for a program that is not compiled to its end
+
+# The only way to XLA's own counts for a program that is not compiled to its end.
+from jaxlib import _hlo, _jax  # type: ignore[attr-defined]
 
 from personalize_jax import interruption
 from personalize_jax.errors import UserError
@@ -35,7 +37,9 @@ from personalize_jax.planning.hlo import Collective
 
 _FOLDER = "plans"  # beside the compiled programs that JAX keeps
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-_SETTINGS = ("jax_platforms", "jax_compilation_cache_dir")
+T = TypeVar("T")
+_CACHE_FOLDER = "jax_compilation_cache_dir"
+_SETTINGS = ("jax_platforms", _CACHE_FOLDER)
 _PROGRAM, _MEMORY = "after_optimizations.txt", "after_optimizations-memory-usage-report.txt"
 _WRITTEN = "after_optimizations_after_buffer_assignment.txt"  # what follows the other two
 _TOTAL = re.compile(r"Memory Space: default.*\nTotal bytes: (\d+)")
@@ -62,7 +66,7 @@ class Verdict(NamedTuple):
     seconds: float = 0.0
 
 
-def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+def apart(function: Callable[..., T], *arguments: Any) -> T:
     """Call a function in a process of its own, with which compilers end that `ask` no longer waits for.
 
     Args:
@@ -108,7 +112,7 @@ def _answer(
     os._exit(0)  # without waiting for compilers
 
 
-def ask(lowered: jax.stages.Lowered, devices: Sequence[Any]) -> Verdict:
+def ask(lowered: jax.stages.Lowered, devices: Sequence[jax.Device]) -> Verdict:
     """Compile a program as far as figures need, or read what was kept of the same one for devices and versions.
 
     The compiler goes on behind, until the process ends (see `apart`). A refusal is not kept: it comes early, and may be
@@ -147,15 +151,16 @@ def _compile(lowered: jax.stages.Lowered, num_devices: int) -> Verdict:
         if refused:
             return Verdict(refusal=refused[0], seconds=seconds)
         files = [_written(folder, name) for name in (_PROGRAM, _MEMORY)]
-        if None in files:
-            known = "take the version of libtpu in tests/requirements.txt"
-            raise UserError(f"The compiler of {', '.join(_compilers())} writes no {_PROGRAM}; {known}.")
-        program, memory = (file.read_text() for file in files)
+        program, memory = (file.read_text() if file else None for file in files)
+    total = _TOTAL.search(memory or "")
+    if program is None or total is None:
+        known = "take the version of libtpu in tests/requirements.txt"
+        raise UserError(f"The compiler of {', '.join(_compilers())} writes no {_PROGRAM}, or no {_MEMORY}; {known}.")
     counts = _jax.hlo_module_cost_analysis(
         jax.local_devices(backend="cpu")[0].client, _hlo.hlo_module_from_text(program)
     )
     return Verdict(
-        memory=int(_TOTAL.search(memory)[1]),
+        memory=int(total[1]),
         flops=counts["flops"] + flash_flops(program),
         traffic=counts["bytes accessed"],
         exchanges=tuple(hlo.collectives(program)) if num_devices > 1 else (),
@@ -167,13 +172,13 @@ def _written(folder: str, name: str) -> Path | None:
     return next(Path(folder).glob(f"*{name}"), None)
 
 
-def _file(lowered: jax.stages.Lowered, devices: Sequence[Any]) -> Path | None:
+def _file(lowered: jax.stages.Lowered, devices: Sequence[jax.Device]) -> Path | None:
     """Where the verdict is kept; None where JAX keeps no programs."""
-    if not (cache := jax.config.jax_compilation_cache_dir):
+    if not (cache := getattr(jax.config, _CACHE_FOLDER)):
         return None
     named = [f"{device.device_kind} {device!r}" for device in devices]  # a v4 and a v5p look alike otherwise
     made_of = [lowered.as_text(), *named, *(os.environ.get(flag, "") for flag in _FLAGS)]
-    made_of += [*_compilers(), *map(inspect.getsource, (_compile, flash_flops, hlo))]  # which read the figures
+    made_of += [*_compilers(), *(inspect.getsource(reads) for reads in (_compile, flash_flops, hlo))]
     return Path(cache) / _FOLDER / f"{hashlib.sha256('|'.join(made_of).encode()).hexdigest()}.json"
 
 

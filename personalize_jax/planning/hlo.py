@@ -66,7 +66,8 @@ def collectives(text: str) -> list[Collective]:
 
 def _computations(text: str) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
     """Names of computations, the entry's after "ENTRY ", and (result, operation, rest) of what matters in each."""
-    name, body = None, []
+    name: str | None = None
+    body: list[tuple[str, str, str]] = []
     telling = (*KINDS, "calls=", "to_apply=", "body=", "_computation=")
     for line in text.splitlines():
         if name is None:
@@ -76,7 +77,7 @@ def _computations(text: str) -> Iterator[tuple[str, list[tuple[str, str, str]]]]
             yield name, body
             name = None
         elif any(word in line for word in telling) and (match := _INSTRUCTION.match(line)):
-            body.append(match.groups())
+            body.append((match[1], match[2], match[3]))
 
 
 def _result_bytes(result: str, operation: str) -> int:

@@ -15,7 +15,7 @@ from personalize_jax.errors import UserError
 HOST = (2, 2, 1)  # chips of one host, but where a slice is of one chip
 # What a slice's size is called where it is rented, which counts the two cores of v4's and v5p's chips.
 _CORES = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1}
-_SHAPES = {
+_SHAPES: dict[int, dict[int, tuple[int, ...]]] = {
     2: {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)},
     3: {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8)},
 }
@@ -79,7 +79,7 @@ def parse(text: str) -> Topology:
     return Topology(name, shape)
 
 
-def devices(topology: Topology) -> Sequence[Any]:
+def devices(topology: Topology) -> Sequence[jax.Device]:
     """Devices of a slice that programs can be compiled for and that cannot run them; they need libtpu, and no TPU.
 
     Raises:

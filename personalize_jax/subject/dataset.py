@@ -65,6 +65,16 @@ def write_dataset(
         raise ValueError(f"{len(images)} images of one resolution were expected; load them in one call of load_images")
     label = f"a {identifier.text} {class_noun.noun}" if name_class else f"a {identifier.text}"
     pngs = [_encode_png(image.pixels) for image in images]
+    entries = [
+        {
+            "file": f"{n:02d}.png",
+            "sha256": hashlib.sha256(png).hexdigest(),
+            "label": label,
+            "source": image.path.name,
+            "source_sha256": image.sha256,
+        }
+        for n, (image, png) in enumerate(zip(images, pngs, strict=True))
+    ]
     manifest = {
         "class_noun": class_noun.noun,
         "class_score": class_noun.score,
@@ -72,16 +82,7 @@ def write_dataset(
         "identifier": identifier.text,
         "token_ids": identifier.token_ids,
         "token_counts": identifier.counts,
-        "images": [
-            {
-                "file": f"{n:02d}.png",
-                "sha256": hashlib.sha256(png).hexdigest(),
-                "label": label,
-                "source": image.path.name,
-                "source_sha256": image.sha256,
-            }
-            for n, (image, png) in enumerate(zip(images, pngs, strict=True))
-        ],
+        "images": entries,
     }
     temporary = directory.with_name(f".{directory.name}.tmp")  # a fixed name, so that a killed run leaves no heap
     try:
@@ -89,7 +90,7 @@ def write_dataset(
             raise UserError(f"{directory} already exists; read the dataset there, or choose another directory.")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        for entry, png in zip(manifest["images"], pngs, strict=True):
+        for entry, png in zip(entries, pngs, strict=True):
             (temporary / entry["file"]).write_bytes(png)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(temporary, directory)

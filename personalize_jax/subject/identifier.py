@@ -33,11 +33,28 @@ _LATER_LETTERS = "qxzjv"  # few tokens join one of these to what comes before
 class Vocabulary(Protocol):
     """What choosing an identifier asks of a tokenizer."""
 
-    size: int
-    special_ids: Collection[int]
-    counts: np.ndarray | None  # [size], how often the text network processed each token in pretraining, if recorded
-    is_t5: bool  # asked for the paper's rule only
-    text_length: int  # how many tokens of a text are read
+    @property
+    def size(self) -> int:
+        """How many tokens there are."""
+
+    @property
+    def special_ids(self) -> Collection[int]:
+        """Tokens that stand for no text."""
+
+    @property
+    def counts(self) -> np.ndarray | None:
+        """[size], how often the text network processed each token in pretraining, if recorded."""
+
+    @property
+    def is_t5(self) -> bool:
+        """Whether these are T5's tokens; asked for the paper's rule only."""
+
+    @property
+    def text_length(self) -> int:
+        """How many tokens of a text are read."""
+
+    def __hash__(self) -> int:
+        """What is known of a vocabulary is kept by it."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text cleaned as prompts are, without special tokens."""
@@ -190,7 +207,7 @@ def _rank(tokenizer: Vocabulary, rule: str, frequencies: np.ndarray | None, seed
         words = [i for i in words if len(texts[i]) > SHORT][:NUM_FREQUENT]
         return np.random.default_rng(seed).permutation(words).tolist()
     tie_break = np.arange(tokenizer.size) if seed is None else np.random.default_rng(seed).permutation(tokenizer.size)
-    order = np.lexsort((tie_break, frequencies, [len(text) > SHORT for text in texts]))
+    order = np.lexsort((tie_break, frequencies, np.array([len(text) > SHORT for text in texts])))
     return _words_last(tokenizer, [i for i in order.tolist() if texts[i].isalpha()])
 
 

@@ -14,7 +14,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
@@ -113,7 +113,7 @@ def from_pixels(name: str, pixels: np.ndarray, resolution: int) -> SubjectImage:
     Raises:
         UserError: the image is too small.
     """
-    digest = hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()
+    digest = hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
     path = Path(name)
     return SubjectImage(path, digest, _square_pixels(path, Image.fromarray(pixels), resolution, None))
 
@@ -164,7 +164,7 @@ def _load_image(path: Path, resolution: int, box: Box | None) -> SubjectImage:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, Image.Image]]:
+def _opened(path: Path) -> Iterator[tuple[io.BufferedReader, Image.Image]]:
     """The file and its image, of which only the header has been read."""
     try:
         if not path.is_file():  # also keeps devices and pipes from being read for ever
@@ -177,7 +177,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Image.Image]]:
         yield file, image
 
 
-def _open_image(path: Path, file: BinaryIO) -> Image.Image:
+def _open_image(path: Path, file: io.BufferedReader) -> Image.Image:
     """Read the header, whatever the file is called, and refuses what should not be decoded."""
     too_large = f"{path} has more than {MAX_PIXELS // 10**6} megapixels, the most that is read; scale it down first."
     try:
@@ -195,10 +195,9 @@ def _open_image(path: Path, file: BinaryIO) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise UserError(too_large)
     # Phone cameras write MPO: a JPEG followed by a preview or depth map, of which the first frame is the photo.
-    if image.format != "MPO" and getattr(image, "is_animated", False):
-        raise UserError(
-            f"{path} is an animation of {image.n_frames} frames, a still image is expected; export a frame."
-        )
+    frames = getattr(image, "n_frames", 1)
+    if image.format != "MPO" and frames > 1:
+        raise UserError(f"{path} is an animation of {frames} frames, a still image is expected; export a frame.")
     return image
 
 
@@ -262,7 +261,7 @@ def _square(path: Path, size: tuple[int, int], box: Box | None) -> tuple[float, 
     left, top, right, bottom = box if box is not None else (0, 0, width, height)
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise UserError(
-            f"The box {tuple(box)} does not lie inside {path}, which is {width}x{height}; "
+            f"The box {(left, top, right, bottom)} does not lie inside {path}, which is {width}x{height}; "
             "give left, top, right, bottom in pixels."
         )
     side = min(max(right - left, bottom - top), width, height)
@@ -290,7 +289,8 @@ def _to_srgb(path: Path, image: Image.Image, profile: bytes | None) -> Image.Ima
     if profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            return cast(Image.Image, converted)  # None only where an image is converted in place
         except (ImageCms.PyCMSError, OSError, ValueError):
             logger.warning("The colour profile in %s does not fit the image; its colours are taken as sRGB.", path)
     return image.convert("RGB")
