@@ -69,7 +69,7 @@ def apply(network: nn.Module, params: Params | Adapted, *inputs: Array) -> Any:
     return outputs
 
 
-def _low_rank(layer: nn.Module, path: str, factors: Params, *inputs: Array, **options: Array) -> Array:
+def _low_rank(layer: nn.Module, path: str, factors: Params, *inputs: Array, **options: Any) -> Array:
     """(x down) up, where x down is what a layer like the given one makes of x with down as its kernel."""
     down, up = factors["down"], factors["up"]
     rank, *outputs = up.shape
@@ -81,5 +81,5 @@ def _low_rank(layer: nn.Module, path: str, factors: Params, *inputs: Array, **op
         )
     narrow = layer.clone(features=rank)
     params = {"kernel": down, "bias": jnp.zeros(rank)}  # a layer without a bias leaves it alone
-    h = narrow.apply({"params": params}, *inputs, **options)
+    h: Any = narrow.apply({"params": params}, *inputs, **options)
     return jnp.tensordot(h, up.astype(h.dtype), axes=1)
