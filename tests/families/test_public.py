@@ -3,6 +3,7 @@
 import inspect
 import json
 
+import numpy as np
 import pytest
 from diffusers import IFPipeline, IFSuperResolutionPipeline, StableDiffusionPipeline
 
@@ -113,6 +114,21 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_refused_before_weights_are_re
     with pytest.raises(UserError, match=r"token '<\|endoftext\|>' with id 568.*568 rows"):
         load_pipeline(saved)
     file.write_text(before)
+
+
+def test_captions_are_cleaned_as_by_diffusers_for_a_stage_of_if_alone_and_not_for_stable_diffusion(
+    saved, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("personalize_jax.families.public.load_weights", lambda folder, abstract, *_: abstract)
+    caption, padded = "A Dog in the snow, at https://example.com/dogs", {"padding": "max_length", "max_length": 77}
+    (alone := tiny_public.deepfloyd_if()).save_pretrained(tmp_path)
+    [cleaned] = alone._text_preprocessing(caption, clean_caption=True)
+    assert cleaned == "a dog in the snow, at"
+    np.testing.assert_array_equal(
+        load_pipeline(tmp_path).tokenizer([caption])[0], alone.tokenizer(cleaned, **padded)[0].ids
+    )
+    as_written = tiny_public.clip_tokenizer()(caption, **padded)[0].ids
+    np.testing.assert_array_equal(load_pipeline(saved).tokenizer([caption])[0], as_written)
 
 
 @pytest.mark.parametrize("content", ["{", '{"sampling": {"odd": 1}}', '{"sampling": 3}'])

@@ -174,6 +174,23 @@ def test_adapters_that_diffusers_trained_are_read(tmp_path):
             load_lora(tmp_path, NETWORKS)
 
 
+@pytest.mark.parametrize("alpha", [2, 8])
+def test_the_scale_of_the_text_encoders_adapters_counts_too(tmp_path, alpha):
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    network = clip()
+    network.add_adapter(LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"]))
+    metadata = {"text_encoder_lora_adapter_metadata": network.peft_config["default"].to_dict()}
+    state = get_peft_model_state_dict(network)
+    StableDiffusionPipeline.save_lora_weights(tmp_path, text_encoder_lora_layers=state, **metadata)
+    if alpha == 2:
+        assert load_lora(tmp_path, NETWORKS).keys() == {"text_encoder"}
+    else:
+        with pytest.raises(UserError, match="scales its adapters of text_encoder"):
+            load_lora(tmp_path, NETWORKS)
+
+
 @pytest.mark.parametrize(
     "stored",
     [

@@ -1,6 +1,7 @@
 """Configurations that leave out keys, or say something else: as diffusers and transformers, or one sentence."""
 
 import contextlib
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL as TorchAutoencoder
 from diffusers import UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from personalize_jax.errors import UserError
 from personalize_jax.formats.port_weights import torch_names
 from personalize_jax.models.autoencoder_kl import AutoencoderKL
+from personalize_jax.models.clip import Clip
 from personalize_jax.models.clip_text import ClipTextEncoder
 from personalize_jax.models.params import flatten
 from personalize_jax.models.t5_encoder import T5Encoder
@@ -114,6 +116,28 @@ def test_every_key_may_be_left_out_that_the_class_has_a_default_for(name):
             continue
         if network != ours.from_config(as_json(tiny)):
             assert our_shapes(network, kind) == their_shapes(make, config, kind), key
+
+
+def defaults(network):
+    """What a class of diffusers takes for each key that its configuration leaves out."""
+    parameters = inspect.signature(network.__init__).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (UNet2DCondition, defaults(UNet2DConditionModel)),
+        (AutoencoderKL, defaults(TorchAutoencoder)),
+        (ClipTextEncoder, CLIPTextConfig().to_dict()),
+        (Clip, CLIPConfig().to_dict()),
+        (T5Encoder, T5Config().to_dict()),
+    ],
+)
+def test_keys_left_out_have_the_values_of_diffusers_and_transformers(ours, theirs):
+    """Of those too that change no shape."""
+    named = {key: value for key, value in theirs.items() if key == "model_type"}
+    assert ours.from_config(named) == ours.from_config(as_json(theirs))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

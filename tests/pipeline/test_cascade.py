@@ -164,6 +164,14 @@ def test_pictures_that_are_not_finite_are_told_with_stage_prompt_and_seed(pipeli
     assert len(pipeline.sample(["a dog"], [7], batch_size=2, full_batches=True)[-1]) == 1  # what is cut does not matter
 
 
+def test_a_picture_of_a_later_batch_that_is_not_finite_is_told_by_its_own_prompt_and_seed(pipeline, monkeypatch):
+    values = iter([0.0, jnp.inf])
+    draw = Recording(lambda stage, keys, low: jnp.full((len(keys), *stage.shape), next(values)))
+    monkeypatch.setattr(cascade, "draw_pictures", draw)
+    with pytest.raises(UserError, match="'a clock in the snow' .seed 4."):
+        pipeline.sample(PROMPTS, SEEDS, batch_size=2)
+
+
 def test_progress_counts_pictures_not_filled_rows(pipeline):
     done = []
     pipeline.sample_stage(pipeline.stages[0], PROMPTS, SEEDS, batch_size=2, progress=done.append)

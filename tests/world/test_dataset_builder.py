@@ -58,6 +58,26 @@ def test_an_interrupted_preparation_goes_on(tmp_path, monkeypatch):
     assert images[:, 0, 0, 0].tolist() == [1, 1, 2, 2, 3]
 
 
+def test_of_an_interrupted_preparation_a_longer_one_takes_whole_blocks_only(tmp_path, monkeypatch):
+    rendered = []
+
+    def fake_render(scenes, resolution):
+        rendered.append(len(scenes.subject.class_id))
+        return np.full((rendered[-1], resolution, resolution, 4), len(rendered), np.uint8)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dataset_builder, "render", fake_render)
+    monkeypatch.setattr(dataset_builder, "BLOCK_SIZE", 2)
+    with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+        interrupted.setattr(dataset_builder.shutil, "rmtree", fail)  # when all is rendered, and before it is written
+        load(8, "test", 3, tmp_path)
+    images = load(8, "test", 4, tmp_path)["image"]
+    assert rendered == [2, 1, 2]
+    assert images[:, 0, 0, 0].tolist() == [1, 1, 3, 3]
+
+
 def test_the_builder_serves_several_splits(tmp_path, monkeypatch):
     monkeypatch.setattr(
         dataset_builder, "render", lambda scenes, r: np.zeros((len(scenes.subject.class_id), r, r, 4), np.uint8)

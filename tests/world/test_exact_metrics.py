@@ -19,6 +19,15 @@ def test_what_a_prompt_changes_counts_for_the_prompt_and_not_against_the_subject
     assert "body colour" not in kept | followed and kept["accent colour"] == 1
 
 
+def test_a_prompt_of_two_changes_is_followed_where_both_are_seen():
+    prompt = "a shiny red [V] dog"
+    wanted = {name: asked(prompt)[name] for name in ("body_colour", "finish")}
+    colours, finishes = np.meshgrid([3, wanted["body_colour"]], [1 - wanted["finish"], wanted["finish"]])
+    seen = {name: np.zeros(4, int) for name in SIZES} | {"body_colour": colours.ravel(), "finish": finishes.ravel()}
+    found = subject_scores(reading_of(seen), TRUTH, [prompt] * 4)
+    assert [one["property"] for one in found] == [0, 0, 0, 1]
+
+
 def colours(reading):
     return [scores["colours"] for scores in class_scores(reading, TRUTH)]
 
