@@ -140,7 +140,7 @@ def measure_ours(case: Case, weights: Path) -> dict[str, float]:
     from personalize_jax.families.text import Text
     from personalize_jax.families.unet_stage import Latents, Usual, unet_stage
     from personalize_jax.formats.port_weights import load_weights
-    from personalize_jax.pipeline.cascade import draw_pictures
+    from personalize_jax.pipeline.cascade import sample_pictures
     from personalize_jax.training.examples import Examples
     from personalize_jax.training.program import stage_program
 
@@ -179,7 +179,7 @@ def measure_ours(case: Case, weights: Path) -> dict[str, float]:
     cond, null = (Text(embeddings(case.batch), np.ones((case.batch, TEXT["length"]), bool)) for _ in range(2))
     one = jax.sharding.Mesh(jax.devices(), ("data",))
     draw = fastest(
-        lambda: jax.block_until_ready(draw_pictures(stage, sampling, one, params, keys, cond, null, None)), count=2
+        lambda: jax.block_until_ready(sample_pictures(stage, sampling, one, params, keys, cond, null, None)), count=2
     )
     return {"train": train, "sample": draw / SAMPLING_STEPS}
 

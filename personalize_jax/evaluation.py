@@ -20,7 +20,7 @@ from personalize_jax.metrics.table import Row
 from personalize_jax.personalized import Personalized
 from personalize_jax.pictures import file_name
 from personalize_jax.pipeline import Pipeline
-from personalize_jax.pipeline.kept import draw_kept
+from personalize_jax.pipeline.kept import sample_kept
 from personalize_jax.scoring import read_rows, score, write_rows
 from personalize_jax.subject.identifier import PLACEHOLDER, substitute
 from personalize_jax.subject.images import list_images, read_image
@@ -119,7 +119,7 @@ def draw(
     files = [folder / role.replace(" ", "_") / file_name(prompt, seed) for prompt, seed in jobs]
     texts = [substitute(prompt, identifier, pipeline.tokenizer) for prompt, _ in jobs]
     seeds = [seed for _, seed in jobs]
-    found = draw_kept(pipeline, weights, texts, seeds, files, batch_size, progress)
+    found = sample_kept(pipeline, weights, texts, seeds, files, batch_size, progress)
     return [
         Picture(role, prompt, seed, file.relative_to(folder).as_posix(), pixels)
         for (prompt, seed), file, pixels in zip(jobs, files, found, strict=True)

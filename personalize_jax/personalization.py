@@ -105,7 +105,7 @@ def tune_cascade(
     drawn = {}
     if with_prior := [name for name in config.tune if trainings[name].prior.weight > 0]:
         with phase(workdir, "class images"):
-            drawn = draw_class_images(pipeline, subject, with_prior, config, workdir)
+            drawn = sample_class_images(pipeline, subject, with_prior, config, workdir)
     tuned, adapters = pipeline, {}
     for name in config.tune:
         with phase(workdir, f"tuning {name}"):
@@ -190,13 +190,13 @@ def tune_again(
     first = run.tune[0]  # no other stage may train the encoders
     if configuration.trains_encoders(pipeline, first, stage_trainings(run)[first]):
         source = pipeline if name == first else tuned.pipeline
-        encoders = {encoder: source.params_in_full(encoder) for encoder in pipeline.family.encoders}
+        encoders = {encoder: source.float32_params(encoder) for encoder in pipeline.family.encoders}
         start = pipeline if name == first else pipeline.replace_params(**encoders)
     if name not in config.tune:
-        untuned = tuned.pipeline.replace_params(**encoders, **{name: pipeline.params_in_full(name)})
+        untuned = tuned.pipeline.replace_params(**encoders, **{name: pipeline.float32_params(name)})
         return Personalized(untuned.replace_sampling(**{name: stage.sampling}), tuned.subject)
     training = stage_trainings(config)[name]
-    drawn = draw_class_images(pipeline, tuned.subject, [name], config, workdir) if training.prior.weight > 0 else {}
+    drawn = sample_class_images(pipeline, tuned.subject, [name], config, workdir) if training.prior.weight > 0 else {}
     with phase(directory.parent, f"tuning {directory.name}".replace("_", " ")):
         networks, _ = tune(start, stage, tuned.subject, drawn, training, config.seed, directory, tracking)
     changed = tuned.pipeline.replace_params(**{**encoders, **networks}).replace_sampling(**{name: stage.sampling})
@@ -232,7 +232,7 @@ def class_knowledge(config: ConfigDict) -> tuple[Classifier | None, Sequence[str
     return Probe.load().classifier, CLASSES
 
 
-def draw_class_images(
+def sample_class_images(
     pipeline: Pipeline, subject: SubjectDataset, names: Sequence[str], config: ConfigDict, workdir: Path
 ) -> dict[str, np.ndarray]:
     """The class images of the named stages, and of those that lead to them, drawn by the ancestral sampler.
@@ -282,7 +282,7 @@ def tune(
     if not configuration.trains_encoders(pipeline, stage.name, config):
         examples = {group: with_embeddings(pipeline, of_group) for group, of_group in examples.items()}
     identifier = identifier_tokens(pipeline, subject, config.identifier_init)
-    read_float32 = partial(pipeline.network_in_full, stage.name)
+    read_float32 = partial(pipeline.float32_network, stage.name)
     program = stage_program(stage, pipeline.family, pretrained, examples, config, seed, identifier, read_float32)
     with command.steps_bar(f"tuning {directory.name.replace('_', ' ')}", config.num_steps) as progress:
         state = train(program, directory, progress, tracking.of(directory.name))
@@ -315,7 +315,7 @@ def tuned_networks(pipeline: Pipeline, stage: Stage, state: TrainState, config: 
     pretrained = pipeline.networks(stage.name)
     selection = parameterizations.select(pretrained, config)
     changed_in_part = selection.networks & selection.frozen.keys()
-    float32 = {name: pipeline.network_in_full(stage.name, name) for name in changed_in_part}
+    float32 = {name: pipeline.float32_network(stage.name, name) for name in changed_in_part}
     params = trained_params(state, pretrained | float32)
     encoders = {name: params[name] for name in pipeline.family.encoders if name in selection.networks}
     networks = {stage.name: params["denoiser"], **encoders}

@@ -64,7 +64,7 @@ def read_png(file: Path) -> tuple[np.ndarray, dict[str, str]]:
     return pixels, {key: str(value) for key, value in metadata.items()}
 
 
-def draw_missing(
+def sample_missing(
     draw: Callable[[list[int]], np.ndarray],
     files: Sequence[Path],
     metadata: Sequence[Mapping[str, str]],

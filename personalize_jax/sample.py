@@ -19,7 +19,7 @@ from personalize_jax.errors import UserError
 from personalize_jax.personalized import load_personalized, load_placed
 from personalize_jax.pictures import file_name
 from personalize_jax.pipeline.cascade import batch_of
-from personalize_jax.pipeline.kept import draw_kept
+from personalize_jax.pipeline.kept import sample_kept
 from personalize_jax.subject.identifier import PLACEHOLDER, substitute, warn_without_placeholder
 
 
@@ -57,7 +57,7 @@ def main(_: list[str]) -> None:
     files = [out / file_name(prompt, seed) for prompt, seed in jobs]
     batch_size = batch_of(len(jobs), arguments.batch_size)  # the same, however many of them are there already
     with tqdm(total=len(jobs), desc="sampling", unit="img") as bar:
-        draw_kept(pipeline, pipeline.fingerprint, texts, [seed for _, seed in jobs], files, batch_size, bar.update)
+        sample_kept(pipeline, pipeline.fingerprint, texts, [seed for _, seed in jobs], files, batch_size, bar.update)
     if hosts.is_first():
         print(*files, sep="\n")
 

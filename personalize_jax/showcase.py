@@ -20,7 +20,7 @@ from personalize_jax.metrics.metric import Picture
 from personalize_jax.personalized import Personalized
 from personalize_jax.pictures import file_name
 from personalize_jax.pipeline import Pipeline
-from personalize_jax.pipeline.kept import draw_kept
+from personalize_jax.pipeline.kept import sample_kept
 from personalize_jax.report import Panel, gallery, read_metrics, report_html
 from personalize_jax.scoring import score, summary
 from personalize_jax.subject.dataset import SubjectDataset
@@ -230,6 +230,6 @@ def _draw(
     config: ConfigDict,
     title: str,
 ) -> np.ndarray:
-    """`pipeline.kept.draw_kept` with a progress bar."""
+    """`pipeline.kept.sample_kept` with a progress bar."""
     with tqdm(total=len(files), desc=title, unit="img") as bar:
-        return np.stack(draw_kept(pipeline, weights, texts, seeds, files, config.report.batch_size, bar.update))
+        return np.stack(sample_kept(pipeline, weights, texts, seeds, files, config.report.batch_size, bar.update))

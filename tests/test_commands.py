@@ -179,13 +179,13 @@ def test_samples_that_cannot_be_drawn(pretrained, photos, tmp_path, flags, sente
 
 def draw_one_at_once():
     """Let batches of more than one picture fail."""
-    whole = cascade.draw_pictures
+    whole = cascade.sample_pictures
 
-    def draw_pictures(stage, sampling, mesh, params, keys, *others):
+    def sample_pictures(stage, sampling, mesh, params, keys, *others):
         assert len(keys) == 1
         return whole(stage, sampling, mesh, params, keys, *others)
 
-    cascade.draw_pictures = draw_pictures
+    cascade.sample_pictures = sample_pictures
 
 
 def test_pictures_are_those_of_their_seeds_however_many_are_drawn(pretrained, tmp_path):

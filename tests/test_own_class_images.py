@@ -15,7 +15,7 @@ def test_own_class_images_take_the_place_of_drawn_ones(pretrained, photos, tmp_p
     own = shutil.copytree(photos, tmp_path / "dogs")
     config, workdir = tiny_world.get_config(pretrained, class_images__folder=str(own)), tmp_path / "run"
     pipeline, given = pj.load_pipeline(pretrained), pj.load_subject(photos, "dog", 16)
-    images = personalization.draw_class_images(pipeline, None, ["base", "super_resolution"], config, workdir)
+    images = personalization.sample_class_images(pipeline, None, ["base", "super_resolution"], config, workdir)
     expected = np.stack([image.pixels for image in given.images])
     assert not workdir.exists() and set(images) == {"base", "super_resolution"}
     for pictures in images.values():

@@ -26,13 +26,13 @@ def downsample(x_BHWC: Array, size: int) -> Array:
     return x_BHWC.reshape(batch, size, height // size, size, width // size, channels).mean((2, 4))
 
 
-def upsample(low_BHWC: Array, size: int, corners: bool = False) -> Array:
+def upsample(low_BHWC: Array, size: int, align_corners: bool = False) -> Array:
     """[B, size, size, C] pictures by bilinear interpolation.
 
     Args:
         low_BHWC: pictures.
         size: side of the larger pictures.
-        corners: whether the centres of the corner pixels stay in the corners (PyTorch's align_corners=True, as in
+        align_corners: whether the centres of the corner pixels stay in the corners (PyTorch's align_corners=True, as in
             DeepFloyd IF). Otherwise pixels are areas, and the border's half pixel repeats the edge.
 
     Raises:
@@ -41,7 +41,7 @@ def upsample(low_BHWC: Array, size: int, corners: bool = False) -> Array:
     batch, height, width, channels = low_BHWC.shape
     if size < max(height, width):
         raise ValueError(f"Pictures of {height}x{width} cannot be enlarged to {size}x{size}; use downsample.")
-    if not corners:
+    if not align_corners:
         return jax.image.resize(low_BHWC, (batch, size, size, channels), "bilinear", antialias=False)
     rows, columns = _corner_weights(height, size), _corner_weights(width, size)
     return jnp.einsum("ih,bhwc,jw->bijc", rows, low_BHWC, columns, precision="highest")

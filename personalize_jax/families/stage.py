@@ -77,7 +77,7 @@ class Stage:
         channels: of what is denoised: 3 of a picture, or those of its latents.
         factor: pixels to a latent's side; 1 where pictures themselves are denoised.
         spacing: which times of a discrete process sampling visits.
-        corners: whether low-resolution pictures are enlarged between the centres of their corner pixels.
+        align_corners: whether low-resolution pictures are enlarged between the centres of their corner pixels.
         learned_variance: whether the network's output has a second half that tells the steps' variance.
     """
 
@@ -92,7 +92,7 @@ class Stage:
     channels: int = 3
     factor: int = 1
     spacing: samplers.Spacing | None = None
-    corners: bool = False
+    align_corners: bool = False
     learned_variance: bool = False
 
     @property
@@ -150,10 +150,10 @@ class Stage:
             level_B: noise levels in [0, 1].
             noise: standard normal, of the upsampled pictures' shape.
         """
-        upsampled = augmentation.upsample(low_BHWC, self.resolution, self.corners)
+        upsampled = augmentation.upsample(low_BHWC, self.resolution, self.align_corners)
         return augmentation.augment(self.augmentation, upsampled, level_B, noise), level_B
 
-    def draw(
+    def sample(
         self,
         params: Params,
         keys_B: Array,
@@ -162,7 +162,7 @@ class Stage:
         sampling: Sampling,
         low_BHWC: Array | None = None,
     ) -> Array:
-        """Draw pictures, or latents; traceable.
+        """Sample pictures, or latents; traceable.
 
         Args:
             params: of this stage.

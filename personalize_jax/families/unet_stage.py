@@ -83,7 +83,7 @@ def unet_stage(
         channels=channels,
         factor=factor,
         spacing=scheduler.spacing,
-        corners=enlarges,
+        align_corners=enlarges,
         learned_variance=learned_variance,
     )
 

@@ -30,13 +30,13 @@ class Pipeline:
     Attributes:
         family: the model, all but its parameters.
         params: by network, as they are computed with.
-        in_full: what reads the parameters of a network in float32, by name, where `params` has them rounded.
-        digests: of networks in full, by name; filled in by `fingerprint`, and kept by copies that share the networks.
+        read_float32: what reads the parameters of a network in float32, by name, where `params` has them rounded.
+        digests: of float32 networks, by name; filled in by `fingerprint`, and kept by copies that share the networks.
     """
 
     family: Family
     params: Params
-    in_full: Mapping[str, Callable[[], Params]] = dataclasses.field(default_factory=dict)
+    read_float32: Mapping[str, Callable[[], Params]] = dataclasses.field(default_factory=dict)
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -53,10 +53,10 @@ class Pipeline:
     def fingerprint(self) -> str:
         """A digest of all parameters, and of how the stages are sampled.
 
-        The first call reads every byte of every network, in full; copies of the pipeline read what was replaced alone.
+        The first call reads every byte of every network, in float32; copies of the pipeline read what was replaced alone.
         """
-        for name in sorted(self.params.keys() - self.digests.keys()):  # one network at a time is in memory in full
-            self.digests[name] = _digest(self.params_in_full(name))
+        for name in sorted(self.params.keys() - self.digests.keys()):  # one float32 network at a time is in memory
+            self.digests[name] = _digest(self.float32_params(name))
         samplings = [stage.sampling._asdict() for stage in self.stages]
         digests = {name: self.digests[name] for name in self.params}
         made_of = json.dumps({"samplings": samplings, "networks": digests}, sort_keys=True)
@@ -74,28 +74,28 @@ class Pipeline:
         names = " and ".join(stage.name for stage in self.stages)
         raise UserError(f"The pipeline has no stage {name!r}; its stages are {names}.")
 
-    def params_in_full(self, name: str) -> Params:
+    def float32_params(self, name: str) -> Params:
         """The float32 parameters of a network: to train it, or to save it.
 
         Raises:
             UserError: `params` has them rounded, and they cannot be read again from where they came from.
         """
-        return self.in_full[name]() if name in self.in_full else self.params[name]
+        return self.read_float32[name]() if name in self.read_float32 else self.params[name]
 
     def networks(self, stage: str) -> Params:
         """What a stage's training is about: its "denoiser", and the networks that turn captions into conditioning."""
         encoders = {name: self.params[name] for name in self.family.encoders}
         return {"denoiser": self.params[stage], **encoders}
 
-    def network_in_full(self, stage: str, name: str) -> Params:
+    def float32_network(self, stage: str, name: str) -> Params:
         """The float32 parameters of a network by the name that `networks` has for it."""
-        return self.params_in_full(stage if name == "denoiser" else name)
+        return self.float32_params(stage if name == "denoiser" else name)
 
     def replace_params(self, **params: Params) -> "Pipeline":
-        """The same pipeline with some of its parameters replaced, by name, with others in full."""
-        in_full = {name: read for name, read in self.in_full.items() if name not in params}
+        """The same pipeline with some of its parameters replaced, by name, with other float32 ones."""
+        read_float32 = {name: read for name, read in self.read_float32.items() if name not in params}
         digests = {name: digest for name, digest in self.digests.items() if name not in params}
-        return dataclasses.replace(self, params={**self.params, **params}, in_full=in_full, digests=digests)
+        return dataclasses.replace(self, params={**self.params, **params}, read_float32=read_float32, digests=digests)
 
     def replace_sampling(self, **samplings: Sampling) -> "Pipeline":
         """The same pipeline with some of its stages drawn in another way, by stage name."""
@@ -215,7 +215,7 @@ class Pipeline:
             keys = jnp.stack([_picture_key(seeds[row], self.stages.index(stage)) for row in rows])
             cond = self.condition([prompts[row] for row in rows])
             inputs = _split_over_devices((keys, cond, null, None if low_res is None else low_res[rows]))
-            batch = draw_pictures(stage, sampling or stage.sampling, _devices(), params, *inputs)
+            batch = sample_pictures(stage, sampling or stage.sampling, _devices(), params, *inputs)
             batch = self.family.to_pictures(self.params, batch)
             kept = slice(start, start + size)
             _check_finite(hosts.whole(finite(batch)), stage.name, prompts[kept], seeds[kept])
@@ -225,7 +225,7 @@ class Pipeline:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def draw_pictures(
+def sample_pictures(
     stage: Stage,
     sampling: Sampling,
     mesh: Mesh,
@@ -243,7 +243,7 @@ def draw_pictures(
     low = None if low_res is None else to_float(low_res)
     params = jax.lax.with_sharding_constraint(params, NamedSharding(mesh, P()))
     with attention.over(mesh):
-        return stage.draw(params, keys_B, cond, null_cond, sampling, low)
+        return stage.sample(params, keys_B, cond, null_cond, sampling, low)
 
 
 def batch_of(count: int, batch_size: int) -> int:
@@ -301,11 +301,11 @@ def _on_every_device(params: Params) -> Params:
     """Parameters that lie on one device, on all of them; those that are sharded already stay as they are."""
     if jax.device_count() == 1:
         return params
-    everywhere = NamedSharding(_devices(), P())
+    replicated = NamedSharding(_devices(), P())
 
     def place(value: Any) -> Array:
         sharded = isinstance(value, Array) and len(value.sharding.device_set) > 1
-        return value if sharded else hosts.put(value, everywhere)
+        return value if sharded else hosts.put(value, replicated)
 
     return jax.tree.map(place, params)
 

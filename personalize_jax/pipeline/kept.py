@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from personalize_jax.pictures import draw_missing
+from personalize_jax.pictures import sample_missing
 from personalize_jax.pipeline.cascade import Pipeline
 
 
-def draw_kept(
+def sample_kept(
     pipeline: Pipeline,
     weights: str,
     texts: Sequence[str],
@@ -35,4 +35,4 @@ def draw_kept(
         some = [texts[i] for i in rows], [seeds[i] for i in rows]
         return pipeline.sample(*some, batch_size, full_batches=True)[-1]  # of one size, whatever is missing
 
-    return draw_missing(sample, files, wanted, batch_size, progress)
+    return sample_missing(sample, files, wanted, batch_size, progress)

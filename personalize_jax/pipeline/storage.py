@@ -46,6 +46,6 @@ def save_pipeline(pipeline: Pipeline, folder: Path, dtype: Any = jnp.float16) ->
         UserError: a file cannot be written.
     """
     if jax.process_count() > 1:  # which hold parts of it
-        params = {name: hosts.gathered(pipeline.params_in_full(name)) for name in pipeline.params}
+        params = {name: hosts.gathered(pipeline.float32_params(name)) for name in pipeline.params}
         pipeline = pipeline.replace_params(**params)
-    hosts.first_does(lambda: pipeline.family.write(pipeline.params_in_full, folder, dtype))
+    hosts.first_does(lambda: pipeline.family.write(pipeline.float32_params, folder, dtype))

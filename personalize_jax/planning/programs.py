@@ -16,7 +16,7 @@ from personalize_jax.errors import UserError
 from personalize_jax.families.objective import INSTANCE, PRIOR, groups_of
 from personalize_jax.families.stage import Conditioning
 from personalize_jax.pipeline import Pipeline, Sampling, Stage
-from personalize_jax.pipeline.cascade import draw_pictures
+from personalize_jax.pipeline.cascade import sample_pictures
 from personalize_jax.planning import slices
 from personalize_jax.planning.compiler import ask
 from personalize_jax.planning.hlo import Collective
@@ -128,7 +128,7 @@ def sampling_step(
     inputs = jax.tree.map(lambda a: Shape(a.shape, a.dtype, sharding=over_devices), (keys, cond, cond, low_res))
     held = resident(pipeline, config, mesh_of(config, devices))
     memory = {"pretrained": bytes_per_device(held), "batch": bytes_per_device(inputs)}
-    lowered = draw_pictures.lower(stage, sampling, mesh, held[stage.name], *inputs)
+    lowered = sample_pictures.lower(stage, sampling, mesh, held[stage.name], *inputs)
     arguments = memory["batch"] + bytes_per_device(held[stage.name])
     return measured(lowered, memory, arguments, 1, devices)
 

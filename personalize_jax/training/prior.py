@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from personalize_jax.errors import UserError
-from personalize_jax.pictures import draw_missing
+from personalize_jax.pictures import sample_missing
 from personalize_jax.pipeline import Pipeline, Sampling, Stage
 from personalize_jax.subject.images import SUFFIXES, list_images, load_images
 
@@ -66,7 +66,7 @@ def class_images(
             how = before, batch_size, samplings[stage.name]
             return pipeline.sample_stage(stage, [prompt] * len(seeds), seeds, *how, full_batches=True)
 
-        low_res = pictures[stage.name] = np.stack(draw_missing(draw, files, metadata, batch_size, progress))
+        low_res = pictures[stage.name] = np.stack(sample_missing(draw, files, metadata, batch_size, progress))
     return pictures
 
 

@@ -42,7 +42,7 @@ class Canvas:
     def times(self, sampling):
         return jnp.ones((1,))
 
-    def draw(self, params, keys_B, cond, null_cond, sampling, low_BHWC=None):
+    def sample(self, params, keys_B, cond, null_cond, sampling, low_BHWC=None):
         levels = jax.vmap(jax.random.categorical)(keys_B, self.logits(params, cond))
         return 2 * levels / (LEVELS - 1) - 1
 

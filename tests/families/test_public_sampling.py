@@ -63,7 +63,7 @@ def our_pictures(pipeline, stage, low=None):
     keys = jax.random.split(jax.random.key(0), len(PROMPTS))
     sampling = stage.sampling._replace(num_steps=STEPS)
     with noises_kept() as noises:
-        draw = jax.jit(lambda params, text, null, low: stage.draw(params, keys, text, null, sampling, low))
+        draw = jax.jit(lambda params, text, null, low: stage.sample(params, keys, text, null, sampling, low))
         texts = pipeline.condition(PROMPTS), pipeline.condition([""] * len(PROMPTS))
         pictures = draw(pipeline.params[stage.name], *texts, low)
         pictures = pipeline.family.to_pictures(pipeline.params, pictures)
@@ -160,7 +160,7 @@ def test_guided_steps_take_the_variance_that_the_prompt_gives():
 @pytest.mark.parametrize("corners", [False, True])
 def test_low_resolution_pictures_are_enlarged_as_in_diffusers(corners):
     low = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
-    enlarged, _ = stage_of(None, corners=corners).condition(low, jnp.zeros(2), jnp.zeros((2, 16, 16, 3)))
+    enlarged, _ = stage_of(None, align_corners=corners).condition(low, jnp.zeros(2), jnp.zeros((2, 16, 16, 3)))
     low_BCHW = torch.from_numpy(np.moveaxis(low, -1, 1).copy())
     reference = torch.nn.functional.interpolate(low_BCHW, (16, 16), mode="bilinear", align_corners=corners)
     np.testing.assert_allclose(enlarged, np.moveaxis(reference.numpy(), 1, -1), atol=1e-3)
@@ -171,7 +171,7 @@ def test_what_is_denoised_starts_from_other_noise_than_that_of_the_low_resolutio
     text = jnp.zeros((2, 4, 5)), jnp.ones((2, 4), bool)
     sampling = Sampling("ddim", 1, 1.0, threshold_max=None, augmentation_level=0.5)
     answers = (lambda z, t, text, mask, low, level: z), (lambda z, t, text, mask, low, level: low)
-    x_T, shown = (np.ravel(stage_of(answer).draw({}, keys, text, text, sampling, low)) for answer in answers)
+    x_T, shown = (np.ravel(stage_of(answer).sample({}, keys, text, text, sampling, low)) for answer in answers)
     assert np.std(x_T) == pytest.approx(1, abs=0.1) and np.std(shown) == pytest.approx(0.5**0.5, abs=0.1)
     assert abs(np.corrcoef(x_T, shown)[0, 1]) < 0.1
 

@@ -41,7 +41,7 @@ def text(value):
 
 def draw(stage, sampling=SAMPLING, low=None, condition=0.2, null=0.1):
     keys = jax.random.split(jax.random.key(1), B)
-    return stage.draw({}, keys, text(condition), text(null), sampling, low)
+    return stage.sample({}, keys, text(condition), text(null), sampling, low)
 
 
 def mean_text(z, t, text, mask, *low_res):
@@ -170,7 +170,7 @@ def test_super_resolution_starts_from_other_noise_than_its_condition_has():
 
 @pytest.mark.parametrize("corners", [False, True])
 def test_low_resolution_pictures_are_enlarged_as_the_stage_says(corners):
-    enlarging = dataclasses.replace(read_stage(tiny.SUPER_RESOLUTION), corners=corners)
+    enlarging = dataclasses.replace(read_stage(tiny.SUPER_RESOLUTION), align_corners=corners)
     low = jax.random.uniform(jax.random.key(3), (B, 8, 8, 3), minval=-1)
     found, _ = enlarging.condition(low, jnp.zeros(B), jnp.zeros((B, 16, 16, 3)))
     np.testing.assert_allclose(found, upsample(low, 16, corners), atol=1e-5)

@@ -10,7 +10,7 @@ import numpy as np
 from configs import deepfloyd_if
 from personalize_jax.models.params import flatten
 from personalize_jax.personalized import load_personalized, load_placed
-from personalize_jax.pipeline.cascade import draw_pictures
+from personalize_jax.pipeline.cascade import sample_pictures
 from personalize_jax.planning.hlo import collectives
 from personalize_jax.training.examples import make_examples
 from personalize_jax.training.program import stage_program
@@ -45,10 +45,10 @@ def gathered_in_loop(pipeline):
     stage, programs = pipeline.stages[0], []
 
     def compiled(stage, sampling, mesh, params, *inputs):
-        programs.append(draw_pictures.lower(stage, sampling, mesh, params, *inputs).compile().as_text())
-        return draw_pictures(stage, sampling, mesh, params, *inputs)
+        programs.append(sample_pictures.lower(stage, sampling, mesh, params, *inputs).compile().as_text())
+        return sample_pictures(stage, sampling, mesh, params, *inputs)
 
-    sys.modules["personalize_jax.pipeline.cascade"].draw_pictures = compiled
+    sys.modules["personalize_jax.pipeline.cascade"].sample_pictures = compiled
     pictures = pipeline.sample_stage(stage, PROMPTS, SEEDS)
     found = collectives(programs[0])
     return pictures, {

@@ -69,7 +69,7 @@ def test_eight_devices_draw_the_same_pictures(together, tmp_path):
 
 
 class Recording:
-    """In place of `draw_pictures`: notes what it is given, and draws the pictures that it is told to."""
+    """In place of `sample_pictures`: notes what it is given, and draws the pictures that it is told to."""
 
     def __init__(self, draws=lambda stage, keys, low: jnp.zeros((len(keys), *stage.shape))):
         self.draws, self.sizes, self.keys, self.low, self.samplings = draws, [], [], [], []
@@ -86,7 +86,7 @@ class Recording:
 @pytest.fixture
 def recording(monkeypatch):
     recording = Recording()
-    monkeypatch.setattr(cascade, "draw_pictures", recording)
+    monkeypatch.setattr(cascade, "sample_pictures", recording)
     return recording
 
 
@@ -140,7 +140,7 @@ def test_pictures_are_enlarged_each_with_its_own_seed_and_sampling(pipeline, mon
         value = jax.vmap(lambda key: jax.random.uniform(key))(keys) if low is None else jnp.mean(low, (1, 2, 3)) / 255
         return jnp.broadcast_to(value[:, None, None, None], (len(keys), *stage.shape))
 
-    monkeypatch.setattr(cascade, "draw_pictures", recording := Recording(draws))
+    monkeypatch.setattr(cascade, "sample_pictures", recording := Recording(draws))
     other = pipeline.stages[1].sampling._replace(num_steps=7)
     low, enlarged = pipeline.sample(["a dog"] * len(levels), range(len(levels)), 4, {"super_resolution": other})
     assert len({picture[0, 0, 0] for picture in low}) > 3
@@ -158,7 +158,7 @@ def test_pictures_that_are_not_finite_are_told_with_stage_prompt_and_seed(pipeli
     def draws(stage, keys, low):
         return jnp.zeros((len(keys), *stage.shape)).at[1, 2, 3, 0].set(jnp.inf)
 
-    monkeypatch.setattr(cascade, "draw_pictures", Recording(draws))
+    monkeypatch.setattr(cascade, "sample_pictures", Recording(draws))
     with pytest.raises(UserError, match="'a cat' .seed 4."):
         pipeline.sample(["a dog", "a cat"], [7, 4])
     assert len(pipeline.sample(["a dog"], [7], batch_size=2, full_batches=True)[-1]) == 1  # what is cut does not matter
@@ -167,7 +167,7 @@ def test_pictures_that_are_not_finite_are_told_with_stage_prompt_and_seed(pipeli
 def test_a_picture_of_a_later_batch_that_is_not_finite_is_told_by_its_own_prompt_and_seed(pipeline, monkeypatch):
     values = iter([0.0, jnp.inf])
     draw = Recording(lambda stage, keys, low: jnp.full((len(keys), *stage.shape), next(values)))
-    monkeypatch.setattr(cascade, "draw_pictures", draw)
+    monkeypatch.setattr(cascade, "sample_pictures", draw)
     with pytest.raises(UserError, match="'a clock in the snow' .seed 4."):
         pipeline.sample(PROMPTS, SEEDS, batch_size=2)
 
@@ -201,7 +201,7 @@ def test_networks_are_read_once_for_the_fingerprints_of_all_that_share_them(pipe
     def reading(name):
         return lambda: read.append(name) or pipeline.params[name]
 
-    rounded = dataclasses.replace(pipeline, in_full={name: reading(name) for name in pipeline.params}, digests={})
+    rounded = dataclasses.replace(pipeline, read_float32={name: reading(name) for name in pipeline.params}, digests={})
     assert rounded.fingerprint == pipeline.fingerprint
     other = jax.tree.map(lambda leaf: leaf * 1.5, pipeline.params["base"])
     tuned = rounded.replace_params(base=other)

@@ -66,7 +66,7 @@ def test_what_networks_round_lies_rounded_and_is_read_in_full(sources):
         in_full = path.endswith(("bias", "scale", "positional_embedding", "relative_attention_bias/embedding"))
         assert dtype == (FULL if in_full else ROUNDED), path
     for name, params in exact.params.items():
-        jax.tree.map(np.testing.assert_array_equal, rounded.params_in_full(name), params)
+        jax.tree.map(np.testing.assert_array_equal, rounded.float32_params(name), params)
     assert rounded.fingerprint == exact.fingerprint
 
 
@@ -118,7 +118,7 @@ def test_what_is_trained_starts_in_full_and_all_else_lies_rounded(sources, chang
 
     def read_float32(name):
         read.append(name)
-        return pipeline.network_in_full(stage.name, name)
+        return pipeline.float32_network(stage.name, name)
 
     identifier = Identifier(np.array([3]), np.array([[3, 5]]))
     made = stage_program(stage, pipeline.family, start, {}, config, 0, identifier, read_float32)

@@ -62,7 +62,7 @@ def keys_of_pictures(i, stage, monkeypatch):
     picture_keys = jnp.stack([_picture_key(seed, i) for seed in range(10)])
     with monkeypatch.context() as patch:
         keys = Keys(patch, lambda data, keys: jax.debug.callback(lambda data: keys.append(data), data))
-        drawn = stage.draw(tiny.linear_params()["denoiser"], picture_keys, text, text, sampling, low)
+        drawn = stage.sample(tiny.linear_params()["denoiser"], picture_keys, text, text, sampling, low)
         jax.block_until_ready(drawn)
         jax.effects_barrier()
     return keys.used, keys.folded
