@@ -54,6 +54,7 @@ def test_both_stages_are_pretrained_one_after_the_other_saved_and_sampled(base, 
     )
 
 
+@pytest.mark.slow
 def test_a_rectified_flow_is_pretrained_saved_and_sampled(tmp_path):
     """From logit-normal times, predicting the velocity; sampled as pictures are, and as class images are."""
     flow = config("base", num_steps=40).unlock()

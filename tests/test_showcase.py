@@ -181,7 +181,7 @@ def test_pictures_that_the_probe_cannot_read_are_refused_before_any_is_drawn(cas
         showcase.check(tiny.pipeline(), with_probe)
     larger = dataclasses.replace(cascade.stages[0], resolution=48)
     with pytest.raises(UserError, match="not the 48 of base"):
-        showcase.check(dataclasses.replace(cascade, stages=(larger,)), with_probe)
+        showcase.check(dataclasses.replace(cascade, family=cascade.family.with_stages((larger,))), with_probe)
 
 
 def test_the_report_says_where_class_images_come_from_if_they_were_not_drawn(photos):

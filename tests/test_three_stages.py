@@ -12,6 +12,8 @@ from personalize_jax.personalized import load_personalized
 from personalize_jax.pipeline import Pipeline, load_pipeline, save_pipeline
 from tests import tiny, tiny_world
 
+pytestmark = pytest.mark.slow
+
 THIRD = {**tiny.SUPER_RESOLUTION, "name": "last", "resolution": 32, "low_resolution": 16}
 
 

@@ -53,7 +53,7 @@ class Pipeline:
     def fingerprint(self) -> str:
         """A digest of all parameters, and of how the stages are sampled.
 
-        The first call reads every byte of every network, in float32; copies of the pipeline read what was replaced alone.
+        The first call reads every byte of every float32 network; copies of the pipeline read what was replaced alone.
         """
         for name in sorted(self.params.keys() - self.digests.keys()):  # one float32 network at a time is in memory
             self.digests[name] = _digest(self.float32_params(name))

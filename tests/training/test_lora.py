@@ -92,16 +92,16 @@ def test_at_first_adapters_change_nothing_and_are_small():
     assert np.std(of_wide["text_encoder"]["mlp"]["kernel"]["down"]) == pytest.approx(1 / RANK, rel=0.1)
     downs = [a.ravel()[:6] for path, a in flatten(of_wide).items() if path.endswith("down")]
     assert len(np.unique(np.concatenate(downs))) == 6 * len(TARGETS)  # a key each
-    jax.tree.map(np.testing.assert_array_equal, LORA.export(PARAMS, first_adapters()), PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, LORA.export(PARAMS, first_adapters(), None), PARAMS)
 
 
 def test_adapters_of_another_network_are_refused():
     with pytest.raises(UserError, match=r"denoiser/conv/kernel.*\(3, 3, 8, 6\).*missing"):
-        LORA.export({"denoiser": {}}, {"denoiser": {"conv": random_adapters()["denoiser"]["conv"]}})
+        LORA.export({"denoiser": {}}, {"denoiser": {"conv": random_adapters()["denoiser"]["conv"]}}, None)
     other = {"text_encoder": {"mlp": {"kernel": jnp.ones((1, 5))}}}
     for complete in (LORA.apply, LORA.export):
         with pytest.raises(UserError, match=r"text_encoder/mlp/kernel.*\(4, 5\).*of \(1, 5\) here"):
-            complete(other, {"text_encoder": random_adapters()["text_encoder"]})
+            complete(other, {"text_encoder": random_adapters()["text_encoder"]}, None)
 
 
 def case(name):
@@ -155,7 +155,7 @@ def test_a_network_with_adapters_is_what_is_exported_and_learns_as_that_would(na
 
     def outputs_and_gradients(complete):
         def loss(trained):
-            outputs = jax.tree.leaves(adapters.apply(network, complete(frozen, trained)["network"], *inputs))[0]
+            outputs = jax.tree.leaves(adapters.apply(network, complete(frozen, trained, None)["network"], *inputs))[0]
             return jnp.sum(jnp.sin(outputs)), outputs
 
         (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(trained)
