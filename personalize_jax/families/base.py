@@ -67,7 +67,7 @@ class Family(Protocol):
         Args:
             stage: the stage in training.
             objective: constants of the loss, and the groups.
-            params: {"denoiser": ...} and the `encoders`, with trained and frozen values merged.
+            params: {"denoiser": ...} and the `encoders`, for `models.adapters.apply`: some may come with adapters.
             frozen_params: the pretrained ones, as far as targets need them.
             batches: a batch of each group by its name, all of one size.
             rng: random key of this step.

@@ -59,7 +59,7 @@ def personalization_loss(
         stage: the stage in training.
         family: the model's family, which gives captions their conditioning where they carry none.
         objective: constants of the loss, and the groups.
-        params: {"denoiser": ...} and the family's encoders, with trained and frozen values merged.
+        params: {"denoiser": ...} and the family's encoders, each with adapters if it is trained by some.
         frozen_params: the pretrained ones; only targets that need them read them.
         batches: a batch of each group by its name, all of one size.
         rng: random key of this step.
