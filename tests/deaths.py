@@ -5,7 +5,7 @@ import signal
 import time
 
 from personalize_jax import personalization, pictures, showcase
-from personalize_jax.pipeline import storage
+from personalize_jax.families import world
 from personalize_jax.training import tracking
 
 
@@ -62,7 +62,7 @@ def die_tuning_super_resolution():
 
 
 def die_saving_the_pipeline():
-    die_in_call(storage, "save_params", 2)
+    die_in_call(world, "save_params", 2)
 
 
 def die_tuning_without_prior():

@@ -37,7 +37,9 @@ def folder(tmp_path_factory):
     """A tiny cascade whose pictures are large enough for the probe, and the runs of all experiments."""
     folder = tmp_path_factory.mktemp("studies")
     smallest = {"channels": (64,), "down_blocks": (0,), "up_blocks": (0,), "attention": (True,)}
-    save_pipeline(tiny.pipeline(resolution=16, **smallest), folder / "tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiny.TEXT, "max_length", 16)  # room for the many tokens of random characters
+        save_pipeline(tiny.pipeline(resolution=16, **smallest), folder / "tiny")
     return folder
 
 

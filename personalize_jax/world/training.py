@@ -74,7 +74,7 @@ def network_program(
     return Program(
         loss=loss_of,
         sample_batch=sample_batch,
-        init_params=lambda key, start, identifier: init(key),
+        init_params=lambda start, identifier, key: init(key),
         examples=sharding.placed(examples, config.sharding, mesh),
         config=config,
         key=jax.random.key(SEED),

@@ -94,10 +94,12 @@ def test_failures_come_back_in_words(cluster, config, subjects, tmp_path):
     file.write_text("def sweep(config):\n    yield {'training.prior.form': 'none'}\n")
     (point,) = read_points(file, config)
     engine = Ray(cluster.address, {"CPU": 1}, max_retries=0)
-    with pytest.raises(UserError, match="The point training.prior.form=none cannot be run: .*form for base is 'none'"):
+    with pytest.raises(
+        UserError, match="The point training.prior.form=none cannot be run: .*prior.form is 'none'; give"
+    ):
         engine.check([point])
     (result,) = sweep.conduct([point], subjects, engine, tmp_path, "DINO")
-    assert result.status.startswith("failed: The prior's form for base is 'none'; give one of")
+    assert result.status.startswith("failed: config.training.prior.form is 'none'; give one of")
 
 
 def test_a_cluster_that_is_not_there(tmp_path, monkeypatch):
