@@ -20,7 +20,7 @@ from personalize_jax.world.render import render
 from personalize_jax.world.scene import CLASSES, COLOURS, Scene, sample_subjects, sample_views
 
 COUNT = 360
-STEPS = 24  # of the small trainings
+STEPS = 60  # of the small trainings
 
 
 @pytest.fixture(scope="module")
