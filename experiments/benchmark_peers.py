@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from personalize_jax import command
-from personalize_jax.errors import UserError
-from personalize_jax.files import write_text
+from personalize_jax.runtime import command
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.files import write_text
 
 LAYOUTS = ("ours", "diffusers", "diffusers, channels last")
 LAMBDA, LEARNING_RATE, CLIP_NORM = 1.0, 1e-5, 1.0

@@ -14,10 +14,10 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from personalize_jax import command
-from personalize_jax.files import write_text
+from personalize_jax.evaluation.report import Panel, gallery
 from personalize_jax.pipeline import load_pipeline
-from personalize_jax.report import Panel, gallery
+from personalize_jax.runtime import command
+from personalize_jax.runtime.files import write_text
 from personalize_jax.world.captions import prompt, words_for
 from personalize_jax.world.probe import Probe
 from personalize_jax.world.reading import accuracy

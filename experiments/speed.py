@@ -21,11 +21,11 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from personalize_jax import command
-from personalize_jax.configuration import check_values, stage_trainings
-from personalize_jax.files import write_text
-from personalize_jax.personalization import stage_examples, with_embeddings
+from personalize_jax.method.configuration import check_values, stage_trainings
+from personalize_jax.method.personalization import stage_examples, with_embeddings
 from personalize_jax.pipeline import Pipeline, Stage, load_pipeline
+from personalize_jax.runtime import command
+from personalize_jax.runtime.files import write_text
 from personalize_jax.training.loop import train
 from personalize_jax.training.program import stage_program
 

@@ -20,26 +20,26 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from experiments import tables
-from personalize_jax import command, manifest
 from personalize_jax.benchmark.loading import load_benchmark
 from personalize_jax.benchmark.subjects import BenchmarkSubject
-from personalize_jax.configuration import changed, check, check_values, num_steps, training_sections
-from personalize_jax.errors import UserError
-from personalize_jax.evaluation import evaluate
-from personalize_jax.metrics.metric import MetricEncoders
-from personalize_jax.metrics.table import Row
-from personalize_jax.personalization import (
+from personalize_jax.evaluation.protocol import evaluate
+from personalize_jax.evaluation.report import Panel
+from personalize_jax.evaluation.scoring import find_encoders, load_encoders, read_rows, summary, write_rows
+from personalize_jax.evaluation.showcase import sheets
+from personalize_jax.method.configuration import changed, check, check_values, num_steps, training_sections
+from personalize_jax.method.personalization import (
     SubjectPhotos,
     class_knowledge,
     load_pretrained,
     personalize_subject,
     tune_again,
 )
-from personalize_jax.personalized import Personalized, load_personalized
+from personalize_jax.method.personalized import Personalized, load_personalized
+from personalize_jax.metrics.metric import MetricEncoders
+from personalize_jax.metrics.table import Row
 from personalize_jax.pipeline import Pipeline
-from personalize_jax.report import Panel
-from personalize_jax.scoring import find_encoders, load_encoders, read_rows, summary, write_rows
-from personalize_jax.showcase import sheets
+from personalize_jax.runtime import command, manifest
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.subject.class_noun import determine
 from personalize_jax.subject.identifier import PLACEHOLDER
 from personalize_jax.subject.images import from_pixels, read_image

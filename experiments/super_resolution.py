@@ -14,10 +14,10 @@ from experiments import study
 from experiments.study import Arm, Study
 from experiments.tables import Finding
 from personalize_jax.benchmark.subjects import BenchmarkSubject
-from personalize_jax.configuration import changed
-from personalize_jax.errors import UserError
+from personalize_jax.method.configuration import changed
+from personalize_jax.method.personalized import Personalized
 from personalize_jax.metrics.table import Row
-from personalize_jax.personalized import Personalized
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.training.examples import downsample_uint8
 from personalize_jax.world.photos import unseen_views
 

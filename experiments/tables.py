@@ -9,8 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from personalize_jax import metric_registry
-from personalize_jax.files import replacing, write_text
+from personalize_jax.evaluation import metric_registry
 from personalize_jax.metrics.table import (
     Estimate,
     SubjectScores,
@@ -21,6 +20,7 @@ from personalize_jax.metrics.table import (
     estimates,
     markdown,
 )
+from personalize_jax.runtime.files import replacing, write_text
 
 
 class Finding(NamedTuple):

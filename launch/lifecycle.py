@@ -13,7 +13,7 @@ from typing import NoReturn, TypeVar
 from launch import payload, worker
 from launch.gcloud import ABSENT, ACTIVE, FAILED, OVER, SSH_FAILED, GcloudError, Machine, State
 from launch.payload import Program
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.errors import UserError
 
 AGAIN = os.EX_TEMPFAIL  # exit status of a command that has saved and stopped: start it again
 SETUP_TRIES = 3

@@ -10,10 +10,10 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from launch.worker import BUCKETS
-from personalize_jax.errors import UserError
 from personalize_jax.families.registry import EMBEDDED
-from personalize_jax.files import replacing
 from personalize_jax.formats import hub
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.files import replacing
 
 ROOT = Path(__file__).parent.parent
 OUTPUT_FLAGS = ("workdir", "out", "output")  # by which the project's commands are told where to write

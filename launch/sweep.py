@@ -30,16 +30,17 @@ from experiments.study import forget_weights, select
 from launch.sweep_engines import Job, Local, Outcome, Ray, read_job
 from launch.sweep_points import STEPS, Point, prolonged, read_points
 from launch.sweep_table import Result, ranked, write
-from personalize_jax import command, manifest, metric_registry
 from personalize_jax.benchmark.loading import load_benchmark
 from personalize_jax.benchmark.prompts import LIVE_CLASSES, read_prompts
 from personalize_jax.benchmark.subjects import BenchmarkSubject
-from personalize_jax.configuration import changed, check_values
-from personalize_jax.errors import UserError
-from personalize_jax.files import write_text
+from personalize_jax.evaluation import metric_registry
+from personalize_jax.evaluation.scoring import encoder_names, summary
+from personalize_jax.method.configuration import changed, check_values
+from personalize_jax.method.personalization import class_knowledge, load_subject
 from personalize_jax.metrics.table import estimates
-from personalize_jax.personalization import class_knowledge, load_subject
-from personalize_jax.scoring import encoder_names, summary
+from personalize_jax.runtime import command, manifest
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.files import write_text
 from personalize_jax.subject.class_noun import determine
 from personalize_jax.subject.images import list_images, read_image
 from personalize_jax.training import tracking

@@ -22,14 +22,15 @@ from ml_collections import ConfigDict
 
 from experiments.study import Arm, Study, scored_run
 from launch.sweep_points import Point
-from personalize_jax import command, configuration
 from personalize_jax.benchmark.subjects import BenchmarkSubject
-from personalize_jax.errors import UserError
+from personalize_jax.evaluation.scoring import find_encoders, load_encoders, read_rows
+from personalize_jax.method import configuration
+from personalize_jax.method.personalization import load_pretrained
 from personalize_jax.metrics.metric import MetricEncoders
 from personalize_jax.metrics.table import Row
-from personalize_jax.personalization import load_pretrained
 from personalize_jax.pipeline import Pipeline
-from personalize_jax.scoring import find_encoders, load_encoders, read_rows
+from personalize_jax.runtime import command
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.training.program import mesh_of
 from personalize_jax.training.tracking import NO_DESTINATIONS, Destinations
 

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from personalize_jax.configuration import changed
-from personalize_jax.errors import UserError
+from personalize_jax.method.configuration import changed
+from personalize_jax.runtime.errors import UserError
 
 STEPS = "training.num_steps"
 MAX_NAME = 120  # characters; file systems take 255

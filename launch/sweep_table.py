@@ -13,10 +13,10 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from launch.sweep_points import Point, varied
-from personalize_jax import metric_registry
-from personalize_jax.files import replacing, write_text
+from personalize_jax.evaluation import metric_registry
 from personalize_jax.metrics.similarity import Estimate
 from personalize_jax.metrics.table import cell
+from personalize_jax.runtime.files import replacing, write_text
 
 MAX_TICKS = 8
 

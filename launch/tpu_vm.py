@@ -28,8 +28,8 @@ from absl import flags
 from launch import payload, worker
 from launch.gcloud import RUNTIME_VERSIONS, WORKER_SIZE, Machine
 from launch.lifecycle import Launch
-from personalize_jax import command
-from personalize_jax.errors import UserError
+from personalize_jax.runtime import command
+from personalize_jax.runtime.errors import UserError
 
 _NAME = r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?"
 _ZONE = r"[a-z]+-[a-z]+[0-9]+-[a-z]"

@@ -16,10 +16,10 @@ from typing import Any
 
 # No function here has the name of a module: an import of the module would take the function's place.
 _HOMES = {
-    "load_personalized": "personalize_jax.personalized",
+    "load_personalized": "personalize_jax.method.personalized",
     "load_pipeline": "personalize_jax.pipeline",
-    "load_subject": "personalize_jax.personalization",
-    "personalize_subject": "personalize_jax.personalization",
+    "load_subject": "personalize_jax.method.personalization",
+    "personalize_subject": "personalize_jax.method.personalization",
 }
 __all__ = list(_HOMES)
 

@@ -22,18 +22,18 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from personalize_jax import command, hosts, manifest
 from personalize_jax.benchmark.prompts import read_prompts
-from personalize_jax.configuration_keys import EVALUATION, EVALUATION_DEFAULTS, check_keys
-from personalize_jax.errors import UserError
-from personalize_jax.evaluation import evaluate, read_pictures
-from personalize_jax.files import write_text
+from personalize_jax.evaluation.protocol import evaluate, read_pictures
+from personalize_jax.evaluation.scoring import find_encoders, load_encoders, score, summary, write_rows
+from personalize_jax.method.configuration_keys import EVALUATION, EVALUATION_DEFAULTS, check_keys
+from personalize_jax.method.personalization import load_pretrained
+from personalize_jax.method.personalized import load_personalized
 from personalize_jax.metrics.metric import MetricEncoders
 from personalize_jax.metrics.table import Row, comma_separated, estimates, transposed
-from personalize_jax.personalization import load_pretrained
-from personalize_jax.personalized import load_personalized
 from personalize_jax.pipeline import Pipeline
-from personalize_jax.scoring import find_encoders, load_encoders, score, summary, write_rows
+from personalize_jax.runtime import command, hosts, manifest
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.files import write_text
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from personalize_jax import command, manifest
-from personalize_jax.configuration import stage_trainings
-from personalize_jax.errors import UserError
-from personalize_jax.personalization import load_pretrained, save_tuned, tuned_networks, with_tuned_sampling
+from personalize_jax.method.configuration import stage_trainings
+from personalize_jax.method.personalization import load_pretrained, save_tuned, tuned_networks, with_tuned_sampling
 from personalize_jax.pipeline import Pipeline
+from personalize_jax.runtime import command, manifest
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.training.loop import latest
 
 

@@ -12,8 +12,17 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from personalize_jax import command, configuration, manifest, showcase
-from personalize_jax.personalization import begin, load_pretrained, load_subject, made_from, tune_again, tune_cascade
+from personalize_jax.evaluation import showcase
+from personalize_jax.method import configuration
+from personalize_jax.method.personalization import (
+    begin,
+    load_pretrained,
+    load_subject,
+    made_from,
+    tune_again,
+    tune_cascade,
+)
+from personalize_jax.runtime import command, manifest
 from personalize_jax.subject.dataset import read_dataset
 from personalize_jax.training import tracking
 

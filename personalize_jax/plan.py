@@ -20,24 +20,24 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from personalize_jax import command
-from personalize_jax.chips import GIB
-from personalize_jax.configuration import (
+from personalize_jax.families import public, registry
+from personalize_jax.method.class_images import prior_sampling
+from personalize_jax.method.configuration import (
     changed,
     check_values,
     stage_trainings,
     training_sections,
     trains_encoders,
 )
-from personalize_jax.families import public, registry
-from personalize_jax.files import write_text
 from personalize_jax.pipeline import Pipeline
 from personalize_jax.planning import published, slices
 from personalize_jax.planning.compiler import apart
 from personalize_jax.planning.estimate import Run, fits, roofline, seconds
 from personalize_jax.planning.programs import Usage, sampling_step, train_step
 from personalize_jax.planning.slices import Topology
-from personalize_jax.training.prior import prior_sampling
+from personalize_jax.runtime import command
+from personalize_jax.runtime.chips import GIB
+from personalize_jax.runtime.files import write_text
 from personalize_jax.training.program import check_sizes, mesh_of
 
 SUBJECTS, CLASSES, PROMPTS = 30, 15, 25  # of the paper's protocol

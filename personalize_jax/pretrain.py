@@ -17,15 +17,15 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from personalize_jax import command, hosts, manifest
-from personalize_jax.configuration_keys import check_keys, rules_of_pretraining
-from personalize_jax.errors import UserError
 from personalize_jax.families.objective import INSTANCE
 from personalize_jax.families.world import World
-from personalize_jax.files import ASSETS
 from personalize_jax.formats.tokenizer import Tokenizer
+from personalize_jax.method.configuration_keys import check_keys, rules_of_pretraining
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Pipeline, load_pipeline, save_pipeline
+from personalize_jax.runtime import command, hosts, manifest
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.files import ASSETS
 from personalize_jax.training import tracking
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
 from personalize_jax.training.loop import check_length, train, trained_params
@@ -116,7 +116,7 @@ def _trained(
     params = trained_params(state, start)
     pipeline = pipeline.replace_params(**{"text_encoder": params["text_encoder"], stage.name: params["denoiser"]})
     if state.token_counts is not None:
-        counts = hosts.whole(state.token_counts).astype(np.int64)
+        counts = hosts.to_numpy(state.token_counts).astype(np.int64)
         counts[sorted(pipeline.tokenizer.special_ids)] = 0  # padding is not processed
         counts += pipeline.tokenizer.counts
         family = dataclasses.replace(pipeline.family, tokenizer=dataclasses.replace(pipeline.tokenizer, counts=counts))

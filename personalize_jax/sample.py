@@ -14,12 +14,12 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from personalize_jax import command, hosts
-from personalize_jax.errors import UserError
-from personalize_jax.personalized import load_personalized, load_placed
-from personalize_jax.pictures import file_name
+from personalize_jax.method.personalized import load_personalized, load_placed
 from personalize_jax.pipeline.cascade import batch_of
 from personalize_jax.pipeline.kept import sample_kept
+from personalize_jax.pipeline.pictures import file_name
+from personalize_jax.runtime import command, hosts
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.subject.identifier import PLACEHOLDER, substitute, warn_without_placeholder
 
 

@@ -4,8 +4,10 @@ import os
 import signal
 import time
 
-from personalize_jax import personalization, pictures, showcase
+from personalize_jax.evaluation import showcase
 from personalize_jax.families import world
+from personalize_jax.method import personalization
+from personalize_jax.pipeline import pictures
 from personalize_jax.training import tracking
 
 

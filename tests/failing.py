@@ -6,7 +6,7 @@ import os
 import jax
 from absl import flags
 
-from personalize_jax import command, hosts
+from personalize_jax.runtime import command, hosts
 
 ERRORS = {
     "full disk": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "here/picture.png"),

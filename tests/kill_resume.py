@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from personalize_jax import manifest
+from personalize_jax.runtime import manifest
 from personalize_jax.training import loop
 from personalize_jax.training.tracking import MEASURED
 from tests import processes

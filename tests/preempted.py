@@ -5,7 +5,7 @@ import time
 
 import jax
 
-from personalize_jax import hosts, interruption
+from personalize_jax.runtime import hosts, interruption
 
 FOREVER = 10**6  # steps, which no test waits for
 

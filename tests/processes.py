@@ -12,7 +12,7 @@ import jax
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["orbax.checkpoint", "tests.tiny", "personalize_jax.personalization", "personalize_jax.showcase"]
+    ["orbax.checkpoint", "tests.tiny", "personalize_jax.method.personalization", "personalize_jax.evaluation.showcase"]
 )
 
 

@@ -8,8 +8,8 @@ import pytest
 import personalize_jax as pj
 from configs import common, world
 from personalize_jax.families.world import read_stage
-from personalize_jax.files import ASSETS
-from personalize_jax.personalization import class_knowledge
+from personalize_jax.method.personalization import class_knowledge
+from personalize_jax.runtime.files import ASSETS
 from personalize_jax.subject.class_noun import determine
 from personalize_jax.subject.identifier import choose_identifier
 from personalize_jax.world.scene import CLASSES, COLOURS, CONTEXTS

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from personalize_jax.pictures import read_png
 from personalize_jax.pipeline import cascade, load_pipeline, save_pipeline
+from personalize_jax.pipeline.pictures import read_png
 from tests import processes
 from tests.deaths import stop_saving_the_second_picture
 
@@ -79,7 +79,7 @@ def test_images_that_cannot_be_used(pretrained, tmp_path, name, write, sentence)
 
 
 def know_the_worlds_classes():
-    from personalize_jax import personalization
+    from personalize_jax.method import personalization
     from personalize_jax.world.scene import CLASSES
 
     personalization.class_knowledge = lambda config: (None, CLASSES)

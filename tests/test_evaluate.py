@@ -5,13 +5,13 @@ import importlib
 import numpy as np
 import pytest
 
-from personalize_jax import manifest
-from personalize_jax.configuration import changed
-from personalize_jax.errors import UserError
-from personalize_jax.personalization import load_subject, personalize_subject
-from personalize_jax.pictures import save_png
+from personalize_jax.evaluation.scoring import read_rows
+from personalize_jax.method.configuration import changed
+from personalize_jax.method.personalization import load_subject, personalize_subject
 from personalize_jax.pipeline import load_pipeline, save_pipeline
-from personalize_jax.scoring import read_rows
+from personalize_jax.pipeline.pictures import save_png
+from personalize_jax.runtime import manifest
+from personalize_jax.runtime.errors import UserError
 from tests import processes, tiny, tiny_world
 from tests.metric_encoders import plain
 

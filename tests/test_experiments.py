@@ -7,8 +7,8 @@ import pytest
 from configs import world
 from experiments import class_noun, prior_preservation, study, super_resolution, tables, training_length
 from experiments.pretrained_cascade import prompt_grid
-from personalize_jax.errors import UserError
 from personalize_jax.metrics.similarity import Estimate
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.world.scene import CLASSES, COLOURS, CONTEXTS
 from tests import processes
 

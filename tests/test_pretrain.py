@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from configs import pretrain_world
-from personalize_jax import manifest
-from personalize_jax.configuration_keys import check_keys, rules_of_pretraining
 from personalize_jax.diffusion.process import logit_normal, rectified_flow
-from personalize_jax.errors import UserError
+from personalize_jax.method.configuration_keys import check_keys, rules_of_pretraining
 from personalize_jax.pipeline import load_pipeline
 from personalize_jax.pretrain import pretrain, starting_pipeline, world_examples
+from personalize_jax.runtime import manifest
+from personalize_jax.runtime.errors import UserError
 from tests import processes, tiny
 from tests.tiny_pretraining import SMALLEST
 from tests.tiny_pretraining import get_config as config

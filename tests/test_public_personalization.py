@@ -11,20 +11,20 @@ import torch
 import transformers
 
 from configs import deepfloyd_if, stable_diffusion
-from personalize_jax import personalization
 from personalize_jax.export import export
 from personalize_jax.families.diffusion_loss import personalization_loss
-from personalize_jax.interruption import Stopped
-from personalize_jax.models.params import flatten
-from personalize_jax.personalization import (
+from personalize_jax.method import personalization
+from personalize_jax.method.personalization import (
     load_pretrained,
     load_subject,
     personalize_subject,
     stage_examples,
     with_embeddings,
 )
-from personalize_jax.personalized import load_personalized
+from personalize_jax.method.personalized import load_personalized
+from personalize_jax.models.params import flatten
 from personalize_jax.pipeline import load_pipeline
+from personalize_jax.runtime.interruption import Stopped
 from personalize_jax.training.examples import sample_batch
 from tests import published_folders, tiny, tiny_public
 

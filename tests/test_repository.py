@@ -23,25 +23,22 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # In the order in which data passes through them; each imports only what stands before it. `command` is here because
 # rooms may hold commands. Other modules of the package's top level may import everything, and no room imports them.
 ROOMS = (
-    "errors",
-    "files",
-    "interruption",
-    "hosts",
-    "pictures",
-    "chips",
+    "runtime",
     "diffusion",
     "models",
     "formats",
     "families",
     "pipeline",
-    "command",
     "subject",
     "training",
     "metrics",
     "world",
     "benchmark",
     "planning",
+    "method",
+    "evaluation",
 )
+COMMANDS = ("personalize", "sample", "evaluate", "export", "plan", "pretrain")
 
 COMPARES = ("tests/", "experiments/benchmark_peers.py")  # what may import the tests' references
 LAUNCHES = ("tests/", "launch/")  # what may import Ray
@@ -99,16 +96,21 @@ def ranges(extra: str | None = None) -> dict[str, Requirement]:
 
 
 def test_rooms_import_only_the_rooms_before_them() -> None:
-    files = {room: [*PACKAGE.glob(f"{room}.py"), *(PACKAGE / room).rglob("*.py")] for room in ROOMS}
-    assert all(files.values()), "ROOMS names what is not there"
+    assert {folder.parent.name for folder in PACKAGE.glob("*/__init__.py")} == set(ROOMS)
     wrong = [
         f"{name_of(file)} imports {other}"
         for i, room in enumerate(ROOMS)
-        for file in files[room]
+        for file in (PACKAGE / room).rglob("*.py")
         for other in {name.split(".")[1] for name in imports(file) if name.startswith("personalize_jax.")}
         if other not in ROOMS[: i + 1]
     ]
     assert not wrong
+
+
+def test_commands_alone_stand_outside_rooms_and_know_no_other_command() -> None:
+    assert {file.stem for file in PACKAGE.glob("[!_]*.py")} == set(COMMANDS)
+    others = {f"personalize_jax.{command}" for command in COMMANDS}
+    assert not [name for name in COMMANDS if others & imports(PACKAGE / f"{name}.py")]
 
 
 def test_the_package_imports_nothing_around_it() -> None:

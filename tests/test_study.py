@@ -9,12 +9,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from experiments import num_images, study, training_length
-from personalize_jax import manifest
 from personalize_jax.benchmark.loading import load_benchmark
-from personalize_jax.errors import UserError
-from personalize_jax.personalization import load_pretrained
+from personalize_jax.evaluation.scoring import read_rows, summary
+from personalize_jax.method.personalization import load_pretrained
 from personalize_jax.pipeline import save_pipeline
-from personalize_jax.scoring import read_rows, summary
+from personalize_jax.runtime import manifest
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.subject.registry import Registry
 from personalize_jax.training.tracking import Destinations
 from tests import event_files, processes, tiny, tiny_world

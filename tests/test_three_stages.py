@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from personalize_jax.configuration import training_sections
 from personalize_jax.export import export
 from personalize_jax.families.world import read_stage
-from personalize_jax.personalization import load_pretrained, load_subject, personalize_subject
-from personalize_jax.personalized import load_personalized
+from personalize_jax.method.configuration import training_sections
+from personalize_jax.method.personalization import load_pretrained, load_subject, personalize_subject
+from personalize_jax.method.personalized import load_personalized
 from personalize_jax.pipeline import Pipeline, load_pipeline, save_pipeline
 from tests import tiny, tiny_world
 

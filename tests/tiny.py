@@ -9,10 +9,10 @@ from personalize_jax.families.diffusion_loss import DiffusionFamily
 from personalize_jax.families.objective import INSTANCE, PRIOR, Group, Objective
 from personalize_jax.families.targets import PRIOR_FORMS
 from personalize_jax.families.world import World, read_stage
-from personalize_jax.files import ASSETS
 from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Pipeline
+from personalize_jax.runtime.files import ASSETS
 from personalize_jax.training.examples import make_examples
 
 TEXT = {"width": 16, "num_layers": 1, "num_heads": 2, "max_length": 8}

@@ -20,8 +20,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import deepfloyd_if, stable_diffusion, world
-from personalize_jax.personalization import load_pretrained, load_subject, personalize_subject
-from personalize_jax.personalized import Personalized, load_personalized
+from personalize_jax.method.personalization import load_pretrained, load_subject, personalize_subject
+from personalize_jax.method.personalized import Personalized, load_personalized
 from tests import tiny_public
 
 PHOTOS = Path(__file__).parents[1] / "personalize_jax" / "assets" / "world" / "subject"

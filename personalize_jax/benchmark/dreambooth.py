@@ -15,11 +15,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import flags
 
-from personalize_jax import command
 from personalize_jax.benchmark.prompts import LIVE_CLASSES, dreambooth_prompts
 from personalize_jax.benchmark.subjects import Benchmark, BenchmarkSubject
-from personalize_jax.errors import UserError
-from personalize_jax.pictures import encode_png
+from personalize_jax.pipeline.pictures import encode_png
+from personalize_jax.runtime import command
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.subject.images import list_images, read_image
 
 HOMEPAGE = "https://github.com/google/dreambooth"

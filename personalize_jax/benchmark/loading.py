@@ -6,7 +6,7 @@ from pathlib import Path
 from personalize_jax.benchmark import dreambooth
 from personalize_jax.benchmark.subjects import Benchmark
 from personalize_jax.benchmark.world import rendered_benchmark
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.errors import UserError
 
 
 def load_benchmark(name: str | Path, data_dir: str | os.PathLike | None = None) -> Benchmark:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.subject.identifier import PLACEHOLDER
 from personalize_jax.world.captions import prompt
 from personalize_jax.world.scene import ACCESSORIES, CLASSES_WITH_HEAD, CONTEXTS

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from jax.typing import DTypeLike
 
-from personalize_jax.errors import UserError
 from personalize_jax.families import public
 from personalize_jax.families.public import Spec, Weights
 from personalize_jax.families.stage import Stage
@@ -20,6 +19,7 @@ from personalize_jax.formats.scheduler_config import warn_of_another_sampler, wi
 from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.models.params import Params
 from personalize_jax.models.t5_encoder import T5Encoder
+from personalize_jax.runtime.errors import UserError
 
 # Of the enlarged picture 250 of 1000 levels of noise, as diffusers' pipeline has it.
 USUAL = {

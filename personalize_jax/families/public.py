@@ -21,10 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from personalize_jax.errors import UserError
 from personalize_jax.families.base import Family, Loaded, Place
 from personalize_jax.families.stage import Sampling, Stage
-from personalize_jax.files import replacing
 from personalize_jax.formats.diffusers_folder import (
     Components,
     Layout,
@@ -37,6 +35,8 @@ from personalize_jax.formats.port_weights import Network, load_weights, save_wei
 from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.models.attention import suited
 from personalize_jax.models.params import Params, flatten, unflatten
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.files import replacing
 
 Spec = Mapping[str, Any]
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from personalize_jax.errors import UserError
 from personalize_jax.families import public
 from personalize_jax.families.base import Family, Loaded, OwnFamily, Place
 from personalize_jax.families.deepfloyd_if import DeepFloydIF
@@ -12,9 +11,10 @@ from personalize_jax.families.public import PublicFamily
 from personalize_jax.families.stable_diffusion import StableDiffusion
 from personalize_jax.families.world import INDEX as WORLD_INDEX
 from personalize_jax.families.world import World
-from personalize_jax.files import ASSETS
 from personalize_jax.formats import hub
 from personalize_jax.formats.diffusers_folder import INDEX, Layout, read_components, resolve
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.files import ASSETS
 
 FAMILIES: tuple[type[PublicFamily], ...] = (StableDiffusion, DeepFloydIF)  # whose folders diffusers reads
 OWN: tuple[type[OwnFamily], ...] = (World,)  # with a layout of their own

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from personalize_jax.errors import UserError
 from personalize_jax.families import public
 from personalize_jax.families.public import Spec, Weights
 from personalize_jax.families.stage import Stage
@@ -26,6 +25,7 @@ from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.models.autoencoder_kl import AutoencoderKL
 from personalize_jax.models.clip_text import ClipTextEncoder
 from personalize_jax.models.params import Params
+from personalize_jax.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from personalize_jax.errors import UserError
 from personalize_jax.families.stage import Sampling, Stage
 from personalize_jax.formats.scheduler_config import read_scheduler
 from personalize_jax.models.unet_2d_condition import UNet2DCondition
+from personalize_jax.runtime.errors import UserError
 
 
 class Usual(NamedTuple):

@@ -18,18 +18,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from personalize_jax import hosts
 from personalize_jax.diffusion import process
 from personalize_jax.diffusion.process import Process
 from personalize_jax.families.base import Loaded, Place
 from personalize_jax.families.stage import Sampling, Stage
 from personalize_jax.families.text import PixelDenoising, TextConditioned
-from personalize_jax.files import write_text
 from personalize_jax.formats.parameters import load_params, save_params
 from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.models.params import Params
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.models.unet import UNet
+from personalize_jax.runtime import hosts
+from personalize_jax.runtime.files import write_text
 
 INDEX = "pipeline.json"
 SCHEDULES = {"cosine": process.cosine, "linear": process.linear, "rectified_flow": process.rectified_flow}
@@ -100,7 +100,7 @@ class World(TextConditioned, PixelDenoising):
         names = ("text_encoder", *(stage.name for stage in family.stages))
         params = {name: load_params(folder / f"{name}.safetensors") for name in names}
         if place is not None:
-            params = jax.tree.map(hosts.put, params, place(family.shapes()))
+            params = jax.tree.map(hosts.device_put, params, place(family.shapes()))
         return Loaded(family, params, {})
 
 

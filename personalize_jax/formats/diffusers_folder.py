@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from personalize_jax.errors import UserError
-from personalize_jax.files import replacing
 from personalize_jax.formats import hub
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.files import replacing
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from personalize_jax.errors import UserError
-from personalize_jax.files import FULL
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.files import FULL
 
 # A repository, and perhaps a branch, tag, commit or pull request of it.
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@\w[\w.-]*(/\w[\w.-]*)*)?")

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import Array
 from safetensors import safe_open
 
-from personalize_jax.errors import UserError
 from personalize_jax.formats.parameters import load_params, save_params
 from personalize_jax.formats.port_weights import Network, torch_names
 from personalize_jax.models.params import Params, flatten, unflatten
+from personalize_jax.runtime.errors import UserError
 
 FILE = "pytorch_lora_weights.safetensors"
 # By the name that a training has for a network: the prefix of its layers in the file, and how its tensors are named.

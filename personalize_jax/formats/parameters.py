@@ -9,9 +9,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from personalize_jax.errors import UserError
-from personalize_jax.files import replacing
 from personalize_jax.models.params import Params, flatten, unflatten
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.files import replacing
 
 
 def load_params(file: Path) -> Params:

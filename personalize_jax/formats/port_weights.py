@@ -20,10 +20,10 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from personalize_jax import hosts
-from personalize_jax.errors import UserError
-from personalize_jax.files import replacing
 from personalize_jax.models.params import Params, flatten, unflatten
+from personalize_jax.runtime import hosts
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.files import replacing
 
 Network = Literal["unet", "autoencoder", "clip", "t5", "vit", "lpips"]
 Shape = tuple[int, ...]
@@ -111,7 +111,7 @@ def load_weights(folder: Path, abstract: Params, network: Network, sharding: Par
     # Largest first: what is being converted stands beside the result, and must be small once the result is large.
     for path in sorted(shapes, key=lambda path: math.prod(shapes[path]), reverse=True):
         array = _from_torch(tensors[path].read(), len(shapes[path]), path)
-        array = hosts.put(np.asarray(array, wanted[path].dtype, order="C"), shardings.get(path))
+        array = hosts.device_put(np.asarray(array, wanted[path].dtype, order="C"), shardings.get(path))
         params[path] = jax.block_until_ready(array)  # the host's copy lives as long as the transfer
     return unflatten({path: params[path] for path in shapes})
 

@@ -21,7 +21,7 @@ from personalize_jax.diffusion.process import (
     squaredcos_betas,
 )
 from personalize_jax.diffusion.samplers import Spacing, SpacingKind, Variance
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 

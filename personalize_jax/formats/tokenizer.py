@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers.models import BPE
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 

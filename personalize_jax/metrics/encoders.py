@@ -18,9 +18,6 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 
-from personalize_jax import hosts
-from personalize_jax.errors import UserError
-from personalize_jax.files import ASSETS
 from personalize_jax.formats import hub
 from personalize_jax.formats.port_weights import load_weights
 from personalize_jax.formats.tokenizer import Tokenizer
@@ -30,7 +27,10 @@ from personalize_jax.models.clip import Clip
 from personalize_jax.models.lpips import Lpips
 from personalize_jax.models.params import Params
 from personalize_jax.models.vit import VisionTransformer
-from personalize_jax.training.sharding import BATCH, make_mesh, replicated
+from personalize_jax.runtime import hosts
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.files import ASSETS
+from personalize_jax.runtime.sharding import BATCH, make_mesh, replicated
 
 BATCH_SIZE = 64
 PAIRS = 8  # compared at once, at whatever size they have: LPIPS keeps 64 features of every pixel
@@ -273,7 +273,7 @@ def in_batches(function: Callable[[Sequence[Any]], Array], items: Sequence[Any],
     results = []
     for start in range(0, len(items), size):
         part = list(items[start : start + size])
-        results.append(hosts.whole(function(part + part[-1:] * (size - len(part))))[: len(part)])
+        results.append(hosts.to_numpy(function(part + part[-1:] * (size - len(part))))[: len(part)])
     return np.concatenate(results)
 
 
@@ -307,11 +307,11 @@ def _distance(folder: Path) -> Distance:
 def _on_every_device(apply: Callable, params: Any) -> Callable:
     """The network with its parameters, batches split over all devices."""
     mesh = make_mesh((-1, 1, 1))
-    params = hosts.put({"params": params}, replicated(mesh))
+    params = hosts.device_put({"params": params}, replicated(mesh))
     apply = jax.jit(apply)
 
     def call(*batches: np.ndarray) -> Array:
-        return apply(params, *hosts.put(batches, NamedSharding(mesh, BATCH)))
+        return apply(params, *hosts.device_put(batches, NamedSharding(mesh, BATCH)))
 
     return call
 

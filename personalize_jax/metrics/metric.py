@@ -1,4 +1,4 @@
-"""What a metric is. Each has a file of its own, and `personalize_jax.metric_registry` lists them all."""
+"""What a metric is. Each has a file of its own, and `personalize_jax.evaluation.metric_registry` lists them all."""
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from PIL import Image
 
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.errors import UserError
 
 FILE = "preprocessor_config.json"
 _SQUARE = {"ViTImageProcessor": True, "CLIPImageProcessor": False}  # whether a single size means both sides

@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from personalize_jax.errors import UserError
 from personalize_jax.metrics.preprocessing import Preprocessing
 from personalize_jax.models.params import Params
 from personalize_jax.models.vit import VisionTransformer
+from personalize_jax.runtime.errors import UserError
 
 ARCHITECTURE = "architecture"  # the key of its config.json that transformers' lacks
 FILE = "model.safetensors"

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from personalize_jax.errors import UserError
 from personalize_jax.models.params import Params, flatten
+from personalize_jax.runtime.errors import UserError
 
 _COLLECTION = "adapters"
 

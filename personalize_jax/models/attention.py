@@ -12,7 +12,7 @@ from jax.experimental.pallas.ops.tpu import flash_attention as flash
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.errors import UserError
 
 Implementation = Literal["xla", "cudnn", "flash", "heads"]
 BLOCK = 128  # sequences of the flash kernel come in multiples of this

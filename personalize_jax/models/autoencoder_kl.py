@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from personalize_jax.errors import UserError
 from personalize_jax.models.attention import attend
 from personalize_jax.models.convolution import Conv
 from personalize_jax.models.normalization import GroupNorm
 from personalize_jax.models.published_config import check_groups, check_kinds, known_keys
+from personalize_jax.runtime.errors import UserError
 
 LOGVAR_RANGE = (-30.0, 20.0)
 _ONLY = {  # keys of the config whose other values ask for another network

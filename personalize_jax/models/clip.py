@@ -11,8 +11,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from personalize_jax.errors import UserError
 from personalize_jax.models.clip_text import DEFAULTS, Layers, Spec, TextModel
+from personalize_jax.runtime.errors import UserError
 
 
 class VisionEmbeddings(nn.Module):

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from personalize_jax.errors import UserError
 from personalize_jax.models.activation import gelu
 from personalize_jax.models.attention import Implementation, attend
 from personalize_jax.models.published_config import check_kinds
+from personalize_jax.runtime.errors import UserError
 
 # What stands for a key of a text tower that its config.json leaves out: transformers' `CLIPTextConfig`.
 DEFAULTS: dict[str, Any] = {

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from personalize_jax.errors import UserError
 from personalize_jax.models.attention import Implementation
 from personalize_jax.models.published_config import check_kinds
+from personalize_jax.runtime.errors import UserError
 
 PAD_ID = 0  # in every vocabulary of T5
 _FEED_FORWARDS = ("relu", "gated-gelu")

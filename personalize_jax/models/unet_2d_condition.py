@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from personalize_jax.errors import UserError
 from personalize_jax.models.attention import Implementation, attend
 from personalize_jax.models.convolution import Conv
 from personalize_jax.models.published_config import check_choices, check_groups, check_kinds, known_keys
@@ -36,6 +35,7 @@ from personalize_jax.models.unet_2d_blocks import (
     group_norm,
     layer_norm,
 )
+from personalize_jax.runtime.errors import UserError
 
 _NOT_CONFIGURED = ("dtype", "remat", "attention", "parent", "name")  # the last two are every module's
 _SUPPORTED = {

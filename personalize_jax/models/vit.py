@@ -12,9 +12,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from personalize_jax.errors import UserError
 from personalize_jax.models.activation import gelu
 from personalize_jax.models.attention import attend
+from personalize_jax.runtime.errors import UserError
 
 # What the names of a checkpoint's config.json mean here.
 _KEYS = {

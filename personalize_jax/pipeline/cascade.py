@@ -14,13 +14,13 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from personalize_jax import hosts, interruption
-from personalize_jax.errors import UserError
 from personalize_jax.families.base import UNCONDITIONAL, Family
 from personalize_jax.families.stage import Conditioning, Sampling, Stage
 from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.models import attention
 from personalize_jax.models.params import Params
+from personalize_jax.runtime import hosts, interruption
+from personalize_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,7 +134,7 @@ class Pipeline:
         pairs = [self.family.to_latents(self.params, to_float(picture[None])) for picture in pictures]
         if None in pairs:
             return None
-        mean, std = (np.concatenate([hosts.whole(a) for a in part]) for part in zip(*pairs, strict=True))
+        mean, std = (np.concatenate([hosts.to_numpy(a) for a in part]) for part in zip(*pairs, strict=True))
         return mean, std
 
     def sample(
@@ -218,8 +218,8 @@ class Pipeline:
             batch = sample_pictures(stage, sampling or stage.sampling, _devices(), params, *inputs)
             batch = self.family.to_pictures(self.params, batch)
             kept = slice(start, start + size)
-            _check_finite(hosts.whole(finite(batch)), stage.name, prompts[kept], seeds[kept])
-            drawn.append(hosts.whole(to_uint8(batch))[: len(prompts[kept])])
+            _check_finite(hosts.to_numpy(finite(batch)), stage.name, prompts[kept], seeds[kept])
+            drawn.append(hosts.to_numpy(to_uint8(batch))[: len(prompts[kept])])
             progress(len(drawn[-1]))
         return np.concatenate(drawn)
 
@@ -288,13 +288,13 @@ def _digest(params: Params) -> str:
     digest = hashlib.sha256()
     for path, value in jax.tree_util.tree_leaves_with_path(params):
         digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(hosts.whole(value)).data)
+        digest.update(np.ascontiguousarray(hosts.to_numpy(value)).data)
     return digest.hexdigest()
 
 
 def _split_over_devices(batch: Any) -> Any:
     """A pytree of [B, ...] arrays, each device with its part of the batch."""
-    return hosts.put(batch, NamedSharding(_devices(), P("data"))) if jax.device_count() > 1 else batch
+    return hosts.device_put(batch, NamedSharding(_devices(), P("data"))) if jax.device_count() > 1 else batch
 
 
 def _on_every_device(params: Params) -> Params:
@@ -305,7 +305,7 @@ def _on_every_device(params: Params) -> Params:
 
     def place(value: Any) -> Array:
         sharded = isinstance(value, Array) and len(value.sharding.device_set) > 1
-        return value if sharded else hosts.put(value, replicated)
+        return value if sharded else hosts.device_put(value, replicated)
 
     return jax.tree.map(place, params)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from personalize_jax.pictures import sample_missing
 from personalize_jax.pipeline.cascade import Pipeline
+from personalize_jax.pipeline.pictures import sample_missing
 
 
 def sample_kept(

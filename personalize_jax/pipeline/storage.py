@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from personalize_jax import hosts
 from personalize_jax.families import registry
 from personalize_jax.families.base import Place
 from personalize_jax.pipeline.cascade import Pipeline
+from personalize_jax.runtime import hosts
 
 
 def load_pipeline(source: str | Path | Sequence[str | Path], place: Place | None = None, **compute: Any) -> Pipeline:
@@ -46,6 +46,6 @@ def save_pipeline(pipeline: Pipeline, folder: Path, dtype: Any = jnp.float16) ->
         UserError: a file cannot be written.
     """
     if jax.process_count() > 1:  # which hold parts of it
-        params = {name: hosts.gathered(pipeline.float32_params(name)) for name in pipeline.params}
+        params = {name: hosts.gather_on_first(pipeline.float32_params(name)) for name in pipeline.params}
         pipeline = pipeline.replace_params(**params)
     hosts.first_does(lambda: pipeline.family.write(pipeline.float32_params, folder, dtype))

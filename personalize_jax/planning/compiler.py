@@ -28,12 +28,12 @@ import jax
 # The only way to XLA's own counts for a program that is not compiled to its end.
 from jaxlib import _hlo, _jax  # type: ignore[attr-defined]
 
-from personalize_jax import interruption
-from personalize_jax.errors import UserError
-from personalize_jax.files import write_text
 from personalize_jax.models.attention import flash_flops
 from personalize_jax.planning import hlo
 from personalize_jax.planning.hlo import Collective
+from personalize_jax.runtime import interruption
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.files import write_text
 
 _FOLDER = "plans"  # beside the compiled programs that JAX keeps
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")

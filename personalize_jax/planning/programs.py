@@ -12,7 +12,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from personalize_jax.errors import UserError
 from personalize_jax.families.objective import INSTANCE, PRIOR, groups_of
 from personalize_jax.families.stage import Conditioning
 from personalize_jax.pipeline import Pipeline, Sampling, Stage
@@ -21,7 +20,8 @@ from personalize_jax.planning import slices
 from personalize_jax.planning.compiler import ask
 from personalize_jax.planning.hlo import Collective
 from personalize_jax.planning.slices import Topology
-from personalize_jax.training import sharding
+from personalize_jax.runtime import sharding
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.training.examples import Examples
 from personalize_jax.training.parameterizations.base import Identifier
 from personalize_jax.training.program import mesh_of, stage_program

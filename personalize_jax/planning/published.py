@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.errors import UserError
 
 # M and L are recalled; they give 372M and 935M parameters, where 400M and 900M are published.
 _IF_WIDTHS = {"M": 192, "L": 320, "XL": 704}

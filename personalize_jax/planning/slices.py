@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from personalize_jax.chips import CHIPS, Chip
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.chips import CHIPS, Chip
+from personalize_jax.runtime.errors import UserError
 
 HOST = (2, 2, 1)  # chips of one host, but where a slice is of one chip
 # What a slice's size is called where it is rented, which counts the two cores of v4's and v5p's chips.

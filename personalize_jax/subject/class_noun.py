@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.subject.identifier import PLACEHOLDER
 from personalize_jax.subject.images import SubjectImage
 

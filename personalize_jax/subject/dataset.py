@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.subject.class_noun import ClassNoun, with_article
 from personalize_jax.subject.identifier import PLACEHOLDER, Identifier
 from personalize_jax.subject.images import SubjectImage

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from personalize_jax.errors import UserError
 from personalize_jax.formats.tokenizer import Tokenizer
+from personalize_jax.runtime.errors import UserError
 
 _CAPTIONS_AT_ONCE = 10_000
 

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import wordfreq
 
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from typing import NamedTuple, cast
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from personalize_jax.errors import UserError
-from personalize_jax.files import replacing
 from personalize_jax.formats.tokenizer import Tokenizer
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.files import replacing
 from personalize_jax.subject.dataset import MANIFEST, read_dataset
 from personalize_jax.subject.frequency import token_frequencies
 from personalize_jax.subject.identifier import Identifier, check_labels, choose_identifier

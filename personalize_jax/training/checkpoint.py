@@ -18,9 +18,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from personalize_jax import hosts
-from personalize_jax.errors import UserError
-from personalize_jax.files import FULL
+from personalize_jax.runtime import hosts
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.files import FULL
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class Checkpoints:
                     reason = self._damage(step, error)
 
             hosts.each_does(read)
-            if hosts.in_all([state is not None]) == [False]:
+            if hosts.true_in_all([state is not None]) == [False]:
                 logger.warning(
                     "Checkpoint %d in %s cannot be read (%s); trying the one before.", step, self.directory, reason
                 )

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from personalize_jax.files import naming
-from personalize_jax.pictures import encode_png
+from personalize_jax.pipeline.pictures import encode_png
+from personalize_jax.runtime.files import naming
 
 
 class EventFile:

@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from personalize_jax import interruption
-from personalize_jax.errors import UserError
 from personalize_jax.models.params import Params
+from personalize_jax.runtime import interruption
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.training import parameterizations
 from personalize_jax.training.checkpoint import Checkpoints
 from personalize_jax.training.optimizer import same_learning_rates

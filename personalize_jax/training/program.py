@@ -17,14 +17,14 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from personalize_jax import hosts
-from personalize_jax.errors import UserError
 from personalize_jax.families.base import Family
 from personalize_jax.families.objective import objective_of
 from personalize_jax.families.stage import Stage
 from personalize_jax.models import attention
 from personalize_jax.models.params import Params
-from personalize_jax.training import parameterizations, sharding
+from personalize_jax.runtime import hosts, sharding
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.training import parameterizations
 from personalize_jax.training.examples import Examples, sample_batches
 from personalize_jax.training.optimizer import make_optimizer
 from personalize_jax.training.parameterizations.base import Identifier
@@ -73,7 +73,7 @@ class Program:
 
     def init(self) -> TrainState:
         """The state before the first step."""
-        key, identifier = hosts.put((self.key, self.identifier), sharding.replicated(self.mesh))
+        key, identifier = hosts.device_put((self.key, self.identifier), sharding.replicated(self.mesh))
         start = sharding.placed(self.read_start(), self.config.sharding, self.mesh)
         return jax.jit(self._first_state, out_shardings=_shardings(self.state))(key, start, identifier)
 
@@ -98,7 +98,7 @@ class Program:
 
     def in_earlier_checkpoints(self) -> dict[str, Any]:
         """Fields that states in checkpoints of earlier versions lack, with the values that these trainings had."""
-        key = hosts.put(jax.random.key_data(jax.random.split(self.key)[1]), sharding.replicated(self.mesh))
+        key = hosts.device_put(jax.random.key_data(jax.random.split(self.key)[1]), sharding.replicated(self.mesh))
         return {"key": key, "token_ids": None}
 
     @cached_property

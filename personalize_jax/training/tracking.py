@@ -30,11 +30,11 @@ from absl import flags
 from jax import Array
 from ml_collections import ConfigDict
 
-from personalize_jax import hosts
-from personalize_jax.chips import GIB, peak_flops
-from personalize_jax.errors import UserError
-from personalize_jax.files import naming, write_text
 from personalize_jax.models.attention import flash_flops
+from personalize_jax.runtime import hosts
+from personalize_jax.runtime.chips import GIB, peak_flops
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.files import naming, write_text
 from personalize_jax.training.event_file import EventFile
 from personalize_jax.training.wandb_run import WandbRun
 

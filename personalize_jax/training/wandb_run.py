@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from personalize_jax.errors import UserError
-from personalize_jax.files import write_text
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.files import write_text
 
 FILE = "wandb.json"
 VERSION = "0.31.0"  # that this was written for

@@ -19,8 +19,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from personalize_jax import interruption
-from personalize_jax.files import replacing
+from personalize_jax.runtime import interruption
+from personalize_jax.runtime.files import replacing
 from personalize_jax.world.captions import caption_variants
 from personalize_jax.world.render import render
 from personalize_jax.world.scene import (

@@ -27,8 +27,6 @@ from absl import flags
 from jax import Array
 from ml_collections import ConfigDict
 
-from personalize_jax import command
-from personalize_jax.files import ASSETS, write_text
 from personalize_jax.formats.port_weights import Network, save_weights
 from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.metrics.encoders import load_clip, load_dino
@@ -36,6 +34,8 @@ from personalize_jax.metrics.preprocessing import FILE, Preprocessing
 from personalize_jax.models.clip import Clip
 from personalize_jax.models.params import Params
 from personalize_jax.models.vit import VisionTransformer
+from personalize_jax.runtime import command
+from personalize_jax.runtime.files import ASSETS, write_text
 from personalize_jax.training.program import Program
 from personalize_jax.world import dataset_builder, encoder_quality
 from personalize_jax.world.contrastive import info_nce, nt_xent

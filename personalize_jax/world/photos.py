@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from personalize_jax import command
-from personalize_jax.errors import UserError
-from personalize_jax.pictures import save_png
+from personalize_jax.pipeline.pictures import save_png
+from personalize_jax.runtime import command
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.world.render import render
 from personalize_jax.world.scene import (
     CLASSES,

@@ -25,12 +25,12 @@ import optax
 from absl import flags
 from jax import Array
 
-from personalize_jax import command
-from personalize_jax.errors import UserError
-from personalize_jax.files import ASSETS, write_text
 from personalize_jax.formats.parameters import load_params, save_params
 from personalize_jax.models.params import Params
 from personalize_jax.models.probe import ProbeNetwork
+from personalize_jax.runtime import command
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.files import ASSETS, write_text
 from personalize_jax.training.program import Program
 from personalize_jax.world import dataset_builder
 from personalize_jax.world.reading import IDENTITY, Reading, accuracy, is_subject

@@ -8,9 +8,8 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from personalize_jax import command
 from personalize_jax.models.params import Params
-from personalize_jax.training import sharding
+from personalize_jax.runtime import command, sharding
 from personalize_jax.training.loop import train
 from personalize_jax.training.program import Program, check_sizes, mesh_of
 from personalize_jax.training.step import Metrics

@@ -15,7 +15,7 @@ import sentencepiece
 from absl import flags
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from personalize_jax import command
+from personalize_jax.runtime import command
 from personalize_jax.world.captions import caption_variants, ordinary_words
 from personalize_jax.world.scene import Scene, sample_subjects, sample_views
 

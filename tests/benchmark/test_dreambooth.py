@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 
 from personalize_jax.benchmark import dreambooth
 from personalize_jax.benchmark.dreambooth import SUBJECTS, DreamBooth, load, read_folder
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.errors import UserError
 from tests import processes
 
 

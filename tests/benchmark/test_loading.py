@@ -3,7 +3,7 @@ import pytest
 
 from personalize_jax.benchmark import dreambooth
 from personalize_jax.benchmark.loading import load_benchmark
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.errors import UserError
 
 
 def test_names_and_folders_are_told_apart(copy, tmp_path):

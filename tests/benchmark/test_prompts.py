@@ -11,7 +11,7 @@ from personalize_jax.benchmark.prompts import (
     read_prompts,
     world_prompts,
 )
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.world.captions import asked
 from personalize_jax.world.scene import ACCESSORIES, CLASSES, CLASSES_WITH_HEAD, COLOURS, CONTEXTS, FINISHES
 

@@ -15,8 +15,8 @@ from personalize_jax.families.base import Loaded
 from personalize_jax.families.objective import PRIOR
 from personalize_jax.families.stage import Sampling
 from personalize_jax.formats.parameters import load_params, save_params
-from personalize_jax.personalization import load_pretrained, load_subject, personalize_subject
-from personalize_jax.personalized import load_personalized
+from personalize_jax.method.personalization import load_pretrained, load_subject, personalize_subject
+from personalize_jax.method.personalized import load_personalized
 from personalize_jax.pipeline import load_pipeline
 from tests import tiny, tiny_world
 

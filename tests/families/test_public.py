@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from diffusers import IFPipeline, IFSuperResolutionPipeline, StableDiffusionPipeline
 
-from personalize_jax.errors import UserError
 from personalize_jax.families import public, registry
 from personalize_jax.families.public import OURS
 from personalize_jax.pipeline import load_pipeline, save_pipeline
 from personalize_jax.planning import published
+from personalize_jax.runtime.errors import UserError
 from tests import tiny_public
 
 STABLE_DIFFUSION = ["stable-diffusion-v1-5/stable-diffusion-v1-5"]

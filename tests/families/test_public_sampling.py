@@ -12,9 +12,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 
 from personalize_jax.diffusion import samplers
-from personalize_jax.errors import UserError
 from personalize_jax.families.world import read_stage
 from personalize_jax.pipeline import Sampling, load_pipeline
+from personalize_jax.runtime.errors import UserError
 from tests import tiny, tiny_public
 
 PROMPTS = ["a qz dog in the snow", "a teapot on the beach"]

@@ -8,7 +8,6 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
-from personalize_jax.errors import UserError
 from personalize_jax.families.registry import LAYOUTS
 from personalize_jax.formats.diffusers_folder import (
     read_components,
@@ -16,6 +15,7 @@ from personalize_jax.formats.diffusers_folder import (
     write_component_config,
     write_model_index,
 )
+from personalize_jax.runtime.errors import UserError
 from tests import tiny_public
 
 MAKERS = {

@@ -11,12 +11,12 @@ import huggingface_hub
 import pytest
 
 from configs import common, deepfloyd_if, pretrain_world, stable_diffusion
-from personalize_jax.errors import UserError
 from personalize_jax.families.registry import LAYOUTS
 from personalize_jax.formats import hub
 from personalize_jax.formats.diffusers_folder import resolve
 from personalize_jax.pipeline import load_pipeline
 from personalize_jax.planning import published
+from personalize_jax.runtime.errors import UserError
 from tests import hub_cache, tiny_public
 
 PUBLIC = {

@@ -10,9 +10,9 @@ from diffusers import DDIMScheduler, IFPipeline, StableDiffusionPipeline, UNet2D
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from personalize_jax.errors import UserError
 from personalize_jax.formats.lora_file import FILE, load_lora, save_lora
 from personalize_jax.models.params import flatten, unflatten
+from personalize_jax.runtime.errors import UserError
 
 RANK = 3
 NETWORKS = {"denoiser": ("unet", "unet"), "text_encoder": ("text_encoder", "clip")}

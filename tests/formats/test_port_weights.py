@@ -14,13 +14,13 @@ from diffusers import AutoencoderKL as TorchAutoencoder
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from personalize_jax.errors import UserError
 from personalize_jax.formats.port_weights import load_weights, save_weights, torch_names
 from personalize_jax.models.autoencoder_kl import AutoencoderKL
 from personalize_jax.models.clip_text import ClipTextEncoder
 from personalize_jax.models.params import unflatten
 from personalize_jax.models.t5_encoder import T5Encoder
 from personalize_jax.models.unet_2d_condition import UNet2DCondition
+from personalize_jax.runtime.errors import UserError
 from tests import tiny_public
 from tests.models.torch_params import port
 

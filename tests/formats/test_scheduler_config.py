@@ -11,13 +11,13 @@ from personalize_jax.diffusion.guidance import dynamic_threshold
 from personalize_jax.diffusion.prediction import to_x0_eps
 from personalize_jax.diffusion.process import discrete, scaled_linear_betas, squaredcos_betas
 from personalize_jax.diffusion.samplers import Spacing, ancestral, ddim, timesteps
-from personalize_jax.errors import UserError
 from personalize_jax.formats.scheduler_config import (
     for_latents,
     read_scheduler,
     warn_of_another_sampler,
     with_variance,
 )
+from personalize_jax.runtime.errors import UserError
 
 # As Stable Diffusion 1.5, 2.1 (768) and DeepFloyd IF publish them.
 SD15 = {

@@ -3,10 +3,10 @@ import pytest
 import sentencepiece
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from personalize_jax.errors import UserError
 from personalize_jax.formats.caption_cleaning import clean_caption
 from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.models.text_encoder import PAD_ID
+from personalize_jax.runtime.errors import UserError
 from tests import public_tokenizers, tiny, tiny_public
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch import lifecycle, payload
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.errors import UserError
 from tests.launch.cloud import Cloud
 from tests.waiting import until
 

@@ -3,7 +3,7 @@ import tarfile
 import pytest
 
 from launch import payload
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.errors import UserError
 from tests.launch.cloud import Cloud
 
 

@@ -15,10 +15,10 @@ from launch import sweep, sweep_engines
 from launch.sweep_engines import Job, Local
 from launch.sweep_points import name_of, prolonged, read_points
 from personalize_jax.benchmark.loading import load_benchmark
-from personalize_jax.errors import UserError
+from personalize_jax.evaluation.scoring import write_rows
 from personalize_jax.metrics.table import Row
 from personalize_jax.pipeline import save_pipeline
-from personalize_jax.scoring import write_rows
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.training.tracking import Destinations
 from tests import processes, tiny, tiny_world
 

@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 from configs import deepfloyd_if, stable_diffusion, world
 from launch.sweep_engines import _asked
 from launch.sweep_points import MAX_NAME, name_of, prolonged, read_points, values, varied
-from personalize_jax.configuration import changed
-from personalize_jax.errors import UserError
+from personalize_jax.method.configuration import changed
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.training.program import mesh_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -116,7 +116,7 @@ def test_a_prolonged_point_differs_in_its_steps_alone(tmp_path):
         ("yield {'seed': 1}; yield {'seed': 1}", "yields one point twice: seed=1 is the same"),
         ("yield {'seed': 0}; yield {}", "seed=0 and unchanged are the same configuration"),
         ("raise ValueError('Give another configuration.')", "cannot be used as a sweep: Give another configuration"),
-        ("from personalize_jax.errors import UserError as E; raise E('Give it.')", "used as a sweep: Give it."),
+        ("from personalize_jax.runtime.errors import UserError as E; raise E('Give it.')", "used as a sweep: Give it."),
         ("def points(config):\n    yield {}", "cannot be used as a sweep: AttributeError"),
         ("def sweep(config)\n    yield {}", "cannot be used as a sweep: SyntaxError"),
         ("def sweep():\n    yield {}", "cannot be used as a sweep: TypeError"),

@@ -13,7 +13,7 @@ from launch import sweep
 from launch.sweep_engines import Ray
 from launch.sweep_points import read_points
 from personalize_jax.benchmark.loading import load_benchmark
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 

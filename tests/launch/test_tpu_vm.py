@@ -6,7 +6,7 @@ import pytest
 
 from launch import payload, tpu_vm
 from launch.gcloud import RUNTIME_VERSIONS
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.errors import UserError
 from tests.launch.cloud import Cloud
 
 GIVEN = {

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from configs import common
-from personalize_jax.errors import UserError
+from personalize_jax.evaluation.scoring import find_encoders
 from personalize_jax.formats.port_weights import load_weights
 from personalize_jax.metrics import preprocessing, timm_vit
 from personalize_jax.metrics.encoders import (
@@ -36,7 +36,7 @@ from personalize_jax.metrics.encoders import (
 from personalize_jax.metrics.similarity import distances_within
 from personalize_jax.models.clip import Clip
 from personalize_jax.models.lpips import LAYERS
-from personalize_jax.scoring import find_encoders
+from personalize_jax.runtime.errors import UserError
 from tests import hub_cache, tiny_public
 from tests.metrics.conftest import PHOTOS
 from tests.metrics.timm_config import TIMM

@@ -9,8 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, ViTConfig, ViTModel
 
-from personalize_jax.errors import UserError
 from personalize_jax.metrics.encoders import load_dino
+from personalize_jax.runtime.errors import UserError
 from tests.metrics.timm_config import TIMM
 from tests.models.torch_params import scramble
 

@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from personalize_jax.errors import UserError
 from personalize_jax.models import adapters
 from personalize_jax.models.adapters import Adapted
 from personalize_jax.models.convolution import Conv
+from personalize_jax.runtime.errors import UserError
 
 RANK = 2
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from personalize_jax.errors import UserError
 from personalize_jax.models.attention import CACHED, attend, over
 from personalize_jax.models.normalization import GroupNorm
 from personalize_jax.planning import slices
 from personalize_jax.planning.hlo import collectives
-from personalize_jax.training import sharding
+from personalize_jax.runtime import sharding
+from personalize_jax.runtime.errors import UserError
 
 
 def reference(q, k, v, kept=None):

@@ -5,9 +5,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL as Reference
 
-from personalize_jax.errors import UserError
 from personalize_jax.formats.port_weights import load_weights
 from personalize_jax.models.autoencoder_kl import AutoencoderKL
+from personalize_jax.runtime.errors import UserError
 from tests.models.torch_params import count, scramble
 
 

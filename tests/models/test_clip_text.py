@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from personalize_jax.errors import UserError
 from personalize_jax.models.clip_text import ClipTextEncoder
+from personalize_jax.runtime.errors import UserError
 from tests.models.torch_params import count, port, scramble
 
 TOKENS = np.random.default_rng(0).integers(0, 30, (2, 9))

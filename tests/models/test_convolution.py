@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import personalize_jax
 from personalize_jax.models.convolution import Conv, convolve_3x3
-from personalize_jax.training.sharding import BATCH, make_mesh
+from personalize_jax.runtime.sharding import BATCH, make_mesh
 
 
 def arrays(H: int, W: int, B: int = 2, C: int = 5, K: int = 4) -> tuple[jax.Array, jax.Array, jax.Array]:

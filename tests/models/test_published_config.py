@@ -11,7 +11,6 @@ from diffusers import AutoencoderKL as TorchAutoencoder
 from diffusers import UNet2DConditionModel
 from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from personalize_jax.errors import UserError
 from personalize_jax.formats.port_weights import torch_names
 from personalize_jax.models.autoencoder_kl import AutoencoderKL
 from personalize_jax.models.clip import Clip
@@ -19,6 +18,7 @@ from personalize_jax.models.clip_text import ClipTextEncoder
 from personalize_jax.models.params import flatten
 from personalize_jax.models.t5_encoder import T5Encoder
 from personalize_jax.models.unet_2d_condition import UNet2DCondition
+from personalize_jax.runtime.errors import UserError
 from tests import tiny_public
 
 TOKENS = jnp.zeros((1, 77), jnp.int32)

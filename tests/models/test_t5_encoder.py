@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import T5Config, T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from personalize_jax.errors import UserError
 from personalize_jax.models.t5_encoder import PAD_ID, T5Encoder, relative_buckets
+from personalize_jax.runtime.errors import UserError
 from tests.models.torch_params import count, port, scramble
 
 LENGTHS = [24, 11, 3, 1]

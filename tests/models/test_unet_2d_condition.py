@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from personalize_jax.errors import UserError
 from personalize_jax.models.params import flatten
 from personalize_jax.models.unet_2d_condition import UNet2DCondition
 from personalize_jax.planning import published as architectures
+from personalize_jax.runtime.errors import UserError
 from tests.models.torch_params import count, port, scramble
 
 # Programs are run once, so that it is compiling them that takes the time: this takes a third of it.

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from configs import deepfloyd_if
+from personalize_jax.method.personalized import load_personalized, load_placed
 from personalize_jax.models.params import flatten
-from personalize_jax.personalized import load_personalized, load_placed
 from personalize_jax.pipeline.cascade import sample_pictures
 from personalize_jax.planning.hlo import collectives
 from personalize_jax.training.examples import make_examples

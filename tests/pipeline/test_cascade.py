@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from personalize_jax.errors import UserError
 from personalize_jax.families.text import Text
 from personalize_jax.families.world import World
 from personalize_jax.pipeline import cascade
+from personalize_jax.runtime.errors import UserError
 from tests import tiny
 
 PROMPTS = ["a dog", "a red teapot on the beach", "a clock in the snow", "a boot", "a dog"]

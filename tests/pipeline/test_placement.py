@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from configs import stable_diffusion
-from personalize_jax import manifest
-from personalize_jax.errors import UserError
-from personalize_jax.personalized import load_personalized, load_placed
+from personalize_jax.method.personalized import load_personalized, load_placed
+from personalize_jax.runtime import manifest
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.subject.class_noun import ClassNoun
 from personalize_jax.subject.dataset import write_dataset
 from personalize_jax.subject.identifier import Identifier

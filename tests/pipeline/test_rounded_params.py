@@ -9,8 +9,8 @@ from safetensors.numpy import load_file
 from configs import common
 from personalize_jax.families.batch import Batch
 from personalize_jax.families.diffusion_loss import personalization_loss
+from personalize_jax.method.personalization import save_tuned, tuned_networks
 from personalize_jax.models.params import flatten
-from personalize_jax.personalization import save_tuned, tuned_networks
 from personalize_jax.pipeline import load_pipeline, save_pipeline
 from personalize_jax.training.parameterizations.base import Identifier
 from personalize_jax.training.program import stage_program

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from personalize_jax.diffusion.process import cosine, linear
-from personalize_jax.errors import UserError
-from personalize_jax.files import write_text
 from personalize_jax.formats.parameters import load_params, save_params
 from personalize_jax.pipeline import Sampling, load_pipeline, save_pipeline
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.files import write_text
 from tests import tiny
 
 PARAMS = {"a": {"kernel": jnp.array([[1.0, 1e-3], [-2.5, 7.0]]), "bias": jnp.arange(3.0)}, "b": jnp.ones(())}

@@ -11,11 +11,11 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from personalize_jax import interruption
-from personalize_jax.errors import UserError
 from personalize_jax.models.attention import attend
 from personalize_jax.planning import compiler, slices
 from personalize_jax.planning.hlo import Collective, collectives
+from personalize_jax.runtime import interruption
+from personalize_jax.runtime.errors import UserError
 
 
 def test_early_figures_are_those_of_the_compiled_program():

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from personalize_jax import plan
-from personalize_jax.chips import CHIPS, GIB
-from personalize_jax.configuration import changed
+from personalize_jax.method.configuration import changed
 from personalize_jax.planning import slices
 from personalize_jax.planning.programs import Usage
+from personalize_jax.runtime.chips import CHIPS, GIB
 from tests import processes, tiny_world
 
 pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with tests/requirements.txt")

@@ -10,10 +10,10 @@ import pytest
 
 from configs import deepfloyd_if, stable_diffusion, world
 from personalize_jax import plan
-from personalize_jax.configuration import changed
 from personalize_jax.families import public
 from personalize_jax.families.batch import Batch
 from personalize_jax.families.diffusion_loss import personalization_loss
+from personalize_jax.method.configuration import changed
 from personalize_jax.planning import slices
 from personalize_jax.planning.estimate import Run, Usage, fits, roofline, seconds
 from personalize_jax.planning.hlo import Collective

@@ -1,9 +1,9 @@
 import pytest
 
-from personalize_jax.chips import peak_flops
-from personalize_jax.errors import UserError
 from personalize_jax.planning import slices
-from personalize_jax.training.sharding import make_mesh
+from personalize_jax.runtime.chips import peak_flops
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.sharding import make_mesh
 
 pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with tests/requirements.txt")
 

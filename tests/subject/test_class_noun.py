@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.subject.class_noun import class_prompt, determine, with_article
 from personalize_jax.subject.images import SubjectImage
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from personalize_jax.errors import UserError
 from personalize_jax.formats.caption_cleaning import clean_caption
 from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.pipeline import load_pipeline
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.subject.frequency import token_frequencies
 from personalize_jax.subject.identifier import choose_identifier
 from tests import public_tokenizers, tiny, tiny_public

@@ -10,10 +10,10 @@ import pytest
 import sentencepiece
 import wordfreq
 
-from personalize_jax.errors import UserError
 from personalize_jax.formats.caption_cleaning import clean_caption
 from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.pipeline import load_pipeline
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.subject.frequency import token_frequencies
 from personalize_jax.subject.identifier import (
     Identifier,

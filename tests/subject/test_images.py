@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.subject.images import MAX_IMAGES, load_images, read_image
 
 RESOLUTION = 32

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.subject.class_noun import ClassNoun
 from personalize_jax.subject.dataset import read_dataset, write_dataset
 from personalize_jax.subject.identifier import Identifier

@@ -13,7 +13,8 @@ from configs import common
 from personalize_jax.models import attention
 from personalize_jax.models.params import flatten
 from personalize_jax.pipeline import load_pipeline
-from personalize_jax.training import loop, program, sharding
+from personalize_jax.runtime import sharding
+from personalize_jax.training import loop, program
 from personalize_jax.training.examples import make_examples
 from tests.training.worker import MESHES
 

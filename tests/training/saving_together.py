@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from personalize_jax import hosts
+from personalize_jax.runtime import hosts
 from personalize_jax.training.checkpoint import Checkpoints
 
 
@@ -24,7 +24,7 @@ def restore_altered(process, coordinator, folder):
     jax.distributed.initialize(coordinator, num_processes=2, process_id=process)
     halves = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), P("data"))
     states = {
-        step: {"kernel": hosts.put(np.random.default_rng(step).normal(size=(100, 100)).astype("f4"), halves)}
+        step: {"kernel": hosts.device_put(np.random.default_rng(step).normal(size=(100, 100)).astype("f4"), halves)}
         for step in (3, 6)
     }
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
@@ -34,6 +34,6 @@ def restore_altered(process, coordinator, folder):
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=halves), states[3])
         restored = checkpoints.restore(shapes)
-    found = [step for step, state in states.items() if (hosts.whole(state["kernel"] == restored["kernel"])).all()]
+    found = [step for step, state in states.items() if (hosts.to_numpy(state["kernel"] == restored["kernel"])).all()]
     (folder / f"restored_{process}").write_text(str(found))
     jax.distributed.shutdown()

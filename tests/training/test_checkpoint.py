@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from personalize_jax.errors import UserError
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.training.checkpoint import Checkpoints, checksum, checksum_of_parts
 from personalize_jax.training.step import init_state
 from tests import processes

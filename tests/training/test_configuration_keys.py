@@ -12,10 +12,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import common
-from personalize_jax import personalization
 from personalize_jax.diffusion.process import discrete, squaredcos_betas
 from personalize_jax.families import diffusion_loss
 from personalize_jax.families.world import read_stage
+from personalize_jax.method import personalization
 from personalize_jax.models.params import flatten
 from personalize_jax.training import loop, program
 from personalize_jax.training.parameterizations.base import Identifier

@@ -15,10 +15,10 @@ import numpy as np
 import optax
 import pytest
 
-from personalize_jax import interruption
-from personalize_jax.errors import UserError
 from personalize_jax.families import targets
 from personalize_jax.families.world import read_stage
+from personalize_jax.runtime import interruption
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.training import examples as training_examples
 from personalize_jax.training import loop
 from personalize_jax.training.checkpoint import Checkpoints

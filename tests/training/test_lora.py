@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from personalize_jax.errors import UserError
 from personalize_jax.models import adapters
 from personalize_jax.models.clip_text import ClipTextEncoder
 from personalize_jax.models.params import flatten
 from personalize_jax.models.t5_encoder import T5Encoder
 from personalize_jax.models.unet_2d_condition import UNet2DCondition
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.training import program
 from personalize_jax.training.loop import averaged, trained_params
 from personalize_jax.training.parameterizations import LORA

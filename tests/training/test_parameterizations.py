@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from personalize_jax.errors import UserError
 from personalize_jax.models.params import flatten
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.training.parameterizations import apply, export, init, needed_identifier, select, start
 from personalize_jax.training.parameterizations.base import Identifier
 from tests import tiny

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from personalize_jax.errors import UserError
-from personalize_jax.pictures import read_png, save_png
+from personalize_jax.method.class_images import class_images, own_class_images, own_hashes
 from personalize_jax.pipeline import Sampling
+from personalize_jax.pipeline.pictures import read_png, save_png
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.subject.images import MAX_IMAGES
-from personalize_jax.training.prior import class_images, own_class_images, own_hashes
 
 BASE, ENLARGED = SimpleNamespace(name="base"), SimpleNamespace(name="super_resolution")
 SAMPLINGS = {"base": Sampling("ancestral", 2, 2.0), "super_resolution": Sampling("ancestral", 1, 1.0)}

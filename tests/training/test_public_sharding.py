@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh
 from configs import deepfloyd_if, stable_diffusion
 from personalize_jax.models.params import flatten
 from personalize_jax.plan import abstract_pipeline
-from personalize_jax.training import sharding
+from personalize_jax.runtime import sharding
 from tests import tiny_public
 from tests.training import public_worker
 from tests.training.worker import MESHES

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from personalize_jax.errors import UserError
 from personalize_jax.models.params import flatten
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.training.loop import trained_params
 from personalize_jax.training.parameterizations import ROWS
 from personalize_jax.training.parameterizations.base import Identifier

@@ -13,10 +13,10 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from configs import common, pretrain_world, world
-from personalize_jax.errors import UserError
 from personalize_jax.families.world import read_stage
 from personalize_jax.models.text_encoder import TextEncoder
-from personalize_jax.training import sharding
+from personalize_jax.runtime import sharding
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.training.step import init_state
 from tests.training import worker
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from personalize_jax.chips import peak_flops
-from personalize_jax.errors import UserError
 from personalize_jax.families.world import read_stage
+from personalize_jax.runtime.chips import peak_flops
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.training import loop, tracking
 from personalize_jax.training.program import stage_program
 from personalize_jax.training.tracking import (

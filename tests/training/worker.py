@@ -12,11 +12,12 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
 
-from personalize_jax.errors import UserError
 from personalize_jax.families.diffusion_loss import interleave, separate
 from personalize_jax.families.world import read_stage
-from personalize_jax.training import loop, program, sharding
-from personalize_jax.training.sharding import AXES, BATCH
+from personalize_jax.runtime import sharding
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.sharding import AXES, BATCH
+from personalize_jax.training import loop, program
 from tests import tiny
 
 # One level of a U-Net with residual blocks and attention: what takes longest is to compile it.

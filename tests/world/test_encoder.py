@@ -9,10 +9,10 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, ViTImageProcessorPil, ViTModel
 
 import personalize_jax as pj
-from personalize_jax.files import ASSETS
 from personalize_jax.metrics.encoders import load_clip, load_dino
 from personalize_jax.metrics.similarity import similarities, similarities_within
 from personalize_jax.models.params import flatten
+from personalize_jax.runtime.files import ASSETS
 from personalize_jax.training.loop import train
 from personalize_jax.world import dataset_builder, encoder
 from personalize_jax.world.captions import caption_variants, prompt

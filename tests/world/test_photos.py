@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from configs import world
-from personalize_jax.errors import UserError
-from personalize_jax.pictures import read_png
+from personalize_jax.pipeline.pictures import read_png
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.world.photos import PHOTO_CONTEXTS, RESOLUTION, heldout_subject, unseen_views
 from personalize_jax.world.scene import CLASSES, CONTEXTS, SPLITS, split_of
 from tests import processes

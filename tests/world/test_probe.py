@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from personalize_jax.errors import UserError
-from personalize_jax.files import ASSETS
 from personalize_jax.models.probe import ProbeNetwork
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.files import ASSETS
 from personalize_jax.subject.class_noun import determine
 from personalize_jax.subject.images import SubjectImage
 from personalize_jax.training.loop import train

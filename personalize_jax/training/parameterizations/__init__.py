@@ -10,8 +10,8 @@ from typing import NamedTuple
 from jax import Array
 from ml_collections import ConfigDict
 
-from personalize_jax.errors import UserError
 from personalize_jax.models.params import Params, flatten, unflatten
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.training.parameterizations.base import Chosen, Identifier, Networks
 from personalize_jax.training.parameterizations.full import FULL
 from personalize_jax.training.parameterizations.lora import LORA

@@ -7,9 +7,9 @@ from typing import Any, Literal, NamedTuple
 from jax import Array
 from ml_collections import ConfigDict
 
-from personalize_jax.errors import UserError
 from personalize_jax.models.adapters import Adapted
 from personalize_jax.models.params import Params
+from personalize_jax.runtime.errors import UserError
 
 Rule = tuple[str, bool | Literal["identifier"]]  # a pattern, and what is trained of the parameters that it matches
 Chosen = Mapping[str, Any]  # parameters by slash-separated path, each with what `init` has to know of it

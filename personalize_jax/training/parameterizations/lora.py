@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import Array
 from ml_collections import ConfigDict
 
-from personalize_jax.errors import UserError
 from personalize_jax.models.adapters import Adapted
 from personalize_jax.models.params import Params, flatten, unflatten
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.training.parameterizations.base import Chosen, Identifier, Networks, Parameterization
 
 # By a kernel's number of dimensions, how many can be inputs: of a linear layer, of one whose inputs or outputs are

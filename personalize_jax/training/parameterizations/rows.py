@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from jax import Array
 from ml_collections import ConfigDict
 
-from personalize_jax.errors import UserError
 from personalize_jax.models.params import Params, flatten, unflatten
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.training.parameterizations.base import Chosen, Identifier, Parameterization, matched
 
 

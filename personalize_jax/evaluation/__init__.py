@@ -1,0 +1,1 @@
+"""What a personalised model is worth: sampled prompts, metrics, gallery and report."""

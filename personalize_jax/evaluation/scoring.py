@@ -1,0 +1,145 @@
+"""Scores of pictures one by one, by the metrics of the registry whose encoders a configuration names."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from personalize_jax.evaluation import metric_registry
+from personalize_jax.metrics.encoders import cosine_distance, find_clip, find_dino, find_lpips, label
+from personalize_jax.metrics.metric import MetricEncoders, Picture, SubjectPictures
+from personalize_jax.metrics.table import Row, Scores, SubjectScores, mean, subject_scores
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.files import write_text
+from personalize_jax.world.probe import Probe
+
+# By kind of encoder, what finds one by its source and gives what loads it.
+FIND: Mapping[str, Callable[[Any], Callable[[], Any]]] = {
+    "dino": find_dino,
+    "clip": find_clip,
+    "distance": find_lpips,
+    "probe": lambda _: Probe.load,
+}
+
+
+def sources(settings: ConfigDict) -> dict[str, Any]:
+    """The sources of the encoders that a configuration names, by the names that metrics need them by.
+
+    Args:
+        settings: `evaluation` keys. Of several CLIPs the first is "clip", each further one "clip (its name)".
+    """
+    clips = {f"clip ({label(clip)})" if i else "clip": clip for i, clip in enumerate(settings.clips)}
+    named = {"dino": settings.dino, **clips, "distance": settings.lpips, "probe": settings.probe}
+    return {name: source for name, source in named.items() if source}
+
+
+def encoder_names(settings: ConfigDict) -> list[str]:
+    """The names of the encoders that `load_encoders` gives, without looking for any of them.
+
+    Args:
+        settings: `evaluation` keys.
+    """
+    names = list(sources(settings))
+    return names + ["distance"] * ("dino" in names and "distance" not in names)
+
+
+def find_encoders(settings: ConfigDict) -> dict[str, Callable[[], Any]]:
+    """See that the encoders that a configuration names are there, after downloading them if need be.
+
+    Args:
+        settings: `evaluation` keys.
+
+    Returns:
+        By name of the encoder, what loads it.
+
+    Raises:
+        UserError: an encoder that is not there or cannot be used, none at all, or two CLIPs that have the same name.
+    """
+    names = [label(source) for source in settings.clips]
+    if len(set(names)) < len(names):
+        raise UserError(f"config.evaluation.clips has two CLIPs of one name among {', '.join(names)}; rename a folder.")
+    found = {name: FIND[name.partition(" ")[0]](source) for name, source in sources(settings).items()}
+    if not found:
+        raise UserError("config.evaluation names nothing to measure with; give dino, clips, lpips or probe.")
+    return found
+
+
+def load_encoders(found: Mapping[str, Callable[[], Any]]) -> MetricEncoders:
+    """Load what `find_encoders` has found; without LPIPS one less DINO's cosine is the distance of pictures."""
+    encoders = {name: load() for name, load in found.items()}
+    if "dino" in encoders and "distance" not in encoders:
+        encoders["distance"] = cosine_distance(encoders["dino"])
+    return encoders
+
+
+def score(
+    encoders: MetricEncoders,
+    subject: str,
+    pictures: Sequence[Picture],
+    class_noun: str | None = None,
+    truth: Mapping[str, int | np.ndarray] | None = None,
+) -> list[Row]:
+    """Score the pictures of one subject, of all roles.
+
+    Scores of photos end in " (real)", those of "class before" in " before".
+
+    Args:
+        encoders: what reads the pictures. Metrics that need others are left out.
+        subject: the subject's name.
+        pictures: its pictures, with at least one photo.
+        class_noun: the subject's class noun, where it is known.
+        truth: a rendered subject's true properties; by default what the probe reads off the photos.
+
+    Raises:
+        UserError: no photos.
+    """
+    of_subject = SubjectPictures(pictures, class_noun, truth)
+    if not of_subject.of_role("photo"):
+        raise UserError(f"No photos of {subject} were given; pictures are compared with one at least.")
+    scores: list[Scores] = [{} for _ in pictures]
+    for metric in metric_registry.measured(encoders):
+        for role in metric.roles:
+            rows = of_subject.of_role(role)
+            values = metric.score(of_subject, rows, *(encoders[need] for need in metric.needs)) if rows else ()
+            column = metric.name + metric_registry.SUFFIXES.get(role, "")
+            for i, value in zip(rows, values, strict=True):
+                if value is not None:
+                    scores[i][column] = value if isinstance(value, str) else float(value)
+    return [
+        Row(subject, picture.role, picture.prompt, picture.seed, picture.file, of_one)
+        for picture, of_one in zip(pictures, scores, strict=True)
+    ]
+
+
+def summary(rows: Sequence[Row]) -> SubjectScores:
+    """What the scores of each subject's pictures come to, and the metrics that are derived from these."""
+
+    def combine(column: str) -> Callable[[Sequence[Any]], float]:
+        metric = metric_registry.metric_of(column)
+        return metric.combine if metric else mean
+
+    scores = subject_scores(rows, combine)
+    for metrics in scores.values():
+        derived = {m.name: m.derive(metrics) for m in metric_registry.METRICS if m.derive is not None}
+        metrics.update({name: value for name, value in derived.items() if value is not None})
+    return scores
+
+
+def write_rows(rows: Sequence[Row], file: Path) -> None:
+    """Write a line of JSON for each picture."""
+    write_text(file, "".join(json.dumps(row._asdict()) + "\n" for row in rows))
+
+
+def read_rows(file: Path) -> list[Row]:
+    """Read what `write_rows` wrote.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        return [Row(**json.loads(line)) for line in file.read_text().splitlines()]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} is no file of scores ({error}); delete its folder and evaluate again.") from error

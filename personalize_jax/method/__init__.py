@@ -1,0 +1,1 @@
+"""Personalisation, phase by phase: what is configured, what a run keeps, what comes of it."""

@@ -1,0 +1,374 @@
+"""Every key of a configuration, and what its value must be.
+
+Tables of rules by dotted key: what a rule wants is what a refusal tells the user to give.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from typing import Any, NamedTuple, get_args
+
+from ml_collections import ConfigDict
+
+from personalize_jax.diffusion.prediction import Prediction, Weighting
+from personalize_jax.diffusion.samplers import Variance
+from personalize_jax.families.stage import SAMPLERS
+from personalize_jax.families.targets import PRIOR_FORMS
+from personalize_jax.families.world import SCHEDULES, TIMES
+from personalize_jax.models.attention import Implementation
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.sharding import AXES
+from personalize_jax.subject.identifier import MAX_TOKENS, RULES
+from personalize_jax.training.optimizer import MOMENT_DTYPES
+
+MAX_SEED = 2**32 - 1  # random keys of larger seeds are those of smaller ones
+
+
+class Rule(NamedTuple):
+    """What a value must be.
+
+    Attributes:
+        wanted: what to give, in words.
+        holds: tells whether a value is that; it never raises.
+        required: whether the key may not be missing.
+    """
+
+    wanted: str
+    holds: Callable[[Any], bool]
+    required: bool = True
+
+
+Rules = Mapping[str, Rule]
+
+
+def one_of(*choices: str) -> Rule:
+    """One of a few names."""
+    return Rule(f"one of {', '.join(choices)}", lambda value: isinstance(value, str) and value in choices)
+
+
+def truth() -> Rule:
+    """True or False."""
+    return Rule("True or False", lambda value: isinstance(value, bool))
+
+
+def whole(least: int, most: int | None = None) -> Rule:
+    """A whole number in a range whose ends belong to it."""
+    wanted = f"a whole number of {least} or more" if most is None else f"a whole number from {least} to {most}"
+    end = math.inf if most is None else most
+    return Rule(wanted, lambda value: _is_number(value, Integral) and least <= value <= end)
+
+
+def number(least: float = -math.inf, most: float = math.inf, above: float = -math.inf, below: float = math.inf) -> Rule:
+    """A finite number: at least, at most, above and below given ones."""
+    limits = {"of at least": least, "of at most": most, "above": above, "below": below}
+    said = " and ".join(f"{how} {limit:g}" for how, limit in limits.items() if math.isfinite(limit))
+
+    def holds(value: Any) -> bool:
+        if not _is_number(value, Real) or not math.isfinite(value):
+            return False
+        return least <= value <= most and above < value < below
+
+    return Rule(f"a finite number {said}".rstrip(), holds)
+
+
+def text(wanted: str, empty: bool = False) -> Rule:
+    """A name or a path; no system opens one with a zero byte."""
+    return Rule(wanted, lambda value: isinstance(value, str) and (empty or bool(value.strip())) and "\0" not in value)
+
+
+def several(wanted: str, each: Rule, least: int = 1) -> Rule:
+    """So many values that another rule holds for, or more."""
+    return Rule(wanted, lambda value: _is_several(value) and len(value) >= least and all(map(each.holds, value)))
+
+
+def either(first: Rule, second: Rule) -> Rule:
+    """What one rule wants, or what another does."""
+    return Rule(f"{first.wanted}, or {second.wanted}", lambda value: first.holds(value) or second.holds(value))
+
+
+def patterns(wanted: str, says: Callable[[Any], bool], least: int = 1) -> Rule:
+    """Pairs of a regular expression and what is said of the paths that it matches."""
+
+    def is_pair(value: Any) -> bool:
+        return _is_several(value) and len(value) == 2 and _is_pattern(value[0]) and says(value[1])
+
+    return several(wanted, Rule("", is_pair), least)
+
+
+def within(section: str, rules: Rules) -> dict[str, Rule]:
+    """Rules of the keys of a section, by their keys in the whole configuration."""
+    return {f"{section}.{key}": rule for key, rule in rules.items()}
+
+
+def optional(rules: Rules) -> dict[str, Rule]:
+    """The same rules for keys that may be missing."""
+    return {key: rule._replace(required=False) for key, rule in rules.items()}
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _is_several(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        re.compile(value)
+    except (re.error, TypeError, RecursionError, OverflowError):
+        return False
+    return isinstance(value, str)
+
+
+def _are_axes(value: Any) -> bool:
+    if not _is_several(value):
+        return False
+    named = [axis for axis in value if axis is not None]
+    return all(isinstance(axis, str) and axis in AXES for axis in named) and len(set(named)) == len(named)
+
+
+def _is_mesh(value: Any) -> bool:
+    return _is_several(value) and len(value) == len(AXES) and all(whole(-1).holds(size) and size for size in value)
+
+
+def _are_levels(value: Any) -> bool:
+    return _is_several(value) and len(value) == 2 and all(map(SHARE.holds, value)) and value[0] <= value[1]
+
+
+COUNT, SHARE, SCALE = whole(1), number(0, 1), number(0)
+LEVELS = Rule("two noise levels (lowest, highest) from 0 to 1", _are_levels)
+NAME = text("a folder, or a name on the hub")
+
+TRAINING: Rules = {
+    "num_steps": COUNT,
+    "batch_size": COUNT,
+    "microbatches": COUNT,
+    "steps_per_dispatch": COUNT,
+    "log_every": COUNT,
+    "checkpoint_every": COUNT,
+    "mesh": Rule("three sizes (data, fsdp, tensor), each 1 or more, or -1 for what remains", _is_mesh),
+    "sharding": patterns(
+        f"pairs of a regular expression and axes, each once, of {', '.join(AXES)}, such as (('', ('tensor', 'fsdp')),)",
+        _are_axes,
+    ),
+    "caption_dropout": SHARE,
+    "object_weight": SCALE,
+    "augmentation_levels": LEVELS,
+    "weighting": one_of(*get_args(Weighting)),
+    "offset_noise": SCALE,
+    "vlb_weight": SCALE,
+    "trainable": patterns(
+        'pairs of a regular expression and True, False or "identifier", such as ((".*", True),)',
+        lambda trained: isinstance(trained, bool) or trained == "identifier",
+    ),
+    "identifier_init": one_of("pretrained", "class_noun"),
+    "ema_decay": number(0, below=1),
+    "lora.rank": whole(0),
+    "lora.targets": patterns("pairs of a regular expression and a number of dimensions of 1 or more", COUNT.holds, 0),
+    "prior.weight": SCALE,
+    "prior.form": one_of(*PRIOR_FORMS),
+    "prior.caption_dropout": SHARE,
+    "optimizer.learning_rate": SCALE,
+    "optimizer.warmup_steps": whole(0),
+    "optimizer.decay_steps": whole(0),
+    "optimizer.b1": number(0, below=1),
+    "optimizer.b2": number(0, below=1),
+    "optimizer.weight_decay": SCALE,
+    "optimizer.clip_norm": number(above=0),
+    "optimizer.moment_dtype": one_of(*MOMENT_DTYPES),
+}
+BASE, OTHERS = "training", "_training"  # the sections of the base stage's training, and how others' names end
+
+EVALUATION: Rules = {
+    "prompts": text("world, dreambooth, or a file of prompts"),
+    "images_per_prompt": COUNT,
+    "class_samples": COUNT,
+    "batch_size": COUNT,
+    "dino": text('a folder, or a name on the hub, or "" to go without', empty=True),
+    "clips": several("folders, or names on the hub, of a CLIP each", NAME, least=0),
+    "lpips": text('a folder, or "" to go without', empty=True),
+    "probe": truth(),
+}
+# What the evaluation of a run takes that was begun before there was such a key: no encoder that it does not name.
+EVALUATION_DEFAULTS: Mapping[str, Any] = {
+    "prompts": "dreambooth",
+    "images_per_prompt": 4,
+    "class_samples": 64,
+    "batch_size": 16,
+    "dino": "",
+    "clips": (),
+    "lpips": "",
+    "probe": False,
+}
+
+COMPUTE: Rules = {
+    "dtype": one_of("float32", "bfloat16"),
+    "remat": truth(),
+    "attention": one_of("auto", *get_args(Implementation)),
+}
+
+_RUN: Rules = {
+    "seed": whole(0, MAX_SEED),
+    "pretrained": either(NAME, several("one for each stage", NAME)),
+    **within(
+        "subject",
+        {
+            "num_tokens": whole(1, MAX_TOKENS),
+            "rule": one_of(*RULES),
+            "frequency": text("recorded, sentencepiece, bpe_rank, or a file of captions"),
+            "label": one_of("identifier_and_class", "identifier"),
+            "registry": text("a file, such as runs/registry.json"),
+            "class_threshold": SHARE,
+        },
+    ),
+    **within(
+        "class_images",
+        {
+            "folder": text('a folder of pictures of the class, or "" to have them drawn', empty=True),
+            "count": COUNT,
+            "num_steps": COUNT,
+            "guidance_scale": number(0),
+            "batch_size": COUNT,
+        },
+    ),
+    **within("training", TRAINING),
+    **within(
+        "report",
+        {
+            "contexts": several('one or more contexts, such as ("in the snow",)', text("")),
+            "images_per_context": COUNT,
+            "class_samples": COUNT,
+            "without_prior": truth(),
+            "batch_size": COUNT,
+        },
+    ),
+    **within("evaluation", EVALUATION),
+    **optional({"pretrained_augmentation_levels": LEVELS}),
+}
+
+_STAGE: Rules = {
+    "name": Rule("a name such as base", lambda value: isinstance(value, str) and value.isidentifier()),
+    "resolution": COUNT,
+    "low_resolution": either(COUNT, Rule("None of a base model", lambda value: value is None)),
+    **within(
+        "network",
+        {
+            "channels": several("numbers of channels", COUNT),
+            "patch": COUNT,
+            "down_blocks": several("numbers of blocks", whole(0)),
+            "up_blocks": several("numbers of blocks", whole(0)),
+            "attention": several("True or False for each resolution", truth()),
+        },
+    ),
+    **{f"{process}.kind": one_of(*SCHEDULES) for process in ("schedule", "augmentation")},
+    "prediction": one_of(*get_args(Prediction)),
+    **within("sampling", {"sampler": one_of(*SAMPLERS, "ancestral"), "num_steps": COUNT, "guidance_scale": SCALE}),
+    **optional(
+        within(
+            "sampling",
+            {
+                "threshold_percentile": number(most=1, above=0),
+                "threshold_max": either(number(above=0), Rule("None", lambda value: value is None)),
+                "augmentation_level": SHARE,
+                "variance": one_of(*get_args(Variance)),
+            },
+        )
+    ),
+}
+
+_OF_KIND: dict[str, dict[str, Rules]] = {  # by section of a stage and its kind, the section's further keys
+    "schedule": {"cosine": {"shift": number()}, "rectified_flow": {"shift": number(above=0)}},
+    "schedule.times": {
+        "logit_normal": {"mean": number(), "std": number(above=0)},
+        "shifted": {"shift": number(above=0)},
+    },
+}
+_OF_KIND["augmentation"] = _OF_KIND["schedule"]
+
+
+def training_sections(config: ConfigDict) -> dict[str, str]:
+    """The section of a configuration that each stage's training has, by the stage's name, in their order there."""
+    others = {key.removesuffix(OTHERS): key for key in config if key.endswith(OTHERS)}
+    return ({"base": BASE} if BASE in config else {}) | others
+
+
+def rules_of_run(config: ConfigDict) -> Rules:
+    """What a personalisation's configuration must hold, with the optional sections that this one has."""
+    rules = dict(_RUN)
+    sections = training_sections(config)
+    rules["tune"] = several(f"one or more of {', '.join(sections)}, each once", one_of(*sections))
+    for section in sections.values():
+        rules |= within(section, TRAINING)
+    if "compute" in config:
+        rules |= within("compute", COMPUTE)
+    for method in {key.split(".")[1] for key in _values(config) if key.startswith("methods.")}:
+        rules |= within(f"methods.{method}", optional(TRAINING))
+    return rules
+
+
+def rules_of_pretraining(config: ConfigDict) -> Rules:
+    """What a pretraining's configuration must hold; without a pipeline to start from it describes a text encoder."""
+    encoder = within("text_encoder", dict.fromkeys(("width", "num_layers", "num_heads", "max_length"), COUNT))
+    return {
+        "seed": whole(0, MAX_SEED),
+        "pretrained": text('a folder, or "" to start from random parameters', empty=True),
+        **within("dataset", {"resolution": COUNT, "count": COUNT}),
+        **within("training", TRAINING),
+        **within("stage", _rules_of_stage(config)),
+        **(optional(encoder) if config.get("pretrained") else encoder),
+    }
+
+
+def _rules_of_stage(config: ConfigDict) -> Rules:
+    """What `config.stage` must hold, which depends on the kinds of process that it names."""
+    values = {key.removeprefix("stage."): value for key, value in _values(config).items() if key.startswith("stage.")}
+    rules = dict(_STAGE)
+    if any(key.startswith("schedule.times.") for key in values):
+        rules["schedule.times.kind"] = one_of(*TIMES)
+    for section, of_kind in _OF_KIND.items():
+        rules |= optional(within(section, of_kind.get(str(values.get(f"{section}.kind")), {})))
+    if values.get("schedule.kind") == "rectified_flow":  # it ends in noise alone, where eps says nothing of the picture
+        rules["prediction"] = one_of(*(kind for kind in get_args(Prediction) if kind != "eps"))
+    return rules
+
+
+def check_keys(config: ConfigDict, rules: Rules, section: str = "") -> None:
+    """Refuse a configuration that lacks keys, or has others, or values that its rules do not hold for.
+
+    Args:
+        config: a configuration or a section of one.
+        rules: by dotted key, what each value must be.
+        section: with a dot at its end, where `config` is only that of another.
+
+    Raises:
+        UserError: such a key.
+    """
+    values = _values(config)
+    if missing := [section + key for key, rule in rules.items() if rule.required and key not in values]:
+        raise UserError(f"The configuration lacks {', '.join(missing[:5])}; start from a file of configs/.")
+    for key, value in values.items():
+        if key not in rules:
+            close = difflib.get_close_matches(key, rules, n=1)
+            hint = f"did you mean config.{section}{close[0]}?" if close else "leave it out."
+            raise UserError(f"config.{section}{key} is no key that anything reads; {hint}")
+        if not rules[key].holds(value):
+            raise UserError(f"config.{section}{key} is {_shown(value)}; give {rules[key].wanted}.")
+
+
+def _values(config: ConfigDict | Mapping, prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict | Mapping):
+            found |= _values(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _shown(value: Any) -> str:
+    """A value in a sentence: on one line, and not too long."""
+    shown = " ".join(repr(value).split())
+    return shown if len(shown) <= 80 else f"{shown[:79]}…"

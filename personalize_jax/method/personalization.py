@@ -1,0 +1,385 @@
+"""Personalisation, phase by phase.
+
+The method of the specification: images, class noun and identifier (steps 202-208), class images drawn from the frozen
+cascade, each stage tuned on its own inputs. Every phase leaves its result in the run directory, and a call goes on
+where the last one stopped.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from personalize_jax.families.objective import INSTANCE, PRIOR
+from personalize_jax.method import configuration
+from personalize_jax.method.class_images import class_images, own_class_images, own_hashes, prior_sampling
+from personalize_jax.method.configuration import stage_trainings
+from personalize_jax.method.personalized import Personalized, load_placed
+from personalize_jax.models.params import Params
+from personalize_jax.pipeline import Pipeline, Stage, save_pipeline
+from personalize_jax.runtime import command, hosts, manifest
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.manifest import phase
+from personalize_jax.subject.class_noun import Classifier, determine
+from personalize_jax.subject.dataset import MANIFEST, SubjectDataset, read_dataset, write_dataset
+from personalize_jax.subject.images import SubjectImage, load_images
+from personalize_jax.subject.registry import keep_identifier, reserve_identifier
+from personalize_jax.training import parameterizations
+from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
+from personalize_jax.training.loop import averaged, check_length, train, trained_params
+from personalize_jax.training.parameterizations.base import Identifier
+from personalize_jax.training.program import stage_program
+from personalize_jax.training.step import TrainState
+from personalize_jax.training.tracking import JSONL_ONLY, Tracking
+
+
+class SubjectPhotos(NamedTuple):
+    """What the user brings: images, and what they show if the user said so."""
+
+    images: list[SubjectImage]
+    class_noun: str | None
+
+
+class Tuned(NamedTuple):
+    """What tuning a stage changed: networks by name, and the adapters that were merged into them, if any."""
+
+    networks: Params
+    adapters: Params | None
+
+
+def load_subject(
+    images: str | Path | Sequence[str | Path], class_noun: str | None = None, resolution: int = 128
+) -> SubjectPhotos:
+    """Read 1 to 20 images of a subject.
+
+    Args:
+        images: a folder or files.
+        class_noun: what the subject is; None to let a classifier find it.
+        resolution: that of the cascade's last stage.
+
+    Raises:
+        UserError: an image that cannot be used.
+    """
+    source = Path(images) if isinstance(images, str | Path) else [Path(file) for file in images]
+    return SubjectPhotos(load_images(source, resolution), class_noun)
+
+
+def load_pretrained(config: ConfigDict) -> Pipeline:
+    """The pretrained cascade that a configuration names; a public one is read right into the shards of training."""
+    return load_placed(config.pretrained, config)
+
+
+def personalize_subject(
+    pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: str | Path, tracking: Tracking = JSONL_ONLY
+) -> Personalized:
+    """Run all phases up to the tuned cascade; those whose results are in `workdir` already are read from it.
+
+    Args:
+        pipeline: the pretrained cascade; it stays as it is.
+        photos: of the subject.
+        config: of `configs/world.py`.
+        workdir: run directory.
+        tracking: where metrics go besides.
+
+    Raises:
+        UserError: input that cannot be used, or a run directory of another configuration.
+    """
+    workdir = Path(workdir)
+    begin(pipeline, photos, config, workdir)
+    with manifest.record(workdir, seeds(config), made_from(pipeline, photos, config)):
+        return tune_cascade(pipeline, photos, config, workdir, tracking)
+
+
+def tune_cascade(
+    pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path, tracking: Tracking = JSONL_ONLY
+) -> Personalized:
+    """The phases of `personalize_subject`, in a run directory that is claimed and whose call is recorded."""
+    with phase(workdir, "subject"):
+        subject = determine_subject(pipeline, photos, config, workdir)
+    manifest.record_subject(workdir, subject.labels[0], subject.identifier.text, f"a {subject.phrase}")
+    trainings = stage_trainings(config)
+    drawn = {}
+    if with_prior := [name for name in config.tune if trainings[name].prior.weight > 0]:
+        with phase(workdir, "class images"):
+            drawn = sample_class_images(pipeline, subject, with_prior, config, workdir)
+    tuned, adapters = pipeline, {}
+    for name in config.tune:
+        with phase(workdir, f"tuning {name}"):
+            stage = pipeline.stage(name)
+            networks, lora = tune(tuned, stage, subject, drawn, trainings[name], config.seed, workdir / name, tracking)
+            tuned = tuned.replace_params(**networks)
+            if lora is not None:
+                adapters[name] = lora
+    tuned = with_tuned_sampling(tuned, config, config.tune)
+    with phase(workdir, "pipeline"):
+        save_tuned(tuned, adapters, workdir / "pipeline")
+    return Personalized(tuned, subject)
+
+
+def seeds(config: ConfigDict) -> dict[str, object]:
+    """What is drawn by chance up to the tuned cascade, for the manifest."""
+    drawn = {} if config.class_images.folder else {"class images": [0, config.class_images.count - 1]}
+    return {"training": config.seed} | drawn
+
+
+def made_from(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict) -> dict[str, object]:
+    """Hashes of the pretrained cascade, of the photos' files and of those of own class images, for the manifest."""
+    data = {"pretrained": pipeline.fingerprint, "photos": [image.sha256 for image in photos.images]}
+    folder = config.class_images.folder
+    return data | ({"class images": own_hashes(folder)} if folder else {})
+
+
+def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path) -> None:
+    """Claim a run directory for a configuration and a subject, before anything is computed.
+
+    Only numbers of steps, evaluation and registry may differ from what the run began with; it is then no longer done.
+
+    Raises:
+        UserError: the configuration cannot be used, the directory belongs to another one, to another subject, or to
+            other pretrained weights or class images, or a stage cannot be tuned for that number of steps any more.
+    """
+    configuration.check(pipeline, config)
+    hosts.check_shared(workdir)
+    before, now = manifest.read(workdir).get("data", {}), made_from(pipeline, photos, config)
+    sources = {"pretrained": f"weights of {config.pretrained}", "class images": "pictures in class_images.folder"}
+    for key, source in sources.items():
+        if before.get(key, now.get(key)) != now.get(key):
+            raise UserError(f"{workdir} was begun with other {source}; give the same to go on, or another --workdir.")
+    if (workdir / "subject" / MANIFEST).exists():
+        _check_same(read_dataset(workdir / "subject"), photos, workdir)
+    else:
+        configuration.check_identifier(pipeline, config)
+    sections = configuration.training_sections(config)
+    for name, training in stage_trainings(config).items():
+        key = f"{sections[name]}.num_steps"
+        check_length(workdir / name, training, manifest.recorded(workdir, key, training.num_steps))
+    may_change = [f"{part}.num_steps" for part in sections.values()]
+    may_change += ["subject.registry", *(f"evaluation.{key}" for key in configuration.EVALUATION)]
+    manifest.record_config(config, workdir, may_change)
+    hosts.wait()  # so that all of them read the same
+
+
+def tune_again(
+    pipeline: Pipeline,
+    tuned: Personalized,
+    name: str,
+    config: ConfigDict,
+    workdir: Path,
+    directory: Path,
+    tracking: Tracking = JSONL_ONLY,
+) -> Personalized:
+    """The tuned cascade with one stage tuned in another way, to compare.
+
+    A stage starts from the encoders that it started from in the run, and is sampled with what became of them.
+
+    Args:
+        pipeline: the pretrained cascade.
+        tuned: what `personalize_subject` made in `workdir`.
+        name: of the stage; where `config.tune` leaves it out, it is the pretrained one.
+        config: that run's, changed.
+        workdir: of that run, for its configuration and class images.
+        directory: for checkpoints and metrics of this tuning; its seconds go to the manifest beside it.
+        tracking: where its metrics go besides.
+    """
+    stage, start, encoders = pipeline.stage(name), pipeline, {}
+    run = manifest.read_config(workdir)
+    first = run.tune[0]  # no other stage may train the encoders
+    if configuration.trains_encoders(pipeline, first, stage_trainings(run)[first]):
+        source = pipeline if name == first else tuned.pipeline
+        encoders = {encoder: source.float32_params(encoder) for encoder in pipeline.family.encoders}
+        start = pipeline if name == first else pipeline.replace_params(**encoders)
+    if name not in config.tune:
+        untuned = tuned.pipeline.replace_params(**encoders, **{name: pipeline.float32_params(name)})
+        return Personalized(untuned.replace_sampling(**{name: stage.sampling}), tuned.subject)
+    training = stage_trainings(config)[name]
+    drawn = sample_class_images(pipeline, tuned.subject, [name], config, workdir) if training.prior.weight > 0 else {}
+    with phase(directory.parent, f"tuning {directory.name}".replace("_", " ")):
+        networks, _ = tune(start, stage, tuned.subject, drawn, training, config.seed, directory, tracking)
+    changed = tuned.pipeline.replace_params(**{**encoders, **networks}).replace_sampling(**{name: stage.sampling})
+    return Personalized(with_tuned_sampling(changed, config, [name]), tuned.subject)
+
+
+def determine_subject(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path) -> SubjectDataset:
+    """Class noun, identifier and labelled dataset (specification steps 204-208), kept in `workdir/subject`."""
+    directory = workdir / "subject"
+    # Once for all processes: a registry gives an identifier to one of them.
+    hosts.first_does(lambda: _write_subject(pipeline, photos, config, directory))
+    return read_dataset(directory)
+
+
+def _write_subject(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, directory: Path) -> None:
+    """Determine what is not in the directory already."""
+    if (directory / MANIFEST).exists():
+        return keep_identifier(pipeline.tokenizer, config, directory.parent)
+    classifier, nouns = class_knowledge(config)
+    class_noun = determine(photos.images, photos.class_noun, classifier, nouns, config.subject.class_threshold)
+    identifier = reserve_identifier(pipeline.tokenizer, config, directory.parent, class_noun.noun, nouns or ())
+    label = config.subject.label == "identifier_and_class"
+    write_dataset(directory, photos.images, class_noun, identifier, label)
+
+
+def class_knowledge(config: ConfigDict) -> tuple[Classifier | None, Sequence[str] | None]:
+    """The classifier of the rendered world and its class nouns, if a configuration says that pictures are of it."""
+    if not config.evaluation.probe:
+        return None, None
+    from personalize_jax.world.probe import Probe
+    from personalize_jax.world.scene import CLASSES
+
+    return Probe.load().classifier, CLASSES
+
+
+def sample_class_images(
+    pipeline: Pipeline, subject: SubjectDataset, names: Sequence[str], config: ConfigDict, workdir: Path
+) -> dict[str, np.ndarray]:
+    """The class images of the named stages, and of those that lead to them, drawn by the ancestral sampler.
+
+    Or, with `class_images.folder`, the pictures there in their place.
+    """
+    if folder := config.class_images.folder:
+        return dict.fromkeys(names, own_class_images(folder, pipeline.stages[-1].resolution))
+    cascade = pipeline.up_to(max(names, key=[stage.name for stage in pipeline.stages].index))
+    settings = config.class_images
+    samplings = {stage.name: prior_sampling(stage, settings) for stage in cascade.stages}
+    how = subject.class_prompt, settings.count, samplings, workdir / "class_images", settings.batch_size
+    with tqdm(total=settings.count * len(samplings), desc="class images", unit="img") as bar:
+        return class_images(cascade, pipeline.fingerprint, *how, bar.update)
+
+
+def tune(
+    pipeline: Pipeline,
+    stage: Stage,
+    subject: SubjectDataset,
+    drawn: dict[str, np.ndarray],
+    config: ConfigDict,
+    seed: int,
+    directory: Path,
+    tracking: Tracking = JSONL_ONLY,
+) -> Tuned:
+    """Tune one stage on its own inputs.
+
+    Args:
+        pipeline: the cascade before this stage is tuned.
+        stage: one of its stages.
+        subject: the labelled dataset.
+        drawn: class images by stage name.
+        config: the stage's training keys.
+        seed: of the training.
+        directory: for checkpoints and metrics, whose part of the run has its name.
+        tracking: where metrics go besides.
+
+    Returns:
+        What the tuning changed.
+    """
+    pretrained = pipeline.networks(stage.name)
+    examples = {INSTANCE: stage_examples(pipeline, stage, subject.images_NHWC, subject.labels)}
+    if config.prior.weight > 0:
+        pictures = drawn[stage.name]
+        examples[PRIOR] = stage_examples(pipeline, stage, pictures, [subject.class_prompt] * len(pictures))
+    if not configuration.trains_encoders(pipeline, stage.name, config):
+        examples = {group: with_embeddings(pipeline, of_group) for group, of_group in examples.items()}
+    identifier = identifier_tokens(pipeline, subject, config.identifier_init)
+    read_float32 = partial(pipeline.float32_network, stage.name)
+    program = stage_program(stage, pipeline.family, pretrained, examples, config, seed, identifier, read_float32)
+    with command.steps_bar(f"tuning {directory.name.replace('_', ' ')}", config.num_steps) as progress:
+        state = train(program, directory, progress, tracking.of(directory.name))
+    return tuned_networks(pipeline, stage, state, config)
+
+
+def identifier_tokens(pipeline: Pipeline, subject: SubjectDataset, start: str) -> Identifier:
+    """The identifier's tokens, each with those whose embeddings it starts from.
+
+    Args:
+        pipeline: for its tokenizer.
+        subject: with identifier and class noun.
+        start: "pretrained", each token from its own; or "class_noun", as in Textual Inversion.
+    """
+    tokens = list(dict.fromkeys(subject.identifier.token_ids))  # one may be there twice
+    noun = pipeline.tokenizer.encode(subject.class_noun.noun)
+    starts = [noun if start == "class_noun" else [token] for token in tokens]
+    return Identifier(np.array(tokens, np.int32), np.array(starts, np.int32))
+
+
+def tuned_networks(pipeline: Pipeline, stage: Stage, state: TrainState, config: ConfigDict) -> Tuned:
+    """What a train state says of a stage.
+
+    Args:
+        pipeline: the cascade before that stage was tuned.
+        stage: one of its stages.
+        state: of the tuning, at its end or on the way.
+        config: the stage's training keys.
+    """
+    pretrained = pipeline.networks(stage.name)
+    selection = parameterizations.select(pretrained, config)
+    changed_in_part = selection.networks & selection.frozen.keys()
+    float32 = {name: pipeline.float32_network(stage.name, name) for name in changed_in_part}
+    params = trained_params(state, pretrained | float32)
+    encoders = {name: params[name] for name in pipeline.family.encoders if name in selection.networks}
+    networks = {stage.name: params["denoiser"], **encoders}
+    return Tuned(networks, averaged(state).get(parameterizations.LORA.name))
+
+
+def save_tuned(pipeline: Pipeline, adapters: Mapping[str, Params], folder: Path) -> None:
+    """Write a tuned cascade, and the adapters of public networks once more by themselves, in `lora/` beside theirs.
+
+    Args:
+        pipeline: with all changes.
+        adapters: by stage, where adapters were trained.
+        folder: see `save_pipeline`.
+    """
+    save_pipeline(pipeline, folder, np.float32)
+    whole = jax.tree.map(hosts.to_numpy, dict(adapters))
+    hosts.first_does(lambda: pipeline.family.write_adapters(whole, folder))
+
+
+def stage_examples(pipeline: Pipeline, stage: Stage, pictures: np.ndarray, labels: Sequence[str]) -> Examples:
+    """Labelled pictures at a stage's own resolution, with low-resolution versions or latents where it needs them."""
+    pictures = downsample_uint8(pictures, stage.resolution)
+    low_res = None if stage.low_resolution is None else downsample_uint8(pictures, stage.low_resolution)
+    examples = make_examples(pictures, np.array(labels)[:, None], pipeline.family.tokenize, low_res)
+    if (latents := pipeline.to_latents(pictures)) is None:
+        return examples
+    # The pictures are not kept: a thousand class images would take a TPU chip a tenth of its memory.
+    return examples._replace(image=None, latent=latents)
+
+
+def with_embeddings(pipeline: Pipeline, examples: Examples) -> Examples:
+    """The examples with the frozen encoders' conditioning, computed once."""
+    return examples._replace(cond=pipeline.family.condition(pipeline.params, examples.tokens))
+
+
+def with_tuned_sampling(pipeline: Pipeline, config: ConfigDict, names: Sequence[str]) -> Pipeline:
+    """Sample tuned stages as they were tuned.
+
+    A super-resolution stage within the augmentation levels that it has seen; and a stage whose variances were left
+    alone while its mean moved with the posterior's variance instead.
+
+    Args:
+        pipeline: the tuned cascade.
+        config: of the run.
+        names: the stages that were tuned.
+    """
+    samplings = {}
+    for name in names:
+        stage, training = pipeline.stage(name), stage_trainings(config)[name]
+        sampling = stage.sampling
+        if stage.low_resolution is not None:
+            level = min(sampling.augmentation_level, float(training.augmentation_levels[1]))
+            sampling = sampling._replace(augmentation_level=level)
+        if stage.learned_variance and training.vlb_weight == 0:
+            sampling = sampling._replace(variance="small")
+        samplings[name] = sampling
+    return pipeline.replace_sampling(**samplings)
+
+
+def _check_same(subject: SubjectDataset, photos: SubjectPhotos, workdir: Path) -> None:
+    """Raises UserError if the photos, or what they are said to show, are not the subject's."""
+    if not np.array_equal(subject.images_NHWC, [image.pixels for image in photos.images]):
+        raise UserError(f"{workdir} was begun with other images; give the same ones to go on, or another --workdir.")
+    noun = subject.class_noun.noun
+    if photos.class_noun is not None and (given := determine(photos.images, photos.class_noun).noun) != noun:
+        raise UserError(f"{workdir} was begun with a {noun}, not a {given}; give --class_noun={noun!r} to go on.")

@@ -1,0 +1,137 @@
+"""PNG files that name their prompt and seed."""
+
+import hashlib
+import io
+import re
+import struct
+import unicodedata
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngImageFile, PngInfo
+
+from personalize_jax.runtime import hosts
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.runtime.files import replacing
+
+MAX_NAME = 80
+
+# What Pillow's decoder raises on damaged bytes; a header may also claim an absurd size.
+_DAMAGE = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+def save_png(pixels: np.ndarray, file: Path, metadata: Mapping[str, str]) -> None:
+    """Write a picture, whole or not at all; the same picture and metadata give the same bytes.
+
+    Args:
+        pixels: uint8 [H, W, 3] RGB.
+        file: to write or replace; missing folders are made.
+        metadata: such as prompt, seed and identifier, kept as text chunks (tEXt, or iTXt beyond Latin-1).
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    data = encode_png(pixels, metadata)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as temporary:
+        temporary.write_bytes(data)
+
+
+def read_png(file: Path) -> tuple[np.ndarray, dict[str, str]]:
+    """Read a picture that `save_png` wrote: uint8 [H, W, 3], and its metadata.
+
+    Raises:
+        UserError: the file is damaged, or no RGB PNG.
+        OSError: it cannot be read at all.
+    """
+    data = file.read_bytes()
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            image.verify()  # the checksums, which decoding alone ignores
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            image.load()
+            assert isinstance(image, PngImageFile)
+            mode, pixels, metadata = image.mode, np.array(image), dict(image.text)
+    except _DAMAGE as error:
+        raise UserError(f"{file} is damaged, or no PNG file; delete it, so that it is drawn again.") from error
+    if mode != "RGB":
+        raise UserError(f"{file} is a PNG file of mode {mode}, RGB was expected; delete it, so that it is drawn again.")
+    return pixels, {key: str(value) for key, value in metadata.items()}
+
+
+def sample_missing(
+    draw: Callable[[list[int]], np.ndarray],
+    files: Sequence[Path],
+    metadata: Sequence[Mapping[str, str]],
+    batch_size: int,
+    progress: Callable[[int], object] = lambda pictures: None,
+) -> list[np.ndarray]:
+    """Draw what is not there yet, so that a call which was cut short loses a batch at most.
+
+    Of several processes each writes its share of the files.
+
+    Args:
+        draw: from numbers of pictures to the pictures; each must be the same whatever others are drawn with it.
+        files: where each picture lies.
+        metadata: what each is drawn from; a picture with other metadata is drawn anew.
+        batch_size: pictures drawn at once, and kept before the next ones.
+        progress: called with the number of pictures found or drawn.
+
+    Returns:
+        The pictures, uint8 [H, W, 3] each.
+
+    Raises:
+        UserError: a file that is there is damaged.
+    """
+    found = {}
+    for i, file in enumerate(files):
+        if file.exists():
+            pixels, known = read_png(file)
+            if known == metadata[i]:
+                found[i] = pixels
+    found_by_all = hosts.true_in_all([i in found for i in range(len(files))])
+    missing = [i for i, known in enumerate(found_by_all) if not known]
+    progress(len(files) - len(missing))
+    for start in range(0, len(missing), batch_size):
+        batch = missing[start : start + batch_size]
+        found |= zip(batch, draw(batch), strict=True)
+        share = batch[jax.process_index() :: jax.process_count()]
+        hosts.each_does(partial(_save, [(found[i], files[i], metadata[i]) for i in share]))
+        progress(len(batch))
+    return [found[i] for i in range(len(files))]
+
+
+def _save(pictures: Sequence[tuple[np.ndarray, Path, Mapping[str, str]]]) -> None:
+    for picture in pictures:
+        save_png(*picture)
+
+
+def encode_png(pixels: np.ndarray, metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a PNG file of uint8 [H, W, 3] pixels, with metadata as text chunks."""
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
+        raise ValueError(f"pixels are {pixels.dtype} {list(pixels.shape)}; uint8 [H, W, 3] was expected")
+    info = PngInfo()
+    for key, value in metadata.items():
+        info.add_text(key, value)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def file_name(prompt: str, seed: int) -> str:
+    """The name for a picture of a prompt, at most 80 ASCII letters, digits, dashes and one dot; never a path.
+
+    Different prompts get different names: where letters are lost or cut, a digest of the prompt is added.
+    """
+    placed = prompt.lower().replace("[v]", "V")
+    plain = unicodedata.normalize("NFKD", placed).encode("ascii", "ignore").decode()
+    slug = re.sub(r"[^a-zV0-9]+", "-", plain).strip("-")
+    suffix = f"-{seed:04d}.png"
+    if slug.replace("-", " ").replace("V", "[V]") != prompt or len(slug + suffix) > MAX_NAME:
+        suffix = f"-{hashlib.sha256(prompt.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}{suffix}"
+    return (slug[: MAX_NAME - len(suffix)].rstrip("-") or "picture") + suffix

@@ -1,0 +1,103 @@
+"""Files that are written whole or not at all, and where those lie that ship with the package."""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+ASSETS = Path(__file__).parents[1] / "assets"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says of a full disk, quota or file
+
+_HOST = re.sub(r"[^\w.-]", "_", socket.gethostname())
+_TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)")  # of `replacing`, with the number of its process and the host
+
+
+@contextlib.contextmanager
+def replacing(file: Path, apart: bool = False) -> Iterator[Path]:
+    """Yield where to write, beside `file`, which what is there replaces at the end, unless there was an error.
+
+    Args:
+        file: to write or replace.
+        apart: write in a folder of its own, and give the file the mode of any new one: for libraries that write to a
+            file of theirs beside it first, which only this user may read.
+
+    Raises:
+        OSError: the file cannot be written; the error names it.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}@{_HOST}")
+    written = temporary / "content" if apart else temporary
+    try:
+        with naming(file, temporary):
+            if apart:
+                temporary.mkdir(exist_ok=True)
+                written.touch()
+            mode = written.stat().st_mode if apart else None
+            yield written
+            if mode is not None and written.stat().st_mode != mode:
+                written.chmod(mode)
+            os.replace(written, file)
+    finally:
+        _remove(temporary)
+
+
+@contextlib.contextmanager
+def naming(file: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Have failures to write say which file it was, as the system says only when one is opened.
+
+    Args:
+        file: to be named.
+        temporary: another name, in whose place, and in that of what is within it, it is named.
+    """
+    try:
+        yield
+    except OSError as error:
+        within = temporary is not None and Path(str(error.filename)).is_relative_to(temporary)
+        if error.errno is not None and (error.filename is None or within):
+            error.filename = str(file)
+        raise
+
+
+def reason(error: OSError) -> str:
+    """A sentence that says which file cannot be used, and why."""
+    file = error.filename or "A file"
+    if error.errno in FULL:
+        return f"{file} cannot be written ({error.strerror}); what is done is kept: make free space, and start again."
+    return f"{file} cannot be used: {error.strerror or ' '.join(str(error).split())}."
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    with replacing(file) as temporary:
+        temporary.write_text(text)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what killed processes of this host have left unfinished below a folder; links are not followed.
+
+    Which processes of other hosts are alive is not known here: theirs stays.
+    """
+    for found in list(folder.rglob(".*")):
+        match = _TEMPORARY.fullmatch(found.name)
+        if match and match[2] == _HOST and not _is_alive(int(match[1])):
+            _remove(found)
+
+
+def _remove(temporary: Path) -> None:
+    if temporary.is_dir():
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
