@@ -32,7 +32,7 @@ from personalize_jax.method.personalization import (
     class_knowledge,
     load_pretrained,
     personalize_subject,
-    tune_again,
+    retune_stage,
 )
 from personalize_jax.method.personalized import Personalized, load_personalized
 from personalize_jax.metrics.metric import MetricEncoders
@@ -44,7 +44,7 @@ from personalize_jax.subject.class_noun import determine
 from personalize_jax.subject.identifier import PLACEHOLDER
 from personalize_jax.subject.images import from_pixels, read_image
 from personalize_jax.subject.registry import reserve_identifier
-from personalize_jax.training import tracking
+from personalize_jax.training import tracking, trained
 from personalize_jax.training.tracking import JSONL_ONLY, NO_DESTINATIONS, Destinations, Tracking
 from personalize_jax.world.exact_metrics import truth_of
 
@@ -316,7 +316,7 @@ def tuned_run(
     """
     folder = workdir / arm.name / subject.name
     if arm.stage is not None:
-        return tune_again(pretrained, load_personalized(first), arm.stage, config, first, folder / arm.stage, tracked)
+        return retune_stage(pretrained, load_personalized(first), arm.stage, config, first, folder / arm.stage, tracked)
     resolution = pretrained.stages[-1].resolution
     images = [from_pixels(f"{i:02d}", p, resolution) for i, p in enumerate(subject.photos[: arm.num_photos])]
     share_class_images(folder, shared_folder(workdir, "class_images", noun, pretrained, config))
@@ -369,6 +369,8 @@ def take_checkpoints(source: Path, folder: Path, stages: Sequence[str]) -> None:
 
 
 def forget_weights(folder: Path) -> None:
-    """Delete checkpoints and the tuned cascade of a run, which has been scored."""
-    for part in (*folder.glob("*/checkpoints"), folder / "pipeline"):
-        shutil.rmtree(part, ignore_errors=True)
+    """Delete what a run has trained, which has been scored: checkpoints and results."""
+    for file in folder.glob(f"*/{trained.FILE}"):
+        file.unlink(missing_ok=True)
+    for checkpoints in folder.glob("*/checkpoints"):
+        shutil.rmtree(checkpoints, ignore_errors=True)

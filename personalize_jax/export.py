@@ -1,22 +1,23 @@
-"""Write a run's model in the layout that it came in: for public models the folders that diffusers reads.
+"""Write a run's whole model in the layout that it came in: for public models the folders that diffusers reads.
 
     python -m personalize_jax.export --workdir=runs/rex --out=exported/rex
 
-Takes each stage from its latest checkpoint, whether or not the run has come to its end. Where low-rank adapters were
-trained, they lie in `lora/` beside the whole model, for `load_lora_weights`.
+A run itself keeps only what it has trained. Each stage is written as of the latest that is kept, whether or not the run
+has come to its end. Where low-rank adapters were trained, they lie in `lora/` beside the whole model, too, for
+`load_lora_weights`.
 """
 
 from pathlib import Path
 
+import jax
+import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
-from personalize_jax.method.configuration import stage_trainings
-from personalize_jax.method.personalization import load_pretrained, save_tuned, tuned_networks, with_tuned_sampling
-from personalize_jax.pipeline import Pipeline
-from personalize_jax.runtime import command, manifest
+from personalize_jax.method.personalized import kept_trainings, load_tuned
+from personalize_jax.pipeline import save_pipeline
+from personalize_jax.runtime import command, hosts, manifest
 from personalize_jax.runtime.errors import UserError
-from personalize_jax.training.loop import latest
+from personalize_jax.training.parameterizations import LORA
 
 
 def define_flags() -> None:
@@ -26,20 +27,17 @@ def define_flags() -> None:
 
 
 def main(_: list[str]) -> None:
-    """Read the checkpoints, write the folders."""
+    """Write the folders."""
     workdir, out = Path(flags.FLAGS.workdir), Path(flags.FLAGS.out)
-    config = manifest.read_config(workdir)
-    for name, step in export(load_pretrained(config), config, workdir, out).items():
+    for name, step in export(workdir, out).items():
         print(f"{name}: step {step}")
     print(f"Model: {out}")
 
 
-def export(pipeline: Pipeline, config: ConfigDict, workdir: Path, out: Path) -> dict[str, int]:
-    """Write the cascade as a run's latest checkpoints have it; stages that it has not begun with stay as they were.
+def export(workdir: Path, out: Path) -> dict[str, int]:
+    """Write the cascade with what a run has trained; stages that it has not begun with stay as they were.
 
     Args:
-        pipeline: the pretrained cascade.
-        config: of the run.
         workdir: run directory.
         out: folder to write to.
 
@@ -47,20 +45,19 @@ def export(pipeline: Pipeline, config: ConfigDict, workdir: Path, out: Path) -> 
         The steps done by stage.
 
     Raises:
-        UserError: the run has no checkpoint yet, or none that can be read.
+        UserError: the run has no checkpoint yet, or none that can be read, or its pretrained cascade is another one.
     """
-    tuned, adapters, steps = pipeline, {}, {}
-    for name in config.tune:
-        if (state := latest(workdir / name)) is None:
-            continue
-        networks, lora = tuned_networks(tuned, tuned.stage(name), state, stage_trainings(config)[name])
-        tuned, steps[name] = tuned.replace_params(**networks), int(state.step)
-        if lora is not None:
-            adapters[name] = lora
-    if not steps:
+    config = manifest.read_config(workdir)
+    kept = kept_trainings(workdir, config)
+    if not kept:
         raise UserError(f"{workdir} holds no checkpoint yet; let the run reach its first one.")
-    save_tuned(with_tuned_sampling(tuned, config, list(steps)), adapters, out)
-    return steps
+    pipeline = load_tuned(workdir, config, kept)
+    save_pipeline(pipeline, out, np.float32)
+    trained = {name: read().params for name, (_, read) in kept.items()}
+    adapters = {name: params[LORA.name] for name, params in trained.items() if LORA.name in params}
+    adapters = jax.tree.map(hosts.to_numpy, adapters)
+    hosts.first_does(lambda: pipeline.family.write_adapters(adapters, out))
+    return {name: step for name, (step, _) in kept.items()}
 
 
 if __name__ == "__main__":

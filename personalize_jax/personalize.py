@@ -19,7 +19,7 @@ from personalize_jax.method.personalization import (
     load_pretrained,
     load_subject,
     made_from,
-    tune_again,
+    retune_stage,
     tune_cascade,
 )
 from personalize_jax.runtime import command, manifest
@@ -61,7 +61,7 @@ def main(_: list[str]) -> None:
             if config.report.without_prior and base in config.tune and config.training.prior.weight > 0:
                 without = configuration.changed(config, training__prior__weight=0.0)
                 directory = workdir / f"{base}_without_prior"
-                compared = tune_again(pipeline, personalized, base, without, workdir, directory, tracked).pipeline
+                compared = retune_stage(pipeline, personalized, base, without, workdir, directory, tracked).pipeline
             showcase.show(pipeline, personalized, compared, config, workdir, tracked)
     told = showcase.usage(read_dataset(workdir / "subject"), workdir, config.report.contexts[0])
     print(f'The subject is "{told["name"]}". Its identifier is {told["identifier"]}, as in\n  {told["to draw it"]}')

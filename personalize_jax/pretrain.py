@@ -21,6 +21,7 @@ from personalize_jax.families.objective import INSTANCE
 from personalize_jax.families.world import World
 from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.method.configuration_keys import check_keys, rules_of_pretraining
+from personalize_jax.method.personalized import with_trained
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Pipeline, load_pipeline, save_pipeline
 from personalize_jax.runtime import command, hosts, manifest
@@ -28,9 +29,10 @@ from personalize_jax.runtime.errors import UserError
 from personalize_jax.runtime.files import ASSETS
 from personalize_jax.training import tracking
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
-from personalize_jax.training.loop import check_length, train, trained_params
+from personalize_jax.training.loop import check_length, train
 from personalize_jax.training.program import check_sizes, mesh_of, stage_program
 from personalize_jax.training.tracking import JSONL_ONLY, Tracking
+from personalize_jax.training.trained import trained_of
 from personalize_jax.world import dataset_builder
 
 
@@ -113,8 +115,8 @@ def _trained(
     program = stage_program(stage, pipeline.family, start, examples, config.training, config.seed)
     with command.steps_bar(f"pretraining {stage.name}", config.training.num_steps) as progress:
         state = train(program, workdir, progress, tracking.of(stage.name))
-    params = trained_params(state, start)
-    pipeline = pipeline.replace_params(**{"text_encoder": params["text_encoder"], stage.name: params["denoiser"]})
+    trained = trained_of(state)
+    pipeline = with_trained(pipeline, stage.name, lambda: trained)
     if state.token_counts is not None:
         counts = hosts.to_numpy(state.token_counts).astype(np.int64)
         counts[sorted(pipeline.tokenizer.special_ids)] = 0  # padding is not processed

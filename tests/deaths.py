@@ -5,10 +5,9 @@ import signal
 import time
 
 from personalize_jax.evaluation import showcase
-from personalize_jax.families import world
 from personalize_jax.method import personalization
 from personalize_jax.pipeline import pictures
-from personalize_jax.training import tracking
+from personalize_jax.training import tracking, trained
 
 
 def signal_in_call(number, module, name, count):
@@ -63,8 +62,8 @@ def die_tuning_super_resolution():
     die_in_training("super_resolution")
 
 
-def die_saving_the_pipeline():
-    die_in_call(world, "save_params", 2)
+def die_saving_what_was_trained():
+    die_in_call(trained, "save_params", 1)
 
 
 def die_tuning_without_prior():
@@ -86,7 +85,7 @@ DEATHS = {
     die_enlarging_class_images: "class_images/base/00003.png",
     die_tuning_base: "base/checkpoints/3",
     die_tuning_super_resolution: "super_resolution/checkpoints/3",
-    die_saving_the_pipeline: "pipeline/text_encoder.safetensors",
+    die_saving_what_was_trained: "super_resolution/checkpoints/6",
     die_tuning_without_prior: "base_without_prior/checkpoints/3",
     die_saving_samples: "samples/a-V-dog-in-the-snow-0000.png",
     die_reporting: "gallery.png",

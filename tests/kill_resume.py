@@ -21,8 +21,8 @@ import numpy as np
 from absl import app, flags
 
 from personalize_jax.runtime import manifest
-from personalize_jax.training import loop
 from personalize_jax.training.tracking import MEASURED
+from personalize_jax.training.trained import latest_state
 from tests import processes
 
 COMMAND = "personalize_jax.personalize"
@@ -127,16 +127,18 @@ def kill_in(phase, phases, delay, begin, workdir):
 
 def assert_same(expected, found):
     """Assert that two runs have left the same, bit for bit."""
-    for name in (*PICTURES, "pipeline"):
+    for name in PICTURES:
         files = [{f.relative_to(run): f.read_bytes() for f in (run / name).rglob("*.*")} for run in (expected, found)]
         assert files[0].keys() == files[1].keys(), name
         assert [file for file in files[0] if files[0][file] != files[1][file]] == []
     trainings = sorted(folder.parent.name for folder in expected.glob("*/checkpoints"))
     assert trainings
     for name in trainings:
-        states = [loop.latest(run / name) for run in (expected, found)]
+        states = [latest_state(run / name) for run in (expected, found)]
         assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
         jax.tree.map(np.testing.assert_array_equal, *states)
+        trained = [(run / name / "trained.safetensors").read_bytes() for run in (expected, found)]
+        assert trained[0] == trained[1]
         lines = [(run / name / "metrics.jsonl").read_text().splitlines() for run in (expected, found)]
         logged = [[json.loads(line) | dict.fromkeys(MEASURED) for line in of_run] for of_run in lines]
         assert logged[0] == logged[1]

@@ -137,7 +137,7 @@ def test_photographs_to_exported_folders(case, tmp_path):
         load_personalized(workdir).sample(f"a [V] {subject_name} in the snow", num_images=2, batch_size=2), pictures
     )
 
-    assert export(load_pretrained(config), config, workdir, tmp_path / "out") == dict.fromkeys(config.tune, 12)
+    assert export(workdir, tmp_path / "out") == dict.fromkeys(config.tune, 12)
     again = load_pipeline(tmp_path / "out")
     for name, params in tuned.pipeline.params.items():
         for path, value in flatten(params).items():
@@ -197,7 +197,7 @@ def test_an_export_halfway_takes_the_last_checkpoint_and_leaves_other_stages_alo
     monkeypatch.setattr(personalization, "train", train)
     with pytest.raises(Stopped):
         personalize_subject(pipeline, load_subject(files, "dog", 16), config, tmp_path / "run")
-    assert export(pipeline, config, tmp_path / "run", tmp_path / "out") == {"base": 12}
+    assert export(tmp_path / "run", tmp_path / "out") == {"base": 12}
     again = load_pipeline(tmp_path / "out")
     for path, value in flatten(pipeline.params["super_resolution"]).items():
         np.testing.assert_array_equal(flatten(again.params["super_resolution"])[path], value)
@@ -212,9 +212,10 @@ def test_an_inverted_text_is_a_row_of_the_exported_table(tmp_path):
     config = small(stable_diffusion.get_config("1.5:textual_inversion"), save_sd(tmp_path), tmp_path)
     pipeline = load_pretrained(config)
     tuned = personalize_subject(pipeline, load_subject(photos_of("dog"), "dog", 64), config, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "out")
     before, after = (
         transformers.CLIPTextModel.from_pretrained(folder / "text_encoder").get_input_embeddings().weight.detach()
-        for folder in (tmp_path / "sd", tmp_path / "run" / "pipeline")
+        for folder in (tmp_path / "sd", tmp_path / "out")
     )
     moved = torch.nonzero((before != after).any(1)).ravel().tolist()
     assert moved == list(tuned.subject.identifier.token_ids)

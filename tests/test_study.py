@@ -156,7 +156,7 @@ def test_weights_can_be_deleted_once_scored(folder, config, subjects):
     how = {"delete_weights": True, "destinations": Destinations(tensorboard=True)}
     study.conduct(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "light", **how)
     run = folder / "light" / "alone" / subjects[0].name
-    assert not (run / "pipeline").exists() and not list(run.glob("*/checkpoints"))
+    assert not [*run.glob("*/checkpoints"), *run.glob("*/trained.safetensors")]
     assert len(read_rows(run / "evaluation" / "rows.jsonl")) == 5 + 2 * 2 + 2 * 4
     study.conduct(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "light", **how)
     check_tracked(run, config)

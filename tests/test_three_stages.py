@@ -52,8 +52,8 @@ def test_pictures_pass_through_all_stages_and_come_back_from_the_run_directory(r
 
 
 def test_it_is_exported_whole(run, tmp_path):
-    pipeline, config, workdir, tuned = run
-    assert export(pipeline, config, workdir, tmp_path) == dict.fromkeys(config.tune, config.training.num_steps)
+    _, config, workdir, tuned = run
+    assert export(workdir, tmp_path) == dict.fromkeys(config.tune, config.training.num_steps)
     exported = load_pipeline(tmp_path)
     assert [stage.name for stage in exported.stages] == list(config.tune)
     jax.tree.map(np.testing.assert_array_equal, exported.params, tuned.pipeline.params)

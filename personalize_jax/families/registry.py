@@ -80,11 +80,6 @@ def saved_folders(folder: Path) -> list[Path]:
     return [folder / name for name in names if (folder / name / INDEX).is_file()]
 
 
-def is_saved(folder: Path) -> bool:
-    """Whether a folder holds a model of any family."""
-    return _own_family(folder) is not None or bool(saved_folders(folder))
-
-
 def _own_family(folder: Path) -> type[OwnFamily] | None:
     return next((family for family in OWN if family.reads(folder)), None)
 

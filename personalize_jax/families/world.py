@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from personalize_jax.diffusion import process
@@ -28,7 +27,6 @@ from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.models.params import Params
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.models.unet import UNet
-from personalize_jax.runtime import hosts
 from personalize_jax.runtime.files import write_text
 
 INDEX = "pipeline.json"
@@ -97,11 +95,13 @@ class World(TextConditioned, PixelDenoising):
         tokenizer = Tokenizer.read(folder / "tokenizer.json", text_encoder.max_length, counts)
         tokenizer.check_rows(text_encoder.vocab_size)
         family = cls(tokenizer, text_encoder, tuple(map(read_stage, spec["stages"])), tuple(spec["stages"]))
+
+        def read_network(name: str) -> Params:
+            place_network = None if place is None else lambda shapes: place({name: shapes})[name]
+            return load_params(folder / f"{name}.safetensors", place_network)
+
         names = ("text_encoder", *(stage.name for stage in family.stages))
-        params = {name: load_params(folder / f"{name}.safetensors") for name in names}
-        if place is not None:
-            params = jax.tree.map(hosts.device_put, params, place(family.shapes()))
-        return Loaded(family, params, {})
+        return Loaded(family, {name: read_network(name) for name in names}, {})
 
 
 _TEXT_ENCODER_FIELDS = ("vocab_size", "width", "num_layers", "num_heads", "max_length")

@@ -1,37 +1,66 @@
-"""Parameters of one network in a safetensors file, under their own slash-separated paths."""
+"""Parameters in a safetensors file, under their own slash-separated paths."""
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from personalize_jax.models.params import Params, flatten, unflatten
+from personalize_jax.runtime import hosts
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.runtime.files import replacing
 
 
-def load_params(file: Path) -> Params:
-    """Parameters of one network as a nested dict of float32 arrays.
+def load_params(file: Path, place: Callable[[Params], Params] | None = None) -> Params:
+    """Parameters as a nested dict of float32 arrays, read one by one.
+
+    Args:
+        file: that `save_params` wrote.
+        place: from a tree of shapes to a tree of shardings for them; None for the default device.
 
     Raises:
         UserError: the file is cut short or no safetensors file.
     """
+    with _opened(file) as tensors:
+        paths = tensors.keys()
+        shapes = {k: jax.ShapeDtypeStruct(tensors.get_slice(k).get_shape(), jnp.float32) for k in paths}
+        shardings = {} if place is None else flatten(place(unflatten(shapes)))
+        # Converted here: a device takes a program for every shape, seconds to compile whenever a command starts.
+        read = ((path, np.asarray(tensors.get_tensor(path), np.float32)) for path in shapes)
+        return unflatten({path: hosts.device_put(value, shardings.get(path)) for path, value in read})
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """What `save_params` was given beside the parameters.
+
+    Raises:
+        UserError: the file is cut short or no safetensors file.
+    """
+    with _opened(file) as tensors:
+        return tensors.metadata() or {}
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     try:
-        flat = load_file(file)
-    except Exception as error:  # safetensors raises its own, undocumented kinds
+        with safe_open(file, framework="numpy") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
         raise UserError(
             f"{file} cannot be read as safetensors ({error}); restore the file or write it again."
         ) from error
-    # Converted here: on a device that takes a program for every shape, seconds to compile whenever a command starts.
-    return unflatten(jax.device_put({k: np.asarray(v, np.float32) for k, v in flat.items()}))
 
 
-def save_params(params: Params, file: Path, dtype: Any = jnp.float32) -> None:
-    """Write parameters under their slash-separated paths.
+def save_params(
+    params: Params, file: Path, dtype: Any = jnp.float32, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write parameters under their slash-separated paths, and text beside them.
 
     Raises:
         UserError: the file cannot be written.
@@ -39,6 +68,6 @@ def save_params(params: Params, file: Path, dtype: Any = jnp.float32) -> None:
     flat = flatten(jax.tree.map(lambda a: np.asarray(a, dtype, order="C"), params))  # as files hold them
     with replacing(file, apart=True) as temporary:
         try:
-            save_file(flat, temporary)
+            save_file(flat, temporary, None if metadata is None else dict(metadata))
         except SafetensorError as error:
             raise UserError(f"{file} cannot be written ({error}); check free space and permissions.") from error

@@ -5,12 +5,11 @@ cascade, each stage tuned on its own inputs. Every phase leaves its result in th
 where the last one stopped.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -19,23 +18,21 @@ from personalize_jax.families.objective import INSTANCE, PRIOR
 from personalize_jax.method import configuration
 from personalize_jax.method.class_images import class_images, own_class_images, own_hashes, prior_sampling
 from personalize_jax.method.configuration import stage_trainings
-from personalize_jax.method.personalized import Personalized, load_placed
-from personalize_jax.models.params import Params
-from personalize_jax.pipeline import Pipeline, Stage, save_pipeline
-from personalize_jax.runtime import command, hosts, manifest
+from personalize_jax.method.personalized import Personalized, load_placed, with_trained, with_tuned_sampling
+from personalize_jax.pipeline import Pipeline, Stage
+from personalize_jax.runtime import command, hosts, manifest, sharding
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.runtime.manifest import phase
 from personalize_jax.subject.class_noun import Classifier, determine
 from personalize_jax.subject.dataset import MANIFEST, SubjectDataset, read_dataset, write_dataset
 from personalize_jax.subject.images import SubjectImage, load_images
 from personalize_jax.subject.registry import keep_identifier, reserve_identifier
-from personalize_jax.training import parameterizations
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
-from personalize_jax.training.loop import averaged, check_length, train, trained_params
+from personalize_jax.training.loop import check_length, train
 from personalize_jax.training.parameterizations.base import Identifier
-from personalize_jax.training.program import stage_program
-from personalize_jax.training.step import TrainState
+from personalize_jax.training.program import mesh_of, stage_program
 from personalize_jax.training.tracking import JSONL_ONLY, Tracking
+from personalize_jax.training.trained import load_trained, save_trained, steps_trained, trained_of
 
 
 class SubjectPhotos(NamedTuple):
@@ -43,13 +40,6 @@ class SubjectPhotos(NamedTuple):
 
     images: list[SubjectImage]
     class_noun: str | None
-
-
-class Tuned(NamedTuple):
-    """What tuning a stage changed: networks by name, and the adapters that were merged into them, if any."""
-
-    networks: Params
-    adapters: Params | None
 
 
 def load_subject(
@@ -107,18 +97,12 @@ def tune_cascade(
     if with_prior := [name for name in config.tune if trainings[name].prior.weight > 0]:
         with phase(workdir, "class images"):
             drawn = sample_class_images(pipeline, subject, with_prior, config, workdir)
-    tuned, adapters = pipeline, {}
+    tuned = pipeline
     for name in config.tune:
         with phase(workdir, f"tuning {name}"):
-            stage = pipeline.stage(name)
-            networks, lora = tune(tuned, stage, subject, drawn, trainings[name], config.seed, workdir / name, tracking)
-            tuned = tuned.replace_params(**networks)
-            if lora is not None:
-                adapters[name] = lora
-    tuned = with_tuned_sampling(tuned, config, config.tune)
-    with phase(workdir, "pipeline"):
-        save_tuned(tuned, adapters, workdir / "pipeline")
-    return Personalized(tuned, subject)
+            stage, directory = pipeline.stage(name), workdir / name
+            tuned = tune(tuned, stage, subject, drawn, trainings[name], config.seed, directory, tracking)
+    return Personalized(with_tuned_sampling(tuned, config, config.tune), subject)
 
 
 def seeds(config: ConfigDict) -> dict[str, object]:
@@ -164,7 +148,7 @@ def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir
     hosts.wait()  # so that all of them read the same
 
 
-def tune_again(
+def retune_stage(
     pipeline: Pipeline,
     tuned: Personalized,
     name: str,
@@ -186,22 +170,17 @@ def tune_again(
         directory: for checkpoints and metrics of this tuning; its seconds go to the manifest beside it.
         tracking: where its metrics go besides.
     """
-    stage, start, encoders = pipeline.stage(name), pipeline, {}
-    run = manifest.read_config(workdir)
-    first = run.tune[0]  # no other stage may train the encoders
-    if configuration.trains_encoders(pipeline, first, stage_trainings(run)[first]):
-        source = pipeline if name == first else tuned.pipeline
-        encoders = {encoder: source.float32_params(encoder) for encoder in pipeline.family.encoders}
-        start = pipeline if name == first else pipeline.replace_params(**encoders)
-    if name not in config.tune:
-        untuned = tuned.pipeline.replace_params(**encoders, **{name: pipeline.float32_params(name)})
-        return Personalized(untuned.replace_sampling(**{name: stage.sampling}), tuned.subject)
-    training = stage_trainings(config)[name]
-    drawn = sample_class_images(pipeline, tuned.subject, [name], config, workdir) if training.prior.weight > 0 else {}
-    with phase(directory.parent, f"tuning {directory.name}".replace("_", " ")):
-        networks, _ = tune(start, stage, tuned.subject, drawn, training, config.seed, directory, tracking)
-    changed = tuned.pipeline.replace_params(**{**encoders, **networks}).replace_sampling(**{name: stage.sampling})
-    return Personalized(with_tuned_sampling(changed, config, [name]), tuned.subject)
+    stage, encoders = pipeline.stage(name), pipeline.family.encoders
+    first = manifest.read_config(workdir).tune[0]  # no other stage may train the encoders
+    start = changed = pipeline if name == first else pipeline.take_networks(tuned.pipeline, encoders)
+    if name in config.tune:
+        training, drawn = stage_trainings(config)[name], {}
+        if training.prior.weight > 0:
+            drawn = sample_class_images(pipeline, tuned.subject, [name], config, workdir)
+        with phase(directory.parent, f"tuning {directory.name}".replace("_", " ")):
+            changed = tune(start, stage, tuned.subject, drawn, training, config.seed, directory, tracking)
+    cascade = tuned.pipeline.take_networks(changed, [name, *encoders]).replace_sampling(**{name: stage.sampling})
+    return Personalized(with_tuned_sampling(cascade, config, {name} & {*config.tune}), tuned.subject)
 
 
 def determine_subject(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path) -> SubjectDataset:
@@ -259,7 +238,7 @@ def tune(
     seed: int,
     directory: Path,
     tracking: Tracking = JSONL_ONLY,
-) -> Tuned:
+) -> Pipeline:
     """Tune one stage on its own inputs.
 
     Args:
@@ -273,21 +252,23 @@ def tune(
         tracking: where metrics go besides.
 
     Returns:
-        What the tuning changed.
+        The cascade with that stage tuned. What was trained is in `directory`, and read from there if it is already.
     """
-    pretrained = pipeline.networks(stage.name)
-    examples = {INSTANCE: stage_examples(pipeline, stage, subject.images_NHWC, subject.labels)}
-    if config.prior.weight > 0:
-        pictures = drawn[stage.name]
-        examples[PRIOR] = stage_examples(pipeline, stage, pictures, [subject.class_prompt] * len(pictures))
-    if not configuration.trains_encoders(pipeline, stage.name, config):
-        examples = {group: with_embeddings(pipeline, of_group) for group, of_group in examples.items()}
-    identifier = identifier_tokens(pipeline, subject, config.identifier_init)
-    read_float32 = partial(pipeline.float32_network, stage.name)
-    program = stage_program(stage, pipeline.family, pretrained, examples, config, seed, identifier, read_float32)
-    with command.steps_bar(f"tuning {directory.name.replace('_', ' ')}", config.num_steps) as progress:
-        state = train(program, directory, progress, tracking.of(directory.name))
-    return tuned_networks(pipeline, stage, state, config)
+    if steps_trained(directory) != config.num_steps:
+        pretrained = pipeline.networks(stage.name)
+        examples = {INSTANCE: stage_examples(pipeline, stage, subject.images_NHWC, subject.labels)}
+        if config.prior.weight > 0:
+            pictures = drawn[stage.name]
+            examples[PRIOR] = stage_examples(pipeline, stage, pictures, [subject.class_prompt] * len(pictures))
+        if not configuration.trains_encoders(pipeline, stage.name, config):
+            examples = {group: with_embeddings(pipeline, of_group) for group, of_group in examples.items()}
+        identifier = identifier_tokens(pipeline, subject, config.identifier_init)
+        read_float32 = partial(pipeline.float32_network, stage.name)
+        program = stage_program(stage, pipeline.family, pretrained, examples, config, seed, identifier, read_float32)
+        with command.steps_bar(f"tuning {directory.name.replace('_', ' ')}", config.num_steps) as progress:
+            save_trained(trained_of(train(program, directory, progress, tracking.of(directory.name))), directory)
+    place = partial(sharding.shardings, rules=config.sharding, mesh=mesh_of(config))
+    return with_trained(pipeline, stage.name, partial(load_trained, directory, place))
 
 
 def identifier_tokens(pipeline: Pipeline, subject: SubjectDataset, start: str) -> Identifier:
@@ -304,38 +285,6 @@ def identifier_tokens(pipeline: Pipeline, subject: SubjectDataset, start: str) -
     return Identifier(np.array(tokens, np.int32), np.array(starts, np.int32))
 
 
-def tuned_networks(pipeline: Pipeline, stage: Stage, state: TrainState, config: ConfigDict) -> Tuned:
-    """What a train state says of a stage.
-
-    Args:
-        pipeline: the cascade before that stage was tuned.
-        stage: one of its stages.
-        state: of the tuning, at its end or on the way.
-        config: the stage's training keys.
-    """
-    pretrained = pipeline.networks(stage.name)
-    selection = parameterizations.select(pretrained, config)
-    changed_in_part = selection.networks & selection.frozen.keys()
-    float32 = {name: pipeline.float32_network(stage.name, name) for name in changed_in_part}
-    params = trained_params(state, pretrained | float32)
-    encoders = {name: params[name] for name in pipeline.family.encoders if name in selection.networks}
-    networks = {stage.name: params["denoiser"], **encoders}
-    return Tuned(networks, averaged(state).get(parameterizations.LORA.name))
-
-
-def save_tuned(pipeline: Pipeline, adapters: Mapping[str, Params], folder: Path) -> None:
-    """Write a tuned cascade, and the adapters of public networks once more by themselves, in `lora/` beside theirs.
-
-    Args:
-        pipeline: with all changes.
-        adapters: by stage, where adapters were trained.
-        folder: see `save_pipeline`.
-    """
-    save_pipeline(pipeline, folder, np.float32)
-    whole = jax.tree.map(hosts.to_numpy, dict(adapters))
-    hosts.first_does(lambda: pipeline.family.write_adapters(whole, folder))
-
-
 def stage_examples(pipeline: Pipeline, stage: Stage, pictures: np.ndarray, labels: Sequence[str]) -> Examples:
     """Labelled pictures at a stage's own resolution, with low-resolution versions or latents where it needs them."""
     pictures = downsample_uint8(pictures, stage.resolution)
@@ -350,30 +299,6 @@ def stage_examples(pipeline: Pipeline, stage: Stage, pictures: np.ndarray, label
 def with_embeddings(pipeline: Pipeline, examples: Examples) -> Examples:
     """The examples with the frozen encoders' conditioning, computed once."""
     return examples._replace(cond=pipeline.family.condition(pipeline.params, examples.tokens))
-
-
-def with_tuned_sampling(pipeline: Pipeline, config: ConfigDict, names: Sequence[str]) -> Pipeline:
-    """Sample tuned stages as they were tuned.
-
-    A super-resolution stage within the augmentation levels that it has seen; and a stage whose variances were left
-    alone while its mean moved with the posterior's variance instead.
-
-    Args:
-        pipeline: the tuned cascade.
-        config: of the run.
-        names: the stages that were tuned.
-    """
-    samplings = {}
-    for name in names:
-        stage, training = pipeline.stage(name), stage_trainings(config)[name]
-        sampling = stage.sampling
-        if stage.low_resolution is not None:
-            level = min(sampling.augmentation_level, float(training.augmentation_levels[1]))
-            sampling = sampling._replace(augmentation_level=level)
-        if stage.learned_variance and training.vlb_weight == 0:
-            sampling = sampling._replace(variance="small")
-        samplings[name] = sampling
-    return pipeline.replace_sampling(**samplings)
 
 
 def _check_same(subject: SubjectDataset, photos: SubjectPhotos, workdir: Path) -> None:

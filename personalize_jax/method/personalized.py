@@ -1,20 +1,27 @@
-"""A personalised cascade: what a run directory holds once its stages are tuned."""
+"""A personalised cascade: what a run directory holds once its stages are tuned.
+
+A run keeps what it has trained and no more, in `trained.safetensors` beside each stage's checkpoints. Its manifest
+names the pretrained cascade that this belongs to, and has the fingerprint of it.
+"""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from personalize_jax.families.base import Place
 from personalize_jax.method.configuration import stage_trainings
-from personalize_jax.models.params import Params
-from personalize_jax.pipeline import Pipeline, is_pipeline, load_pipeline
+from personalize_jax.models.params import Params, flatten
+from personalize_jax.pipeline import Pipeline, load_pipeline
 from personalize_jax.runtime import manifest, sharding
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.subject.dataset import SubjectDataset, read_dataset
 from personalize_jax.subject.identifier import substitute, warn_without_placeholder
+from personalize_jax.training import parameterizations
 from personalize_jax.training.program import mesh_of
+from personalize_jax.training.trained import Kept, Trained, latest_trained, trained_params
 
 # How public networks compute, and how their parameters lie, where no configuration says so: as configs/common.py has
 # it, but over all devices alike.
@@ -60,24 +67,105 @@ class Personalized:
 
 
 def load_personalized(workdir: str | Path) -> Personalized:
-    """Read a run directory that `personalize` has finished tuning.
+    """Read a run directory that `personalize` has finished tuning, and the pretrained cascade that it belongs to.
+
+    Raises:
+        UserError: a stage is not tuned to its end; see also `load_tuned`.
+    """
+    workdir = Path(workdir)
+    config = manifest.read_config(workdir)
+    kept, trainings = kept_trainings(workdir, config), stage_trainings(config)
+    for name in config.tune:
+        if name not in kept or kept[name].step != trainings[name].num_steps:
+            raise UserError(
+                f"{workdir} holds no personalised pipeline, as {name} is not tuned to its end; "
+                f"run personalize_jax.personalize with --workdir={workdir} to its end."
+            )
+    return Personalized(load_tuned(workdir, config, kept), read_dataset(workdir / "subject"))
+
+
+def kept_trainings(workdir: Path, config: ConfigDict) -> dict[str, Kept]:
+    """The latest that a run has kept of the training of each stage, without stages that it has not begun with."""
+    place_of = places(_fitting(config))
+    kept = {name: latest_trained(workdir / name, place_of(name)) for name in config.tune}
+    return {name: of_stage for name, of_stage in kept.items() if of_stage is not None}
+
+
+def load_tuned(workdir: Path, config: ConfigDict, kept: Mapping[str, Kept]) -> Pipeline:
+    """Read the pretrained cascade of a run, and apply what the run has trained.
 
     Parameters lie, and networks compute, as the run's configuration says; on other devices than that was written for,
     parameters lie in parts over all of these.
 
+    Args:
+        workdir: run directory.
+        config: of the run.
+        kept: from `kept_trainings`; other stages stay as they were.
+
     Raises:
-        UserError: it holds no personalised pipeline (yet).
+        UserError: the pretrained cascade is not there, or is another one.
     """
-    workdir = Path(workdir)
-    if not is_pipeline(workdir / "pipeline"):
+    try:
+        pipeline = load_placed(config.pretrained, _fitting(config))
+    except UserError as error:
         raise UserError(
-            f"{workdir} holds no personalised pipeline; "
-            f"run personalize_jax.personalize with --workdir={workdir} to its end."
+            f"{workdir} holds what it changed of {config.pretrained}, which cannot be read from here. {error}"
+        ) from error
+    if pipeline.fingerprint != manifest.read(workdir).get("data", {}).get("pretrained", pipeline.fingerprint):
+        raise UserError(
+            f"{workdir} was begun with other weights of {config.pretrained}: what it has trained does not fit those "
+            "that are there now. Put the former ones back, or personalise anew in another --workdir."
         )
-    config = ConfigDict(manifest.read(workdir).get("config", {}))
-    if not all(_fits(training) for training in stage_trainings(config).values()):
-        config = ConfigDict({"compute": config.get("compute", COMPUTE)})
-    return Personalized(load_placed(workdir / "pipeline", config), read_dataset(workdir / "subject"))
+    for name, (_, read) in kept.items():
+        pipeline = with_trained(pipeline, name, read)
+    return with_tuned_sampling(pipeline, config, [*kept])
+
+
+def with_trained(pipeline: Pipeline, stage: str, read: Callable[[], Trained]) -> Pipeline:
+    """A cascade with what the training of one of its stages has trained.
+
+    Args:
+        pipeline: the cascade that the training started from.
+        stage: the stage's name.
+        read: gives the training's result: now, and wherever float32 parameters are needed again.
+    """
+    start = pipeline.networks(stage)
+
+    def network(name: str, trained: Trained) -> Params:
+        part = trained._replace(params=parameterizations.of_network(trained.params, name))
+        whole = flatten(start[name]).keys() == flatten(part.params.get(name, {})).keys()
+        return trained_params(part, {name: start[name] if whole else pipeline.float32_network(stage, name)})[name]
+
+    trained = read()
+    names = {stage if name == "denoiser" else name: name for name in parameterizations.networks(trained.params)}
+    return pipeline.replace_networks(
+        {key: network(name, trained) for key, name in names.items()},
+        {key: lambda name=name: network(name, read()) for key, name in names.items()},
+    )
+
+
+def with_tuned_sampling(pipeline: Pipeline, config: ConfigDict, names: Sequence[str]) -> Pipeline:
+    """Sample tuned stages as they were tuned.
+
+    The noise-conditioning augmentation of a super-resolution stage stays within the levels of its tuning. A stage whose
+    mean was tuned and whose learned variances were not is sampled with the posterior's variance.
+
+    Args:
+        pipeline: the tuned cascade.
+        config: of the run.
+        names: the stages that were tuned.
+    """
+    samplings = {}
+    for name in names:
+        stage, training = pipeline.stage(name), stage_trainings(config)[name]
+        sampling = stage.sampling
+        if stage.low_resolution is not None:
+            level = min(sampling.augmentation_level, float(training.augmentation_levels[1]))
+            sampling = sampling._replace(augmentation_level=level)
+        if stage.learned_variance and training.vlb_weight == 0:
+            sampling = sampling._replace(variance="small")
+        samplings[name] = sampling
+    return pipeline.replace_sampling(**samplings)
 
 
 def load_placed(source: str | Path | Sequence[str | Path], config: ConfigDict | None = None) -> Pipeline:
@@ -85,28 +173,44 @@ def load_placed(source: str | Path | Sequence[str | Path], config: ConfigDict | 
 
     Args:
         source: see `load_pipeline`.
-        config: of the run: its `compute` keys, and where each stage's parameters lie in its training, those of the
-            text encoder and of the codec as in the first stage's. Without one, or its keys: `COMPUTE`, `MESH`, `RULES`.
+        config: of the run, see `places`; `COMPUTE` where it says nothing of that.
 
     Raises:
         UserError: nothing of that name, it cannot be used, or a mesh does not fit the devices.
     """
     config = ConfigDict() if config is None else config
+    place_of = places(config)
 
     def place(shapes: Params) -> Params:
-        trainings = stage_trainings(config)
-        ways = {name: (training.sharding, mesh_of(training)) for name, training in trainings.items()}
-        shared = ways.get("base") or (RULES, sharding.make_mesh(MESH))
-        placed = [sharding.shardings({name: params}, *ways.get(name, shared)) for name, params in shapes.items()]
-        return {name: of_network[name] for of_network in placed for name in of_network}
+        return {name: place_of(name)({name: params})[name] for name, params in shapes.items()}
 
     return load_pipeline(source, place, **config.get("compute", COMPUTE))
 
 
-def _fits(training: ConfigDict) -> bool:
-    """Whether a training's mesh can be made of these devices."""
+def places(config: ConfigDict) -> Callable[[str], Place]:
+    """Where a run's parameters lie: by the name of a stage, from a tree of shapes to a tree of shardings.
+
+    Those of a stage lie as its training says, those of other networks as the first stage's; without trainings in the
+    configuration, in parts over all devices (`MESH`, `RULES`).
+
+    Raises:
+        UserError: a mesh does not fit the devices.
+    """
+    trainings = stage_trainings(config)
+    ways = {name: (training.sharding, mesh_of(training)) for name, training in trainings.items()}
+    shared = next(iter(ways.values()), None) or (RULES, sharding.make_mesh(MESH))
+
+    def place_of(name: str) -> Place:
+        rules, mesh = ways.get(name, shared)
+        return lambda shapes: sharding.shardings(shapes, rules, mesh)
+
+    return place_of
+
+
+def _fitting(config: ConfigDict) -> ConfigDict:
+    """A run's configuration; on devices that its meshes cannot be made of, what it says of computing alone."""
     try:
-        mesh_of(training)
+        places(config)
     except UserError:
-        return False
-    return True
+        return ConfigDict({"compute": config.get("compute", COMPUTE)})
+    return config

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -96,6 +96,32 @@ class Pipeline:
         read_float32 = {name: read for name, read in self.read_float32.items() if name not in params}
         digests = {name: digest for name, digest in self.digests.items() if name not in params}
         return dataclasses.replace(self, params={**self.params, **params}, read_float32=read_float32, digests=digests)
+
+    def replace_networks(self, params: Params, read_float32: Mapping[str, Callable[[], Params]]) -> "Pipeline":
+        """The same pipeline with some of its networks replaced, by name, and rounded as those before them.
+
+        Args:
+            params: float32 parameters by network.
+            read_float32: what reads them again.
+        """
+        old = {name: self.params[name] for name in params}
+        replaced = self.replace_params(**jax.tree.map(lambda new, old: new.astype(old.dtype), params, old))
+        again = {name: read for name, read in read_float32.items() if name in self.read_float32}
+        return dataclasses.replace(replaced, read_float32={**replaced.read_float32, **again})
+
+    def take_networks(self, other: "Pipeline", names: Collection[str]) -> "Pipeline":
+        """The same pipeline with some of the networks of another one."""
+
+        def merged(mine: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+            taken = {name: others[name] for name in names if name in others}
+            return {**{name: value for name, value in mine.items() if name not in names}, **taken}
+
+        return dataclasses.replace(
+            self,
+            params=merged(self.params, other.params),
+            read_float32=merged(self.read_float32, other.read_float32),
+            digests=merged(self.digests, other.digests),
+        )
 
     def replace_sampling(self, **samplings: Sampling) -> "Pipeline":
         """The same pipeline with some of its stages drawn in another way, by stage name."""

@@ -29,11 +29,6 @@ def load_pipeline(source: str | Path | Sequence[str | Path], place: Place | None
     return Pipeline(*registry.load(sources, place, **compute))
 
 
-def is_pipeline(folder: Path) -> bool:
-    """Whether a folder holds a pipeline of any family."""
-    return registry.is_saved(folder)
-
-
 def save_pipeline(pipeline: Pipeline, folder: Path, dtype: Any = jnp.float16) -> None:
     """Write a pipeline for `load_pipeline`, in the layout that it came in, each file to a temporary name first.
 

@@ -7,10 +7,8 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from personalize_jax.models.params import Params
 from personalize_jax.runtime import interruption
 from personalize_jax.runtime.errors import UserError
-from personalize_jax.training import parameterizations
 from personalize_jax.training.checkpoint import Checkpoints
 from personalize_jax.training.optimizer import same_learning_rates
 from personalize_jax.training.program import Program
@@ -103,29 +101,3 @@ def _check_not_shorter(directory: Path, done: int, num_steps: int) -> None:
             f"{directory} has done {done} steps already, more than num_steps={num_steps}; give num_steps={done} or "
             "more, or another --workdir."
         )
-
-
-def latest(directory: Path) -> TrainState | None:
-    """The state of a training's last checkpoint, whose trees are nested dicts, or None before the first.
-
-    Args:
-        directory: of the training, as given to `train`.
-
-    Raises:
-        UserError: there are checkpoints, but none can be read.
-    """
-    if not (directory / "checkpoints").is_dir():
-        return None
-    with contextlib.closing(Checkpoints(directory / "checkpoints", read_only=True)) as checkpoints:
-        state = checkpoints.restore(None)
-    return None if state is None else TrainState(**state)
-
-
-def averaged(state: TrainState) -> Params:
-    """The average of what was trained, or the last values without one, as `parameterizations.init` lays it out."""
-    return state.params if state.ema is None else state.ema
-
-
-def trained_params(state: TrainState, pretrained: Params) -> Params:
-    """The parameters to sample with: `averaged` ones, completed by `pretrained`, with adapters merged."""
-    return parameterizations.export(averaged(state), pretrained, state.token_ids)

@@ -147,8 +147,8 @@ def test_its_own_loss_is_what_is_trained(run):
 
 
 def test_it_is_sampled_from_its_run_directory_and_exported(run, tmp_path):
-    pipeline, config, workdir, tuned, _ = run
+    _, config, workdir, tuned, _ = run
     prompt = "a [V] dog in the snow"
     np.testing.assert_array_equal(load_personalized(workdir).sample(prompt), tuned.sample(prompt))
-    assert export(pipeline, config, workdir, tmp_path) == {"base": config.training.num_steps}
+    assert export(workdir, tmp_path) == {"base": config.training.num_steps}
     jax.tree.map(np.testing.assert_array_equal, load_pipeline(tmp_path).params, tuned.pipeline.params)

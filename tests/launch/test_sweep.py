@@ -173,9 +173,9 @@ def test_the_best_keeps_its_weights(tmp_path, subjects, points_of, runs):
     points = points_of(1e-4, 1e-3, 1e-2)
     names = [prolonged(point, rung).name for rung in (2, 4) for point in points]
     for name in names:
-        (tmp_path / name / subjects[0].name / "pipeline").mkdir(parents=True)
+        (tmp_path / name / subjects[0].name / "base" / "checkpoints").mkdir(parents=True)
     conduct(points, subjects, tmp_path, rungs=[2, 4], keep=0.5, delete_weights=True)
-    with_weights = {name for name in names if (tmp_path / name / subjects[0].name / "pipeline").exists()}
+    with_weights = {name for name in names if (tmp_path / name / subjects[0].name / "base" / "checkpoints").exists()}
     assert with_weights & set(runs.begun) == {prolonged(points[2], 4).name}
 
 
@@ -321,4 +321,4 @@ def test_the_users_photos_are_swept(folder, photos, tmp_path):
     assert np.isfinite(float(row["DINO"])) and np.isfinite(float(row["CLIP-T"]))
     assert (tmp_path / "out" / "table.md").read_text() in finished.output
     assert (tmp_path / "out" / "figure.png").exists()
-    assert (tmp_path / "out" / name / "dog" / "pipeline").is_dir()
+    assert (tmp_path / "out" / name / "dog" / "base" / "trained.safetensors").is_file()

@@ -51,6 +51,10 @@ def contents(folder):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
 
+def tuned(workdir):
+    return pj.load_personalized(workdir).pipeline
+
+
 def equal(a, b):
     return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)))
 
@@ -62,7 +66,7 @@ def test_a_run_leaves_what_the_readme_says(run, pretrained):
     for name in TRAININGS:
         steps = [json.loads(line)["step"] for line in (run / name / "metrics.jsonl").read_text().splitlines()]
         assert steps == [2, 4, 6]
-        assert (run / name / "checkpoints" / "6").is_dir()
+        assert (run / name / "checkpoints" / "6").is_dir() and (run / name / "trained.safetensors").is_file()
     manifest = json.loads((run / "manifest.json").read_text())
     assert [call["status"] for call in manifest["calls"]] == ["done"]
     assert [name for name, state in manifest["phases"].items() if state["done"]] == [
@@ -70,7 +74,6 @@ def test_a_run_leaves_what_the_readme_says(run, pretrained):
         "class images",
         "tuning base",
         "tuning super_resolution",
-        "pipeline",
         "tuning base without prior",
         "samples",
         "report",
@@ -162,7 +165,7 @@ def test_more_steps_prolong_a_finished_run(copied, pretrained, photos, tmp_path)
 
 
 def test_tuning_changes_both_denoisers_and_nothing_else(run, pretrained):
-    before, after = pj.load_pipeline(pretrained), pj.load_pipeline(run / "pipeline")
+    before, after = pj.load_pipeline(pretrained), tuned(run)
     assert equal(before.params["text_encoder"], after.params["text_encoder"])
     for name in ("base", "super_resolution"):
         assert not equal(before.params[name], after.params[name])
@@ -171,7 +174,7 @@ def test_tuning_changes_both_denoisers_and_nothing_else(run, pretrained):
 
 def test_super_resolution_is_sampled_at_the_level_that_it_was_tuned_with(run, pretrained):
     training = tiny_world.get_config(pretrained).super_resolution_training
-    before, after = (pj.load_pipeline(folder).stages for folder in (pretrained, run / "pipeline"))
+    before, after = pj.load_pipeline(pretrained).stages, tuned(run).stages
     assert after[1].sampling.augmentation_level == training.augmentation_levels[1]
     assert after[1].sampling.augmentation_level < before[1].sampling.augmentation_level
     assert after[0] == before[0]
@@ -226,7 +229,7 @@ def test_a_run_killed_in_every_phase_ends_like_one_that_was_not(run, pretrained,
     assert statuses == ["killed"] * len(DEATHS) + ["done"]
     assert not [path for path in workdir.rglob(".*") if "tmp" in path.name or path.is_file()]
     assert not list(workdir.rglob("*orbax-checkpoint-tmp*"))
-    expected, found = pj.load_pipeline(run / "pipeline"), pj.load_pipeline(workdir / "pipeline")
+    expected, found = tuned(run), tuned(workdir)
     for name in ("base", "super_resolution"):
         assert equal(expected.params[name], found.params[name])
     for folder in ("subject", "class_images", "samples", "class_samples"):
@@ -250,7 +253,7 @@ def test_a_run_asked_to_stop_saves_says_so_and_goes_on(run, pretrained, photos, 
         assert (workdir / done).exists() and not (workdir / undone).exists()
     assert personalize(tmp_path, pretrained, photos, workdir, *flags).status == 0
     assert json.loads((workdir / "manifest.json").read_text())["done"]
-    assert equal(*(pj.load_pipeline(folder / "pipeline").params["base"] for folder in (run, workdir)))
+    assert equal(*(tuned(folder).params["base"] for folder in (run, workdir)))
 
 
 def unfinish(workdir, *names):
@@ -261,13 +264,13 @@ def unfinish(workdir, *names):
 
 
 def test_a_damaged_checkpoint_costs_a_few_steps_only(run, copied, pretrained, photos, tmp_path):
-    unfinish(copied, "pipeline")
+    unfinish(copied, "base/trained.safetensors")
     for file in (copied / "base" / "checkpoints" / "6").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     finished = personalize(tmp_path, pretrained, photos, copied)
     assert finished.status == 0 and "Checkpoint 6" in finished.error
-    assert equal(*(pj.load_pipeline(folder / "pipeline").params["base"] for folder in (run, copied)))
+    assert equal(*(tuned(folder).params["base"] for folder in (run, copied)))
 
 
 def test_damaged_class_images_are_named(copied, pretrained, photos, tmp_path):
@@ -283,7 +286,9 @@ def little_space():
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 
 
-@pytest.mark.parametrize("lost", [("base/checkpoints",), ("pipeline",)])
+@pytest.mark.parametrize(
+    "lost", [("base/checkpoints", "base/trained.safetensors"), ("super_resolution/trained.safetensors",)]
+)
 def test_a_full_disk_is_one_sentence_and_can_be_mended(run, copied, pretrained, photos, tmp_path, lost):
     unfinish(copied, *lost)
     finished = personalize(tmp_path, pretrained, photos, copied, before=little_space)
@@ -292,7 +297,7 @@ def test_a_full_disk_is_one_sentence_and_can_be_mended(run, copied, pretrained, 
     assert "Traceback" not in finished.error
     assert sentence.startswith("error: ") and "cannot be written" in sentence and "free space" in sentence
     assert personalize(tmp_path, pretrained, photos, copied).status == 0
-    assert equal(*(pj.load_pipeline(folder / "pipeline").params["base"] for folder in (run, copied)))
+    assert equal(*(tuned(folder).params for folder in (run, copied)))
 
 
 # The run directory belongs to one subject and one configuration.

@@ -9,7 +9,7 @@ import pytest
 import personalize_jax as pj
 from personalize_jax.method import personalization
 from personalize_jax.method.configuration import changed
-from personalize_jax.method.personalization import tune_again
+from personalize_jax.method.personalization import retune_stage
 from tests import tiny, tiny_world
 from tests.method.test_personalization import equal
 
@@ -21,7 +21,8 @@ def test_each_group_learns_its_own_pictures_under_its_own_caption(monkeypatch, t
     pipeline, given = tiny.pipeline(), []
     monkeypatch.setattr(personalization, "stage_program", lambda *arguments: given.append(arguments[3]))
     monkeypatch.setattr(personalization, "train", lambda *arguments: None)
-    monkeypatch.setattr(personalization, "tuned_networks", lambda *arguments: None)
+    for name in ("trained_of", "save_trained", "with_trained"):
+        monkeypatch.setattr(personalization, name, lambda *arguments: None)
     photos, drawn = (np.full((n, 16, 16, 3), value, np.uint8) for n, value in ((2, 10), (3, 200)))
     subject = SimpleNamespace(
         identifier=SimpleNamespace(token_ids=[5]),
@@ -84,7 +85,7 @@ def test_a_text_encoder_that_is_tuned_is_kept(with_text):
 def test_a_stage_tuned_again_in_the_same_way_is_the_same_stage(with_text, tmp_path, name):
     """Both are fitted to the text encoder that they are sampled with."""
     workdir, pipeline, personalized, config = with_text
-    again = tune_again(pipeline, personalized, name, config, workdir, tmp_path / name).pipeline
+    again = retune_stage(pipeline, personalized, name, config, workdir, tmp_path / name).pipeline
     for network, params in personalized.pipeline.params.items():
         assert equal(again.params[network], params), network
 
@@ -92,6 +93,6 @@ def test_a_stage_tuned_again_in_the_same_way_is_the_same_stage(with_text, tmp_pa
 @pytest.mark.parametrize("change", [{"tune": ("super_resolution",)}, {"training__trainable": FROZEN_TEXT}])
 def test_without_its_training_the_text_encoder_is_the_pretrained_one(with_text, tmp_path, change):
     workdir, pipeline, personalized, config = with_text
-    other = tune_again(pipeline, personalized, "base", changed(config, **change), workdir, tmp_path / "base").pipeline
+    other = retune_stage(pipeline, personalized, "base", changed(config, **change), workdir, tmp_path / "base").pipeline
     assert equal(other.params["text_encoder"], pipeline.params["text_encoder"])
     assert equal(other.params["base"], pipeline.params["base"]) == ("tune" in change)

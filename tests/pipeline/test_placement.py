@@ -11,12 +11,14 @@ import pytest
 
 from configs import stable_diffusion
 from personalize_jax.method.personalized import load_personalized, load_placed
+from personalize_jax.pipeline import load_pipeline
 from personalize_jax.runtime import manifest
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.subject.class_noun import ClassNoun
 from personalize_jax.subject.dataset import write_dataset
 from personalize_jax.subject.identifier import Identifier
 from personalize_jax.subject.images import from_pixels
+from personalize_jax.training.trained import Trained, save_trained
 from tests import tiny_public
 from tests.pipeline import placed_worker
 
@@ -35,7 +37,8 @@ def run(folder):
     config.pretrained, config.compute.attention = str(folder / "sd"), "heads"
     workdir = folder / "run"
     manifest.record_config(config, workdir)
-    (workdir / "pipeline").symlink_to(folder / "sd")
+    denoiser = load_pipeline(folder / "sd").params["base"]
+    save_trained(Trained({"denoiser": denoiser}, config.training.num_steps, None), workdir / "base")
     photo = from_pixels("0", np.zeros((16, 16, 3), np.uint8), 16)
     write_dataset(workdir / "subject", [photo], ClassNoun("dog", 1.0, "given"), Identifier("qz", (7,), (0,)), True)
     return workdir
@@ -86,7 +89,7 @@ def test_a_run_can_be_sampled_on_other_devices_than_its_mesh_was_written_for(run
     config = manifest.read_config(run)
     config.training.mesh = (4, 2, 1)
     manifest.record_config(config, elsewhere)
-    for part in ("pipeline", "subject"):
+    for part in ("base", "subject"):
         (elsewhere / part).symlink_to(run / part)
     pipeline = load_personalized(elsewhere).pipeline
     assert pipeline.stages[0].network.attention == "heads"

@@ -9,11 +9,12 @@ from safetensors.numpy import load_file
 from configs import common
 from personalize_jax.families.batch import Batch
 from personalize_jax.families.diffusion_loss import personalization_loss
-from personalize_jax.method.personalization import save_tuned, tuned_networks
+from personalize_jax.method.personalized import with_trained
 from personalize_jax.models.params import flatten
 from personalize_jax.pipeline import load_pipeline, save_pipeline
 from personalize_jax.training.parameterizations.base import Identifier
 from personalize_jax.training.program import stage_program
+from personalize_jax.training.trained import trained_of
 from tests import tiny, tiny_public
 
 ROUNDED, FULL = jnp.dtype("bfloat16"), jnp.dtype("float32")
@@ -156,8 +157,9 @@ def test_adapters_are_merged_into_weights_in_full(sources, tmp_path):
     state = stage_program(stage, pipeline.family, stage_params(pipeline, stage), {}, config, 0).init()
     rng = np.random.default_rng(0)
     adapters = jax.tree.map(lambda a: jnp.asarray(rng.normal(0, 0.1, a.shape), a.dtype), state.params["lora"])
-    tuned = tuned_networks(pipeline, stage, state._replace(params={"lora": adapters}), config)
-    save_tuned(pipeline.replace_params(**tuned.networks), {stage.name: tuned.adapters}, tmp_path / "out")
+    tuned = with_trained(pipeline, stage.name, lambda: trained_of(state._replace(params={"lora": adapters})))
+    assert set(dtypes(tuned.params[stage.name]).values()) == set(dtypes(pipeline.params[stage.name]).values())
+    save_pipeline(tuned, tmp_path / "out", jnp.float32)
     found = load_pipeline(tmp_path / "out")
     for name in ("text_encoder", *(other.name for other in pipeline.stages[1:])):
         jax.tree.map(np.testing.assert_array_equal, found.params[name], exact.params[name])

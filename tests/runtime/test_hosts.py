@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from personalize_jax.pipeline import load_pipeline
 from personalize_jax.runtime import hosts, manifest
 from personalize_jax.runtime.errors import UserError
-from personalize_jax.training import loop
+from personalize_jax.training.trained import latest_state
 from tests import processes
 from tests.waiting import PATIENCE
 
@@ -91,7 +91,7 @@ def test_they_train_what_one_process_trains(runs):
             for run in runs
         ]
         np.testing.assert_allclose(*losses, rtol=1e-5)
-        params = [flatten_dict(loop.latest(run / stage).params, sep="/") for run in runs]
+        params = [flatten_dict(latest_state(run / stage).params, sep="/") for run in runs]
         for path, value in params[0].items():
             np.testing.assert_allclose(value, params[1][path], rtol=0, atol=1e-5, err_msg=path)
 
@@ -116,7 +116,7 @@ def test_one_process_goes_on_from_what_two_have_saved(runs, pretrained, photos, 
     log = workdir / "super_resolution" / "metrics.jsonl"
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == sorted(set(steps)) and steps[-1] == 8
-    assert int(loop.latest(workdir / "super_resolution").step) == 8
+    assert int(latest_state(workdir / "super_resolution").step) == 8
 
 
 @pytest.mark.slow

@@ -241,7 +241,8 @@ def test_rows_start_as_configured(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(personalization, "stage_program", lambda *arguments: told.append(arguments[6]))
     monkeypatch.setattr(personalization, "train", lambda *arguments: None)
-    monkeypatch.setattr(personalization, "tuned_networks", lambda *arguments: None)
+    for name in ("trained_of", "save_trained", "with_trained"):
+        monkeypatch.setattr(personalization, name, lambda *arguments: None)
     for start in ("pretrained", "class_noun"):
         config = tiny.training(identifier_init=start)
         personalization.tune(pipeline, pipeline.stages[0], subject, {}, config, 0, tmp_path)

@@ -22,9 +22,10 @@ from personalize_jax.runtime.errors import UserError
 from personalize_jax.training import examples as training_examples
 from personalize_jax.training import loop
 from personalize_jax.training.checkpoint import Checkpoints
-from personalize_jax.training.loop import train, trained_params
+from personalize_jax.training.loop import train
 from personalize_jax.training.program import stage_program
 from personalize_jax.training.tracking import MEASURED
+from personalize_jax.training.trained import latest_state, trained_of, trained_params
 from tests import tiny
 from tests.training import worker
 
@@ -91,7 +92,7 @@ def test_asked_to_stop_it_saves_between_two_steps_and_goes_on_from_there(uninter
             worker.train(tmp_path, progress)
         with pytest.raises(interruption.Stopped):  # asked before it has begun
             worker.train(tmp_path, no_steps())
-    assert int(loop.latest(tmp_path).step) == 4
+    assert int(latest_state(tmp_path).step) == 4
     state = worker.train(tmp_path)
     expected, metrics = uninterrupted
     assert_equal(state, expected)
@@ -120,7 +121,7 @@ def test_checkpoints_are_no_further_apart_than_asked_for_where_dispatches_do_not
 
     with pytest.raises(Killed):
         train_linear(tmp_path, progress, num_steps=12, steps_per_dispatch=3, checkpoint_every=4)
-    assert int(loop.latest(tmp_path).step) == 6
+    assert int(latest_state(tmp_path).step) == 6
 
 
 def test_a_finished_training_is_not_continued(tmp_path):
@@ -132,7 +133,7 @@ def test_a_finished_training_is_not_continued(tmp_path):
 def test_a_checkpoint_of_a_version_that_kept_no_key_goes_on_as_that_would_have(tmp_path):
     expected = train_linear(tmp_path / "whole")
     train_linear(tmp_path / "before", num_steps=3)
-    state, folder = loop.latest(tmp_path / "before"), tmp_path / "before" / "checkpoints"
+    state, folder = latest_state(tmp_path / "before"), tmp_path / "before" / "checkpoints"
     shutil.rmtree(folder)
     earlier = {name: value for name, value in state._asdict().items() if name not in ("key", "token_ids")}
     with contextlib.closing(Checkpoints(folder)) as checkpoints:
@@ -224,7 +225,7 @@ def test_frozen_parameters_stay_as_they_are_and_usable(tmp_path, form):
     assert set(state.params) == {"denoiser"} and state.token_counts is None
     assert_equal(start, tiny.linear_params())
     assert not np.array_equal(state.params["denoiser"]["scale"], start["denoiser"]["scale"])
-    assert_equal(trained_params(state, start)["text_encoder"], start["text_encoder"])
+    assert_equal(trained_params(trained_of(state), start)["text_encoder"], start["text_encoder"])
 
 
 def test_frozen_prediction_starts_without_prior_loss(tmp_path):
@@ -252,8 +253,8 @@ def test_samples_come_from_the_average_where_there_is_one(tmp_path):
     start = tiny.linear_params()
     averaged = train_linear(tmp_path / "a", ema_decay=0.9)
     last = train_linear(tmp_path / "b")
-    assert_equal(trained_params(averaged, start)["denoiser"], averaged.ema["denoiser"])
-    assert_equal(trained_params(last, start)["denoiser"], last.params["denoiser"])
+    assert_equal(trained_params(trained_of(averaged), start)["denoiser"], averaged.ema["denoiser"])
+    assert_equal(trained_params(trained_of(last), start)["denoiser"], last.params["denoiser"])
 
 
 def cut_checkpoint(directory, step):

@@ -16,8 +16,8 @@ from personalize_jax.models.t5_encoder import T5Encoder
 from personalize_jax.models.unet_2d_condition import UNet2DCondition
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.training import program
-from personalize_jax.training.loop import averaged, trained_params
 from personalize_jax.training.parameterizations import LORA
+from personalize_jax.training.trained import trained_of, trained_params
 from tests import tiny, tiny_public
 from tests.training import worker
 
@@ -196,7 +196,7 @@ def test_adapters_of_the_embedded_network_learn_and_nothing_else_moves(tmp_path)
     state = worker.train(tmp_path, prior__form="frozen_prediction", **length, **ADAPTERS_ONLY)
     assert set(state.params) == {LORA.name} and state.token_counts is None
     moved = {path.rpartition("/")[0] for path, up in flatten(state.params[LORA.name]).items() if np.any(up)}
-    start, tuned = (flatten(p) for p in (worker.start(), trained_params(state, worker.start())))
+    start, tuned = (flatten(p) for p in (worker.start(), trained_params(trained_of(state), worker.start())))
     assert tuned.keys() == start.keys()
     assert {path for path in start if not np.array_equal(tuned[path], start[path])} == moved
     assert len(moved) == 16  # query, key, value and out of two attentions on either side
@@ -245,5 +245,5 @@ def test_interrupted_and_resumed_adapters_are_those_of_the_uninterrupted_run(tmp
     assert jax.tree.structure(state) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     assert state.token_counts.sum() > 0  # captions go through the adapted text encoder
-    assert averaged(state)[LORA.name].keys() == {"denoiser", "text_encoder"}
+    assert trained_of(state).params[LORA.name].keys() == {"denoiser", "text_encoder"}
     assert not np.array_equal(*(jax.tree.leaves(tree)[0] for tree in (state.params, state.ema)))

@@ -6,9 +6,9 @@ import pytest
 
 from personalize_jax.models.params import flatten
 from personalize_jax.runtime.errors import UserError
-from personalize_jax.training.loop import trained_params
 from personalize_jax.training.parameterizations import ROWS
 from personalize_jax.training.parameterizations.base import Identifier
+from personalize_jax.training.trained import trained_of, trained_params
 from tests import tiny
 from tests.training import worker
 
@@ -26,7 +26,7 @@ def test_only_the_rows_move_and_the_state_holds_no_more(tmp_path):
     }
     moments = [leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     assert sum(moments) == 2 * len(DOG) * tiny.TEXT["width"]
-    start, tuned = (flatten(p) for p in (worker.start(), trained_params(state, worker.start())))
+    start, tuned = (flatten(p) for p in (worker.start(), trained_params(trained_of(state), worker.start())))
     assert {path for path in start if not np.array_equal(tuned[path], start[path])} == {TABLE}
     moved = np.flatnonzero(np.any(np.asarray(tuned[TABLE] != start[TABLE]), axis=1))
     assert moved.tolist() == sorted(DOG)

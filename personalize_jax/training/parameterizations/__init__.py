@@ -130,6 +130,17 @@ def export(trained: Params, others: Params, token_ids: Array | None = None) -> P
     return others
 
 
+def networks(trained: Params) -> list[str]:
+    """Names of the networks that trained parameters belong to."""
+    return sorted({name for part in _parts(trained).values() for name in part})
+
+
+def of_network(trained: Params, name: str) -> Params:
+    """The trained parameters of one network alone, laid out alike."""
+    parts = {way: {name: part[name]} for way, part in _parts(trained).items() if name in part}
+    return parts.pop(FULL.name, {}) | parts
+
+
 def _parts(trained: Params) -> dict[str, Params]:
     """What each parameterization trains, in the order in which they act."""
     beside = {name: trained[name] for name in PARAMETERIZATIONS if name in trained}

@@ -1,0 +1,132 @@
+"""What a training has trained: all that a run directory keeps for good, beside the pretrained parameters it changes."""
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jax import Array
+
+from personalize_jax.formats.parameters import load_params, read_metadata, save_params
+from personalize_jax.models.params import Params
+from personalize_jax.runtime import hosts
+from personalize_jax.runtime.errors import UserError
+from personalize_jax.training import parameterizations
+from personalize_jax.training.checkpoint import Checkpoints
+from personalize_jax.training.step import TrainState
+
+logger = logging.getLogger(__name__)
+
+FILE = "trained.safetensors"
+
+
+class Trained(NamedTuple):
+    """The result of a training, or what it has come to so far.
+
+    Attributes:
+        params: the average of the trained parameters, or their last values without one, as `parameterizations.init`
+            lays them out: whole parameters, adapters, rows.
+        step: number of steps done.
+        token_ids: int32 [n], the tokens whose rows were trained; None where no rows were.
+    """
+
+    params: Params
+    step: int
+    token_ids: Array | np.ndarray | None
+
+
+def trained_of(state: TrainState) -> Trained:
+    """The result of a training whose state this is."""
+    return Trained(state.params if state.ema is None else state.ema, int(state.step), state.token_ids)
+
+
+def trained_params(trained: Trained, pretrained: Params) -> Params:
+    """The networks to sample with: pretrained float32 ones with what was trained, adapters merged into their kernels.
+
+    Args:
+        trained: the result of a training.
+        pretrained: networks by name, all that were trained among them.
+    """
+    return parameterizations.export(trained.params, pretrained, trained.token_ids)
+
+
+def save_trained(trained: Trained, directory: Path) -> None:
+    """Write the result of a training to the directory of its checkpoints.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    params = hosts.gather_on_first(trained.params)
+    tokens = None if trained.token_ids is None else hosts.to_numpy(trained.token_ids).tolist()
+    metadata = {"step": str(trained.step), "token_ids": json.dumps(tokens)}
+
+    def write() -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_params(params, directory / FILE, metadata=metadata)
+
+    hosts.first_does(write)
+
+
+def load_trained(directory: Path, place: Callable[[Params], Params] | None = None) -> Trained:
+    """Read what `save_trained` wrote.
+
+    Args:
+        directory: of the training.
+        place: from a tree of shapes to a tree of shardings for the parameters; None for the default device.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    metadata = read_metadata(directory / FILE)
+    tokens = json.loads(metadata["token_ids"])
+    token_ids = None if tokens is None else np.array(tokens, np.int32)
+    return Trained(load_params(directory / FILE, place), int(metadata["step"]), token_ids)
+
+
+def steps_trained(directory: Path) -> int:
+    """The steps after which `save_trained` wrote a training's result; 0 where it has not, or the file is damaged."""
+    try:
+        return int(read_metadata(directory / FILE)["step"]) if (directory / FILE).exists() else 0
+    except UserError as error:
+        logger.warning("%s It is written again from the latest checkpoint.", error)
+        return 0
+
+
+class Kept(NamedTuple):
+    """What a training has kept: the number of steps done, and what reads their result."""
+
+    step: int
+    read: Callable[[], Trained]
+
+
+def latest_trained(directory: Path, place: Callable[[Params], Params] | None = None) -> Kept | None:
+    """The latest result in a training's directory: its file, or a checkpoint of more steps; None before the first.
+
+    Args:
+        directory: of the training.
+        place: see `load_trained`; a checkpoint is read to this host.
+
+    Raises:
+        UserError: there are checkpoints, but none can be read.
+    """
+    checkpoints, done = Checkpoints(directory / "checkpoints", read_only=True), steps_trained(directory)
+    if max(checkpoints.steps(), default=0) > done and (state := latest_state(directory)) is not None:
+        trained = trained_of(state)
+        return Kept(trained.step, lambda: trained)
+    return Kept(done, lambda: load_trained(directory, place)) if done else None
+
+
+def latest_state(directory: Path) -> TrainState | None:
+    """The state of a training's latest checkpoint, begun on whatever devices: on this host; None before the first.
+
+    Raises:
+        UserError: there are checkpoints, but none can be read.
+    """
+    if not (directory / "checkpoints").is_dir():
+        return None
+    with contextlib.closing(Checkpoints(directory / "checkpoints", read_only=True)) as checkpoints:
+        state = checkpoints.restore(None)
+    return None if state is None else TrainState(**state)
