@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,8 @@ from personalize_jax.models import attention
 from personalize_jax.models.params import Params
 from personalize_jax.runtime import hosts, interruption
 from personalize_jax.runtime.errors import UserError
+
+REMEMBERED = 64  # prompts whose conditioning is kept for the next batch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,16 +143,7 @@ class Pipeline:
 
     def condition(self, prompts: Sequence[str]) -> Conditioning:
         """What the denoisers see of prompts."""
-        return self._condition(tuple(prompts))
-
-    @functools.cached_property
-    def _condition(self) -> Callable[[tuple[str, ...]], Conditioning]:
-        """The last few batches are remembered: the empty prompt and that of class images come batch after batch."""
-
-        def condition(prompts: tuple[str, ...]) -> Conditioning:
-            return self.family.condition(self.params, self.family.tokenize(prompts))
-
-        return functools.lru_cache(maxsize=4)(condition)
+        return self.family.condition(self.params, self.family.tokenize(prompts))
 
     def to_latents(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """Mean and standard deviation of the latents of uint8 pictures [N, H, W, 3], float32 [N, h, w, C] each.
@@ -168,11 +161,28 @@ class Pipeline:
         prompts: Sequence[str],
         seeds: Sequence[int],
         batch_size: int = 16,
-        samplings: dict[str, Sampling] | None = None,
+        samplings: Mapping[str, Sampling] | None = None,
         progress: Callable[[int], object] = lambda pictures: None,
         full_batches: bool = False,
     ) -> list[np.ndarray]:
-        """Draw one picture for each prompt.
+        """Sample one picture for each prompt; the arguments and errors are those of `sample_batches`.
+
+        Returns:
+            One uint8 array [N, H, W, 3] for each stage, low resolution first.
+        """
+        batches = [*self.sample_batches(prompts, seeds, batch_size, samplings, progress, full_batches)]
+        return [np.concatenate(of_stage) for of_stage in zip(*batches, strict=True)]
+
+    def sample_batches(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        batch_size: int = 16,
+        samplings: Mapping[str, Sampling] | None = None,
+        progress: Callable[[int], object] = lambda pictures: None,
+        full_batches: bool = False,
+    ) -> Iterator[list[np.ndarray]]:
+        """Sample one picture for each prompt, and give each batch as soon as its pictures are finished.
 
         A picture is a function of its prompt and seed: neighbours, order and number of the others do not change it,
         and not a bit of it where batches are of one size. Each size is a program of its own, which may round otherwise,
@@ -181,25 +191,28 @@ class Pipeline:
         Args:
             prompts: one a picture.
             seeds: one a picture.
-            batch_size: largest number of pictures drawn at once, split over the devices. Fewer pictures than that are
-                drawn as the next power of two; the last batch of several is filled up, and cut.
+            batch_size: largest number of pictures sampled at once, split over the devices. Fewer pictures than that are
+                sampled as the next power of two; the last batch of several is filled up, and cut.
             samplings: overrides of the stages' own sampling, by stage name.
             progress: called with the number of pictures that a stage has just finished.
-            full_batches: fill up every batch to `batch_size`, however few pictures are asked for. What draws the
-                pictures that are missing needs this to draw the same, bit for bit, whatever is missing.
+            full_batches: fill up every batch to `batch_size`, however few pictures are asked for. What samples the
+                pictures that are missing needs this to sample the same, bit for bit, whatever is missing.
 
-        Returns:
-            One uint8 array [N, H, W, 3] for each stage, low resolution first.
+        Yields:
+            Of each batch one uint8 array [n, H, W, 3] for each stage, low resolution first.
 
         Raises:
             UserError: a picture is not finite.
-            Stopped: on request, before a batch.
+            Stopped: on request, before a stage samples a batch.
         """
-        pictures: list[np.ndarray] = []
-        for stage in self.stages:
-            low, sampling = pictures[-1] if pictures else None, (samplings or {}).get(stage.name)
-            pictures.append(self.sample_stage(stage, prompts, seeds, low, batch_size, sampling, progress, full_batches))
-        return pictures
+        for start, size in _batches(prompts, seeds, batch_size, full_batches):
+            rows = slice(start, start + size)
+            pictures: list[np.ndarray] = []
+            for stage in self.stages:
+                low, sampling = pictures[-1] if pictures else None, (samplings or {}).get(stage.name)
+                pictures.append(self._sample_batch(stage, prompts[rows], seeds[rows], low, size, sampling))
+                progress(len(pictures[-1]))
+            yield pictures
 
     def sample_stage(
         self,
@@ -212,42 +225,71 @@ class Pipeline:
         progress: Callable[[int], object] = lambda pictures: None,
         full_batches: bool = False,
     ) -> np.ndarray:
-        """Draw from one stage; uint8 [N, H, W, 3].
+        """Sample from one stage; uint8 [N, H, W, 3]. Other arguments and errors are those of `sample_batches`.
 
         Args:
             stage: one of `stages`.
             prompts: one a picture.
             seeds: one a picture.
             low_res: uint8 pictures of the stage before, for a super-resolution stage.
-            batch_size: largest number of pictures drawn at once, see `sample`.
+            batch_size: largest number of pictures sampled at once.
             sampling: in place of the stage's own.
             progress: called with the number of pictures just finished.
-            full_batches: fill up every batch to `batch_size`, see `sample`.
-
-        Raises:
-            UserError: a picture is not finite.
-            Stopped: on request, before a batch.
+            full_batches: fill up every batch to `batch_size`.
         """
-        if len(prompts) != len(seeds):
-            raise ValueError(
-                f"{len(prompts)} prompts and {len(seeds)} seeds were given; give one seed for each prompt."
-            )
-        size = batch_of(batch_size if full_batches else len(prompts), batch_size)
-        null, params = self.condition([UNCONDITIONAL] * size), _on_every_device(self.params[stage.name])
-        drawn = []
-        for start in range(0, len(prompts), size):
-            interruption.check()
-            rows = [min(start + i, len(prompts) - 1) for i in range(size)]
-            keys = jnp.stack([_picture_key(seeds[row], self.stages.index(stage)) for row in rows])
-            cond = self.condition([prompts[row] for row in rows])
-            inputs = _split_over_devices((keys, cond, null, None if low_res is None else low_res[rows]))
-            batch = sample_pictures(stage, sampling or stage.sampling, _devices(), params, *inputs)
-            batch = self.family.to_pictures(self.params, batch)
-            kept = slice(start, start + size)
-            _check_finite(hosts.to_numpy(finite(batch)), stage.name, prompts[kept], seeds[kept])
-            drawn.append(hosts.to_numpy(to_uint8(batch))[: len(prompts[kept])])
-            progress(len(drawn[-1]))
-        return np.concatenate(drawn)
+        pictures = []
+        for start, size in _batches(prompts, seeds, batch_size, full_batches):
+            rows = slice(start, start + size)
+            low = None if low_res is None else low_res[rows]
+            pictures.append(self._sample_batch(stage, prompts[rows], seeds[rows], low, size, sampling))
+            progress(len(pictures[-1]))
+        return np.concatenate(pictures)
+
+    def _sample_batch(
+        self,
+        stage: Stage,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        low_res: np.ndarray | None,
+        size: int,
+        sampling: Sampling | None,
+    ) -> np.ndarray:
+        """Sample up to `size` pictures at once, filled up to that number with the last one."""
+        interruption.check()
+        rows = [min(i, len(prompts) - 1) for i in range(size)]
+        keys = jnp.stack([_picture_key(seeds[row], self.stages.index(stage)) for row in rows])
+        cond = self._encoded([prompts[row] for row in rows])
+        null = self._encoded([UNCONDITIONAL] * size)
+        inputs = _split_over_devices((keys, cond, null, None if low_res is None else low_res[rows]))
+        batch = sample_pictures(stage, sampling or stage.sampling, _devices(), self._placed(stage.name), *inputs)
+        batch = self.family.to_pictures(self.params, batch)
+        _check_finite(hosts.to_numpy(finite(batch)), stage.name, prompts, seeds)
+        return hosts.to_numpy(to_uint8(batch))[: len(prompts)]
+
+    def _encoded(self, prompts: Sequence[str]) -> Conditioning:
+        """`condition` of as many prompts as a batch has, each of them encoded once.
+
+        Always so many are encoded at once, so that a prompt's conditioning does not depend on its neighbours' number.
+        """
+        size, known = len(prompts), self._conditions
+        new = [prompt for prompt in dict.fromkeys(prompts) if (prompt, size) not in known]
+        if new:
+            cond = jax.tree.map(hosts.to_numpy, self.condition([*new, *new[-1:] * (size - len(new))]))
+            known.update({(prompt, size): jax.tree.map(lambda a, i=i: a[i], cond) for i, prompt in enumerate(new)})
+        cond = jax.tree.map(lambda *rows: np.stack(rows), *(known[prompt, size] for prompt in prompts))
+        while len(known) > REMEMBERED:
+            del known[next(iter(known))]
+        return cond
+
+    @functools.cached_property
+    def _conditions(self) -> dict[tuple[str, int], Conditioning]:
+        """The conditioning of single prompts, by prompt and by how many were encoded at once; the latest last."""
+        return {}
+
+    @functools.cached_property
+    def _placed(self) -> Callable[[str], Params]:
+        """The parameters of a stage on every device, placed once for all calls."""
+        return functools.cache(lambda name: _on_every_device(self.params[name]))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -270,6 +312,17 @@ def sample_pictures(
     params = jax.lax.with_sharding_constraint(params, NamedSharding(mesh, P()))
     with attention.over(mesh):
         return stage.sample(params, keys_B, cond, null_cond, sampling, low)
+
+
+def _batches(
+    prompts: Sequence[str], seeds: Sequence[int], batch_size: int, full_batches: bool
+) -> Iterator[tuple[int, int]]:
+    """Where each batch of pictures begins, and its size."""
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds were given; give one seed for each prompt.")
+    size = batch_of(batch_size if full_batches else len(prompts), batch_size)
+    for start in range(0, len(prompts), size):
+        yield start, size
 
 
 def batch_of(count: int, batch_size: int) -> int:

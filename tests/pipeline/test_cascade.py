@@ -111,7 +111,7 @@ def test_few_pictures_take_small_batches_but_where_full_ones_are_asked_for(
 ):
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     low, enlarged = pipeline.sample(["a dog"] * count, range(count), batch_size, full_batches=full)
-    assert recording.sizes == sizes * 2 and len(low) == len(enlarged) == count
+    assert recording.sizes == [size for size in sizes for _ in pipeline.stages] and len(low) == len(enlarged) == count
 
 
 def test_prompts_that_come_again_are_not_encoded_again(pipeline, recording, monkeypatch):
@@ -123,12 +123,14 @@ def test_prompts_that_come_again_are_not_encoded_again(pipeline, recording, monk
 
     monkeypatch.setattr(World, "condition", condition)
     pipeline.sample(["a dog"] * 6, range(6), batch_size=2)
-    assert encoded == [2, 2]  # the empty prompt, and "a dog"
+    assert encoded == [2, 2]  # "a dog", and the empty prompt
+    pipeline.sample(["a dog", "a cat", "a clock", "a cat"], range(4), batch_size=2)
+    assert encoded == [2, 2, 2, 2]  # a batch's new prompts at once, filled up
 
 
 def test_every_stage_and_seed_has_a_key_of_its_own(pipeline, recording):
     pipeline.sample(PROMPTS, SEEDS, batch_size=8)
-    base, enlarged = ([tuple(key) for key in keys] for keys in recording.keys)
+    base, enlarged = ([tuple(key) for key in keys] for keys in recording.keys)  # all in one batch
     assert not set(base) & set(enlarged)
     assert base[1] == base[3] and len(set(base[:5])) == len(set(SEEDS))
 
@@ -145,8 +147,23 @@ def test_pictures_are_enlarged_each_with_its_own_seed_and_sampling(pipeline, mon
     low, enlarged = pipeline.sample(["a dog"] * len(levels), range(len(levels)), 4, {"super_resolution": other})
     assert len({picture[0, 0, 0] for picture in low}) > 3
     np.testing.assert_array_equal(enlarged[:, 0, 0, 0], cascade.to_uint8(low[:, 0, 0, 0] / 255))
-    np.testing.assert_array_equal(np.concatenate(recording.low[2:])[:6], low)
-    assert recording.samplings == [pipeline.stages[0].sampling] * 2 + [other] * 2
+    np.testing.assert_array_equal(np.concatenate(recording.low[1::2])[:6], low)
+    assert recording.samplings == [pipeline.stages[0].sampling, other] * 2
+
+
+def test_a_batch_is_given_before_the_next_one_is_sampled(pipeline, recording):
+    batches = pipeline.sample_batches(["a dog"] * 3, range(3), batch_size=2)
+    assert recording.sizes == []
+    assert [len(pictures) for pictures in next(batches)] == [2, 2] and recording.sizes == [2, 2]
+    assert [len(pictures) for pictures in next(batches)] == [1, 1] and recording.sizes == [2, 2, 2, 2]
+
+
+def test_parameters_are_placed_on_the_devices_once(pipeline, recording, monkeypatch):
+    placed, pipeline = [], pipeline.replace_params()
+    monkeypatch.setattr(cascade, "_on_every_device", lambda params: placed.append(1) or params)
+    for seed in range(2):
+        pipeline.sample(["a dog"] * 3, [seed] * 3, batch_size=2)
+    assert len(placed) == len(pipeline.stages)
 
 
 def test_pictures_that_are_not_finite_are_told_with_stage_prompt_and_seed(pipeline, monkeypatch):
@@ -169,7 +186,7 @@ def test_a_picture_of_a_later_batch_that_is_not_finite_is_told_by_its_own_prompt
     draw = Recording(lambda stage, keys, low: jnp.full((len(keys), *stage.shape), next(values)))
     monkeypatch.setattr(cascade, "sample_pictures", draw)
     with pytest.raises(UserError, match="'a clock in the snow' .seed 4."):
-        pipeline.sample(PROMPTS, SEEDS, batch_size=2)
+        pipeline.sample_stage(pipeline.stages[0], PROMPTS, SEEDS, batch_size=2)
 
 
 def test_progress_counts_pictures_not_filled_rows(pipeline):
