@@ -2,9 +2,9 @@
 
     python -m personalize_jax.pretrain --config=configs/pretrain_world.py:base --workdir=runs/world_base
 
-Killed and started again it goes on from its last checkpoint; raising `--config.training.num_steps` prolongs it, and
-`--config.pretrained` gives weights to start from (`world` are the shipped ones). The run directory ends up with
-`pipeline/`, the cascade up to this stage, for `personalize_jax.pipeline.load_pipeline`.
+The same command continues a training that was killed. A larger `--config.training.num_steps` prolongs it, and
+`--config.pretrained` names weights to start from (`world` for the shipped ones). The result is in `pipeline/` of the
+run directory: the cascade up to this stage, for `--config.pretrained` and `load_pipeline`.
 """
 
 import dataclasses
@@ -37,10 +37,10 @@ from personalize_jax.world import dataset_builder
 
 
 def starting_pipeline(config: ConfigDict) -> Pipeline:
-    """The cascade up to the stage to train, which is as `config.stage` says.
+    """The cascade that ends with the stage to train, which `config.stage` describes.
 
-    Parameters of text encoder and stage are those of the pipeline that `config.pretrained` names, as far as it has
-    them, and random otherwise.
+    The parameters of text encoder and stage are those of the pipeline `config.pretrained` if it has them, and random
+    otherwise.
 
     Raises:
         UserError: that pipeline's stage has another network.

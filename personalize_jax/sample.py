@@ -1,12 +1,12 @@
-"""Draw pictures of any prompt from a run directory, or from a pretrained pipeline.
+"""Sample pictures of any prompt from a run directory, or from a pretrained pipeline.
 
     python -m personalize_jax.sample --workdir=runs/rex --prompt="a [V] dog in the snow" --num_images=4 --out=out/
     python -m personalize_jax.sample --pipeline=world --prompt="a red teapot on the beach" --out=out/
 
-Picture i of a prompt has seed `--seed` + i; the same command gives the same files on the same machine; on a CPU, with
-as many cores. Few pictures are drawn in a small batch, which rounds in its own way: asked for among more of them, a
-picture may differ by a level here and there. Each batch is written once it is drawn, and what `--out` holds already of
-the same weights, prompt and seed is not drawn again; with other weights it is replaced.
+Picture i of a prompt has seed `--seed` + i. The same command gives the same files on the same machine; on a CPU, with
+as many cores. Few pictures are sampled in a small batch, which rounds in its own way: asked for among more pictures,
+one may differ by a level here and there. Each batch is written as soon as it is sampled. A picture of the same weights,
+prompt and seed that is in `--out` already is not sampled again; of other weights, it is replaced.
 """
 
 from pathlib import Path
@@ -27,16 +27,16 @@ def define_flags() -> None:
     """The command line."""
     flags.DEFINE_string("workdir", None, "Run directory of a personalised cascade.")
     flags.DEFINE_string("pipeline", None, "A pretrained pipeline instead: 'world', a folder, or a name on the hub.")
-    flags.DEFINE_multi_string("prompt", None, "What to draw; repeat for several prompts.")
+    flags.DEFINE_multi_string("prompt", None, "What the pictures show; repeat the flag for several prompts.")
     flags.DEFINE_integer("num_images", 4, "Pictures of each prompt.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of each prompt's first picture.", lower_bound=0, upper_bound=2**31)
-    flags.DEFINE_integer("batch_size", 16, "Pictures drawn at once.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 16, "Pictures sampled at once.", lower_bound=1)
     flags.DEFINE_string("out", None, "Folder for the pictures.")
     command.define_multihost()
 
 
 def main(_: list[str]) -> None:
-    """Draw and save."""
+    """Sample and save."""
     arguments = flags.FLAGS
     if (arguments.workdir is None) == (arguments.pipeline is None):
         raise UserError("Give either --workdir (a personalised run) or --pipeline (a pretrained one).")
@@ -55,7 +55,7 @@ def main(_: list[str]) -> None:
     jobs = [(prompt, seed) for prompt in dict.fromkeys(prompts) for seed in seeds]
     texts = [substitute(prompt, identifier, pipeline.tokenizer) for prompt, _ in jobs]
     files = [out / file_name(prompt, seed) for prompt, seed in jobs]
-    batch_size = batch_of(len(jobs), arguments.batch_size)  # the same, however many of them are there already
+    batch_size = batch_of(len(jobs), arguments.batch_size)  # whatever is there already
     with tqdm(total=len(jobs), desc="sampling", unit="img") as bar:
         sample_kept(pipeline, pipeline.fingerprint, texts, [seed for _, seed in jobs], files, batch_size, bar.update)
     if hosts.is_first():

@@ -6,7 +6,7 @@ import time
 
 from personalize_jax.evaluation import showcase
 from personalize_jax.method import personalization
-from personalize_jax.pipeline import pictures
+from personalize_jax.pipeline import kept
 from personalize_jax.training import tracking, trained
 
 
@@ -47,11 +47,11 @@ def die_writing_the_subject():
 
 
 def die_drawing_class_images():
-    die_in_call(pictures, "save_png", 2)
+    die_in_call(kept, "save_png", 2)
 
 
 def die_enlarging_class_images():
-    die_in_call(pictures, "save_png", 5)  # of base there are three left, then
+    die_in_call(kept, "save_png", 5)  # of base there are three left, then
 
 
 def die_tuning_base():
@@ -71,7 +71,7 @@ def die_tuning_without_prior():
 
 
 def die_saving_samples():
-    die_in_call(pictures, "save_png", 2)
+    die_in_call(kept, "save_png", 2)
 
 
 def die_reporting():
@@ -93,7 +93,7 @@ DEATHS = {
 
 
 def stop_saving_the_second_picture():
-    signal_in_call(signal.SIGTERM, pictures, "save_png", 2)
+    signal_in_call(signal.SIGTERM, kept, "save_png", 2)
 
 
 def stop_tuning_base():

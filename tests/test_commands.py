@@ -167,7 +167,7 @@ def test_required_flags_are_named(tmp_path):
     [
         (["--prompt=a dog"], "Give either --workdir"),
         (["--prompt=a [V] dog", "--pipeline={pretrained}"], "knows no [V]"),
-        (["--prompt=a dog", "--workdir={photos}"], "holds no personalised pipeline; run"),
+        (["--prompt=a dog", "--workdir={photos}"], "is no run directory: it has no manifest.json"),
         (["--pipeline={pretrained}", "--prompt", "a", "red", "dog"], "'red' and 'dog' stand beside the flags"),
     ],
 )

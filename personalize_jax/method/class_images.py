@@ -1,95 +1,131 @@
-"""Class images: what the frozen cascade makes of "a [class noun]", drawn once and kept; or pictures of one's own."""
+"""Class images: pictures of "a [class noun]" that the frozen cascade samples once, or that the user brings."""
 
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
+from tqdm import tqdm
 
 from personalize_jax.pipeline import Pipeline, Sampling, Stage
-from personalize_jax.pipeline.pictures import sample_missing
+from personalize_jax.pipeline.kept import sample_missing
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.subject.images import SUFFIXES, list_images, load_images
 
-_ALWAYS_KEPT = {"prompt", "seed", "sampling"}  # in the metadata of every class image that was ever drawn
+_ALWAYS_KEPT = {"prompt", "seed", "sampling"}  # metadata of all class images, those of earlier versions among them
 
 
-def class_images(
+def make_class_images(
+    pipeline: Pipeline, class_prompt: str, names: Sequence[str], config: ConfigDict, workdir: Path
+) -> dict[str, np.ndarray]:
+    """Class images by stage, of the named stages and those before them: uint8 [count, H, W, 3].
+
+    They are sampled by the method's ancestral sampler (specification [0040]), or read from `class_images.folder` if the
+    configuration names one.
+
+    Args:
+        pipeline: the pretrained cascade.
+        class_prompt: c_pr, "a [class noun]" (specification [0088]).
+        names: names of stages.
+        config: configuration of the run.
+        workdir: run directory, which keeps the pictures in `class_images/`.
+
+    Raises:
+        UserError: the folder has no pictures, or one that cannot be used; see also `sample_class_images`.
+    """
+    settings = config.class_images
+    if settings.folder:
+        return dict.fromkeys(names, own_class_images(settings.folder, pipeline.stages[-1].resolution))
+    cascade = pipeline.up_to(max(names, key=[stage.name for stage in pipeline.stages].index))
+    samplings = {stage.name: prior_sampling(stage, settings) for stage in cascade.stages}
+    with tqdm(total=settings.count * len(samplings), desc="class images", unit="img") as bar:
+        return sample_class_images(
+            cascade,
+            pipeline.fingerprint,
+            class_prompt,
+            settings.count,
+            samplings,
+            workdir / "class_images",
+            settings.batch_size,
+            bar.update,
+        )
+
+
+def sample_class_images(
     pipeline: Pipeline,
     weights: str,
     prompt: str,
     count: int,
-    samplings: dict[str, Sampling],
+    samplings: Mapping[str, Sampling],
     directory: Path,
     batch_size: int,
     progress: Callable[[int], object] = lambda pictures: None,
 ) -> dict[str, np.ndarray]:
-    """Draw class images from the pretrained cascade, each stage enlarging the pictures of the one before.
+    """Sample class images from the pretrained cascade, each stage from the pictures of the one before.
 
-    Pictures already in `directory` are used again if they were drawn by the same weights from the same prompt, seed
-    and sampling, so that a run that was cut short draws only what is missing, in batches of constant size. Picture i
-    has seed i.
+    Pictures that are in `directory` already, of the same weights, prompt, seed and sampling, are not sampled again.
+    What is missing is sampled in batches of one size. Picture i has seed i.
 
     Args:
         pipeline: the pretrained cascade, or its first stages.
-        weights: the whole cascade's fingerprint.
-        prompt: c_pr, "a [class noun]" (specification [0088]).
+        weights: fingerprint of the whole cascade.
+        prompt: prompt of all pictures.
         count: number of pictures.
-        samplings: how each stage is sampled, by its name; the method's ancestral sampler ([0040]).
-        directory: gets a folder of PNG files for each stage, with prompt, seed, sampling and weights in their metadata.
-        batch_size: pictures drawn at once.
-        progress: called with the number of pictures found or drawn.
+        samplings: how each stage is sampled, by its name.
+        directory: directory with a folder of PNG files for each stage, which have prompt, seed, sampling and weights as
+            metadata.
+        batch_size: number of pictures sampled at once.
+        progress: called with the number of pictures found or sampled.
 
     Returns:
         uint8 [count, H, W, 3] by stage name.
 
     Raises:
-        UserError: `directory` holds pictures that were not drawn for it, or damaged ones, or a picture is not finite.
+        UserError: `directory` has pictures that were not sampled here, or a damaged one, or a picture is not finite.
     """
-    _check_drawn(directory)
+    _check_sampled_here(directory)
     pictures: dict[str, np.ndarray] = {}
     low_res = None
     for i, stage in enumerate(pipeline.stages):
-        # A picture depends on how those before it were sampled, too.
-        how = {before.name: samplings[before.name]._asdict() for before in pipeline.stages[: i + 1]}
-        files = [directory / stage.name / f"{seed:05d}.png" for seed in range(count)]
-        sampled = json.dumps(how, sort_keys=True)
-        same = {"prompt": prompt, "sampling": sampled, "weights": weights}
+        # A picture depends on the sampling of the stages before, too.
+        sampled = {before.name: samplings[before.name]._asdict() for before in pipeline.stages[: i + 1]}
+        same = {"prompt": prompt, "sampling": json.dumps(sampled, sort_keys=True), "weights": weights}
         metadata = [{**same, "seed": str(seed)} for seed in range(count)]
+        files = [directory / stage.name / f"{seed:05d}.png" for seed in range(count)]
 
-        def draw(seeds: list[int], stage: Stage = stage, low_res: np.ndarray | None = low_res) -> np.ndarray:
-            before = None if low_res is None else low_res[seeds]
-            how = before, batch_size, samplings[stage.name]
-            return pipeline.sample_stage(stage, [prompt] * len(seeds), seeds, *how, full_batches=True)
+        def sample(seeds: list[int], stage: Stage = stage, low_res: np.ndarray | None = low_res) -> np.ndarray:
+            low = None if low_res is None else low_res[seeds]
+            prompts, sampling = [prompt] * len(seeds), samplings[stage.name]
+            return pipeline.sample_stage(stage, prompts, seeds, low, batch_size, sampling, full_batches=True)
 
-        low_res = pictures[stage.name] = np.stack(sample_missing(draw, files, metadata, batch_size, progress))
+        low_res = pictures[stage.name] = np.stack(sample_missing(sample, files, metadata, batch_size, progress))
     return pictures
 
 
-def _check_drawn(directory: Path) -> None:
-    """Raises UserError if a folder for class images holds other pictures, which somebody may have put there."""
+def _check_sampled_here(directory: Path) -> None:
+    """Raises UserError if a directory for class images has other pictures, which somebody may have put there."""
     for file in sorted(directory.rglob("*")):
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and not _is_drawn(file):
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and not _is_sampled(file):
             raise UserError(
-                f"{file} was not drawn here, and class images are kept in {directory}. Move it elsewhere; pictures in "
-                "a folder of their own take the place of drawn ones by --config.class_images.folder."
+                f"{file} was not sampled here, and class images are kept in {directory}. Move it elsewhere; pictures "
+                "in a folder of their own take the place of sampled ones by --config.class_images.folder."
             )
 
 
-def _is_drawn(file: Path) -> bool:
+def _is_sampled(file: Path) -> bool:
     try:
         with Image.open(file) as image:
             return image.info.keys() >= _ALWAYS_KEPT
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return re.fullmatch(r"\d{5,}\.png", file.name) is not None  # a damaged one, which reading it will tell
+        return re.fullmatch(r"\d{5,}\.png", file.name) is not None  # a damaged one, which reading refuses
 
 
 def own_files(folder: str | Path) -> list[Path]:
-    """The pictures of a folder that are to take the place of drawn class images, in order of name.
+    """The user's pictures in a folder, which take the place of sampled class images, in order of name.
 
     Raises:
         UserError: there are none.
@@ -98,7 +134,7 @@ def own_files(folder: str | Path) -> list[Path]:
     if not folder.is_dir() or not any(file.suffix.lower() in SUFFIXES for file in folder.glob("[!.]*")):
         raise UserError(
             f"config.class_images.folder is {str(folder)!r}, where no pictures are; put JPEG, PNG or WebP files of the "
-            'class there, or give "" to have them drawn.'
+            'class there, or give "" to have them sampled.'
         )
     return list_images(folder)
 
@@ -118,7 +154,7 @@ def own_class_images(folder: str | Path, resolution: int) -> np.ndarray:
 
 
 def prior_sampling(stage: Stage, settings: ConfigDict) -> Sampling:
-    """How class images are drawn: the stage's own sampling with the ancestral sampler."""
+    """How class images are sampled: as the stage is, but by the ancestral sampler."""
     sampling = stage.sampling
     if stage.low_resolution is not None:
         return sampling._replace(sampler="ancestral")

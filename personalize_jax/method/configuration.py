@@ -1,4 +1,4 @@
-"""What a personalisation's configuration must hold, checked before anything is computed."""
+"""Checks of a personalisation's configuration, before anything is computed."""
 
 from ml_collections import ConfigDict
 
@@ -26,24 +26,24 @@ def num_steps(config: ConfigDict) -> int:
 
 
 def check_values(config: ConfigDict) -> None:
-    """Refuse a personalisation's configuration by itself: before anything is read, however long that takes.
+    """Check the keys and values of a personalisation's configuration, before weights are read.
 
     Raises:
-        UserError: it lacks keys or has others, or a value makes no sense.
+        UserError: a key is missing or unknown, or a value makes no sense.
     """
     check_keys(config, rules_of_run(config))
 
 
 def check(pipeline: Pipeline, config: ConfigDict) -> None:
-    """Refuse a configuration with which a run would fail later on.
+    """Check that a configuration fits the pretrained cascade and this machine's devices.
 
     Args:
         pipeline: the pretrained cascade.
-        config: of `configs/world.py`.
+        config: a configuration such as that of `configs/world.py`.
 
     Raises:
-        UserError: see `check_values`; or it names stages that there are not, has batches that this machine's devices do
-            not divide, or does not fit the networks, the noise schedules or the vocabulary.
+        UserError: see `check_values`; or the cascade lacks a stage, the devices do not divide a batch, or the
+            configuration does not fit the networks, the noise schedules or the vocabulary.
     """
     check_values(config)
     trainings = stage_trainings(config)
@@ -55,7 +55,7 @@ def check(pipeline: Pipeline, config: ConfigDict) -> None:
         stage, training = pipeline.stage(name), trainings[name]
         mesh = mesh_of(training)
         check_sizes(training, mesh)
-        trains_encoder = trains_encoders(pipeline, name, training)  # refuses rules that do not fit, too
+        trains_encoder = trains_encoders(pipeline, name, training)  # refuses rules that fit no parameter, too
         if trains_encoder and i > 0:
             raise UserError(
                 f"The rules for {name} train the text encoder, which the stages tuned before it have been fitted to; "
@@ -72,10 +72,10 @@ def check(pipeline: Pipeline, config: ConfigDict) -> None:
 
 
 def check_identifier(pipeline: Pipeline, config: ConfigDict) -> None:
-    """Refuse a rule by which no identifier could be chosen from the vocabulary of a cascade.
+    """Check that an identifier can be chosen from the cascade's vocabulary by the configured rule.
 
     Raises:
-        UserError: the rule is about another vocabulary, or frequencies cannot be read.
+        UserError: the rule is about another vocabulary, or token frequencies cannot be read.
     """
     rule = config.subject.rule
     if rule == "paper" and not pipeline.tokenizer.is_t5:
@@ -92,13 +92,13 @@ def changed(config: ConfigDict, **changes: object) -> ConfigDict:
 
 
 def trains_encoders(pipeline: Pipeline, stage_name: str, training: ConfigDict) -> bool:
-    """Whether tuning a stage changes what gives captions their conditioning, too, by the rules of its training."""
+    """Whether the training of a stage trains the encoders of captions, too."""
     selection = parameterizations.select(pipeline.networks(stage_name), training)
     return bool(selection.networks & {*pipeline.family.encoders})
 
 
 def _check_steps(base: Stage, config: ConfigDict) -> None:
-    """Refuse class images of more steps than the base stage's noise schedule has room for."""
+    """Check that the base stage's noise schedule has as many steps as class images are sampled in."""
     try:
         base.times(prior_sampling(base, config.class_images))
     except ValueError as error:

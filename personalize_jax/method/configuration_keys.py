@@ -1,7 +1,4 @@
-"""Every key of a configuration, and what its value must be.
-
-Tables of rules by dotted key: what a rule wants is what a refusal tells the user to give.
-"""
+"""Every key of a configuration and the rule for its value, in tables by dotted key."""
 
 import difflib
 import math
@@ -30,9 +27,9 @@ class Rule(NamedTuple):
     """What a value must be.
 
     Attributes:
-        wanted: what to give, in words.
-        holds: tells whether a value is that; it never raises.
-        required: whether the key may not be missing.
+        wanted: the allowed values, in the words of an error sentence.
+        holds: whether a value is allowed; never raises.
+        required: whether the key must be there.
     """
 
     wanted: str
@@ -54,14 +51,14 @@ def truth() -> Rule:
 
 
 def whole(least: int, most: int | None = None) -> Rule:
-    """A whole number in a range whose ends belong to it."""
+    """A whole number from `least` to `most`."""
     wanted = f"a whole number of {least} or more" if most is None else f"a whole number from {least} to {most}"
     end = math.inf if most is None else most
     return Rule(wanted, lambda value: _is_number(value, Integral) and least <= value <= end)
 
 
 def number(least: float = -math.inf, most: float = math.inf, above: float = -math.inf, below: float = math.inf) -> Rule:
-    """A finite number: at least, at most, above and below given ones."""
+    """A finite number within limits."""
     limits = {"of at least": least, "of at most": most, "above": above, "below": below}
     said = " and ".join(f"{how} {limit:g}" for how, limit in limits.items() if math.isfinite(limit))
 
@@ -74,22 +71,22 @@ def number(least: float = -math.inf, most: float = math.inf, above: float = -mat
 
 
 def text(wanted: str, empty: bool = False) -> Rule:
-    """A name or a path; no system opens one with a zero byte."""
+    """A name or a path, without zero bytes, which no system opens."""
     return Rule(wanted, lambda value: isinstance(value, str) and (empty or bool(value.strip())) and "\0" not in value)
 
 
 def several(wanted: str, each: Rule, least: int = 1) -> Rule:
-    """So many values that another rule holds for, or more."""
+    """At least `least` values, each of which another rule allows."""
     return Rule(wanted, lambda value: _is_several(value) and len(value) >= least and all(map(each.holds, value)))
 
 
 def either(first: Rule, second: Rule) -> Rule:
-    """What one rule wants, or what another does."""
+    """A value that one of two rules allows."""
     return Rule(f"{first.wanted}, or {second.wanted}", lambda value: first.holds(value) or second.holds(value))
 
 
 def patterns(wanted: str, says: Callable[[Any], bool], least: int = 1) -> Rule:
-    """Pairs of a regular expression and what is said of the paths that it matches."""
+    """Pairs of a regular expression and a value for the paths that it matches."""
 
     def is_pair(value: Any) -> bool:
         return _is_several(value) and len(value) == 2 and _is_pattern(value[0]) and says(value[1])
@@ -98,7 +95,7 @@ def patterns(wanted: str, says: Callable[[Any], bool], least: int = 1) -> Rule:
 
 
 def within(section: str, rules: Rules) -> dict[str, Rule]:
-    """Rules of the keys of a section, by their keys in the whole configuration."""
+    """The rules of a section, by their keys in the whole configuration."""
     return {f"{section}.{key}": rule for key, rule in rules.items()}
 
 
@@ -192,7 +189,7 @@ EVALUATION: Rules = {
     "lpips": text('a folder, or "" to go without', empty=True),
     "probe": truth(),
 }
-# What the evaluation of a run takes that was begun before there was such a key: no encoder that it does not name.
+# For runs that were begun before a key existed: no encoder that the run does not name.
 EVALUATION_DEFAULTS: Mapping[str, Any] = {
     "prompts": "dreambooth",
     "images_per_prompt": 4,
@@ -227,7 +224,7 @@ _RUN: Rules = {
     **within(
         "class_images",
         {
-            "folder": text('a folder of pictures of the class, or "" to have them drawn', empty=True),
+            "folder": text('a folder of pictures of the class, or "" to have them sampled', empty=True),
             "count": COUNT,
             "num_steps": COUNT,
             "guidance_scale": number(0),
@@ -290,13 +287,13 @@ _OF_KIND["augmentation"] = _OF_KIND["schedule"]
 
 
 def training_sections(config: ConfigDict) -> dict[str, str]:
-    """The section of a configuration that each stage's training has, by the stage's name, in their order there."""
+    """The section of each stage's training, by the stage's name, in their order in the configuration."""
     others = {key.removesuffix(OTHERS): key for key in config if key.endswith(OTHERS)}
     return ({"base": BASE} if BASE in config else {}) | others
 
 
 def rules_of_run(config: ConfigDict) -> Rules:
-    """What a personalisation's configuration must hold, with the optional sections that this one has."""
+    """The rules for a personalisation's configuration, with those of the optional sections that it has."""
     rules = dict(_RUN)
     sections = training_sections(config)
     rules["tune"] = several(f"one or more of {', '.join(sections)}, each once", one_of(*sections))
@@ -310,7 +307,7 @@ def rules_of_run(config: ConfigDict) -> Rules:
 
 
 def rules_of_pretraining(config: ConfigDict) -> Rules:
-    """What a pretraining's configuration must hold; without a pipeline to start from it describes a text encoder."""
+    """The rules for a pretraining's configuration; `text_encoder` is optional if it starts from a pipeline."""
     encoder = within("text_encoder", dict.fromkeys(("width", "num_layers", "num_heads", "max_length"), COUNT))
     return {
         "seed": whole(0, MAX_SEED),
@@ -323,28 +320,28 @@ def rules_of_pretraining(config: ConfigDict) -> Rules:
 
 
 def _rules_of_stage(config: ConfigDict) -> Rules:
-    """What `config.stage` must hold, which depends on the kinds of process that it names."""
+    """The rules for `config.stage`, which depend on the kinds of process that it names."""
     values = {key.removeprefix("stage."): value for key, value in _values(config).items() if key.startswith("stage.")}
     rules = dict(_STAGE)
     if any(key.startswith("schedule.times.") for key in values):
         rules["schedule.times.kind"] = one_of(*TIMES)
     for section, of_kind in _OF_KIND.items():
         rules |= optional(within(section, of_kind.get(str(values.get(f"{section}.kind")), {})))
-    if values.get("schedule.kind") == "rectified_flow":  # it ends in noise alone, where eps says nothing of the picture
+    if values.get("schedule.kind") == "rectified_flow":  # ends in pure noise, where eps is no help
         rules["prediction"] = one_of(*(kind for kind in get_args(Prediction) if kind != "eps"))
     return rules
 
 
 def check_keys(config: ConfigDict, rules: Rules, section: str = "") -> None:
-    """Refuse a configuration that lacks keys, or has others, or values that its rules do not hold for.
+    """Check the keys and values of a configuration.
 
     Args:
-        config: a configuration or a section of one.
-        rules: by dotted key, what each value must be.
-        section: with a dot at its end, where `config` is only that of another.
+        config: a configuration, or a section of one.
+        rules: rules by dotted key.
+        section: name of the section with a dot at its end, if `config` is one.
 
     Raises:
-        UserError: such a key.
+        UserError: a key is missing or unknown, or its rule does not allow the value.
     """
     values = _values(config)
     if missing := [section + key for key, rule in rules.items() if rule.required and key not in values]:
@@ -359,7 +356,7 @@ def check_keys(config: ConfigDict, rules: Rules, section: str = "") -> None:
 
 
 def _values(config: ConfigDict | Mapping, prefix: str = "") -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, ConfigDict | Mapping):
             found |= _values(value, f"{prefix}{key}.")

@@ -1,22 +1,21 @@
 """Personalisation, phase by phase.
 
-The method of the specification: images, class noun and identifier (steps 202-208), class images drawn from the frozen
-cascade, each stage tuned on its own inputs. Every phase leaves its result in the run directory, and a call goes on
-where the last one stopped.
+The method of the specification: class noun and identifier are found for the photos (steps 202-208), class images are
+sampled from the frozen cascade, and each stage is tuned on its own inputs. Every phase leaves its result in the run
+directory, and a call continues where the last one stopped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from personalize_jax.families.objective import INSTANCE, PRIOR
 from personalize_jax.method import configuration
-from personalize_jax.method.class_images import class_images, own_class_images, own_hashes, prior_sampling
+from personalize_jax.method.class_images import make_class_images, own_hashes
 from personalize_jax.method.configuration import stage_trainings
 from personalize_jax.method.personalized import Personalized, load_placed, with_trained, with_tuned_sampling
 from personalize_jax.pipeline import Pipeline, Stage
@@ -36,7 +35,7 @@ from personalize_jax.training.trained import load_trained, save_trained, steps_t
 
 
 class SubjectPhotos(NamedTuple):
-    """What the user brings: images, and what they show if the user said so."""
+    """The user's photos of a subject, and the class noun if the user gave one."""
 
     images: list[SubjectImage]
     class_noun: str | None
@@ -50,7 +49,7 @@ def load_subject(
     Args:
         images: a folder or files.
         class_noun: what the subject is; None to let a classifier find it.
-        resolution: that of the cascade's last stage.
+        resolution: resolution of the cascade's last stage.
 
     Raises:
         UserError: an image that cannot be used.
@@ -67,14 +66,14 @@ def load_pretrained(config: ConfigDict) -> Pipeline:
 def personalize_subject(
     pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: str | Path, tracking: Tracking = JSONL_ONLY
 ) -> Personalized:
-    """Run all phases up to the tuned cascade; those whose results are in `workdir` already are read from it.
+    """Run all phases up to the tuned cascade; results that are in `workdir` already are read.
 
     Args:
-        pipeline: the pretrained cascade; it stays as it is.
-        photos: of the subject.
-        config: of `configs/world.py`.
+        pipeline: the pretrained cascade, which is left as it is.
+        photos: photos of the subject.
+        config: a configuration such as that of `configs/world.py`.
         workdir: run directory.
-        tracking: where metrics go besides.
+        tracking: additional destinations of metrics.
 
     Raises:
         UserError: input that cannot be used, or a run directory of another configuration.
@@ -88,32 +87,32 @@ def personalize_subject(
 def tune_cascade(
     pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path, tracking: Tracking = JSONL_ONLY
 ) -> Personalized:
-    """The phases of `personalize_subject`, in a run directory that is claimed and whose call is recorded."""
+    """Run the phases of `personalize_subject` in a run directory that `begin` has claimed, within `manifest.record`."""
     with phase(workdir, "subject"):
         subject = determine_subject(pipeline, photos, config, workdir)
     manifest.record_subject(workdir, subject.labels[0], subject.identifier.text, f"a {subject.phrase}")
     trainings = stage_trainings(config)
-    drawn = {}
+    class_images = {}
     if with_prior := [name for name in config.tune if trainings[name].prior.weight > 0]:
         with phase(workdir, "class images"):
-            drawn = sample_class_images(pipeline, subject, with_prior, config, workdir)
+            class_images = make_class_images(pipeline, subject.class_prompt, with_prior, config, workdir)
     tuned = pipeline
     for name in config.tune:
         with phase(workdir, f"tuning {name}"):
-            stage, directory = pipeline.stage(name), workdir / name
-            tuned = tune(tuned, stage, subject, drawn, trainings[name], config.seed, directory, tracking)
+            stage, training = pipeline.stage(name), trainings[name]
+            tuned = tune(tuned, stage, subject, class_images, training, config.seed, workdir / name, tracking)
     return Personalized(with_tuned_sampling(tuned, config, config.tune), subject)
 
 
 def seeds(config: ConfigDict) -> dict[str, object]:
-    """What is drawn by chance up to the tuned cascade, for the manifest."""
-    drawn = {} if config.class_images.folder else {"class images": [0, config.class_images.count - 1]}
-    return {"training": config.seed} | drawn
+    """The seeds of all randomness up to the tuned cascade, for the manifest."""
+    sampled = {} if config.class_images.folder else {"class images": [0, config.class_images.count - 1]}
+    return {"training": config.seed} | sampled
 
 
 def made_from(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict) -> dict[str, object]:
-    """Hashes of the pretrained cascade, of the photos' files and of those of own class images, for the manifest."""
-    data = {"pretrained": pipeline.fingerprint, "photos": [image.sha256 for image in photos.images]}
+    """Hashes of the pretrained cascade, the photos and the user's class images, for the manifest."""
+    data: dict[str, object] = {"pretrained": pipeline.fingerprint, "photos": [image.sha256 for image in photos.images]}
     folder = config.class_images.folder
     return data | ({"class images": own_hashes(folder)} if folder else {})
 
@@ -121,11 +120,11 @@ def made_from(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict) -> 
 def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path) -> None:
     """Claim a run directory for a configuration and a subject, before anything is computed.
 
-    Only numbers of steps, evaluation and registry may differ from what the run began with; it is then no longer done.
+    A later call may change the numbers of steps, the evaluation and the registry; the run is then no longer done.
 
     Raises:
-        UserError: the configuration cannot be used, the directory belongs to another one, to another subject, or to
-            other pretrained weights or class images, or a stage cannot be tuned for that number of steps any more.
+        UserError: the configuration cannot be used; the directory belongs to another configuration, subject, pretrained
+            cascade or set of class images; or a stage cannot be tuned for that number of steps any more.
     """
     configuration.check(pipeline, config)
     hosts.check_shared(workdir)
@@ -145,7 +144,7 @@ def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir
     may_change = [f"{part}.num_steps" for part in sections.values()]
     may_change += ["subject.registry", *(f"evaluation.{key}" for key in configuration.EVALUATION)]
     manifest.record_config(config, workdir, may_change)
-    hosts.wait()  # so that all of them read the same
+    hosts.wait()  # all processes read what process 0 has written
 
 
 def retune_stage(
@@ -159,26 +158,27 @@ def retune_stage(
 ) -> Personalized:
     """The tuned cascade with one stage tuned in another way, to compare.
 
-    A stage starts from the encoders that it started from in the run, and is sampled with what became of them.
+    The stage starts from the encoders that it started from in the run, and is sampled with the encoders that its own
+    tuning leaves.
 
     Args:
         pipeline: the pretrained cascade.
-        tuned: what `personalize_subject` made in `workdir`.
-        name: of the stage; where `config.tune` leaves it out, it is the pretrained one.
-        config: that run's, changed.
-        workdir: of that run, for its configuration and class images.
-        directory: for checkpoints and metrics of this tuning; its seconds go to the manifest beside it.
-        tracking: where its metrics go besides.
+        tuned: the result of `personalize_subject` in `workdir`.
+        name: name of the stage. If `config.tune` does not have it, it is the pretrained one.
+        config: the run's configuration, changed.
+        workdir: run directory, which has the first configuration and the class images.
+        directory: directory for checkpoints and metrics of this tuning; the manifest beside it records its seconds.
+        tracking: additional destinations of its metrics.
     """
     stage, encoders = pipeline.stage(name), pipeline.family.encoders
     first = manifest.read_config(workdir).tune[0]  # no other stage may train the encoders
     start = changed = pipeline if name == first else pipeline.take_networks(tuned.pipeline, encoders)
     if name in config.tune:
-        training, drawn = stage_trainings(config)[name], {}
+        training, class_images = stage_trainings(config)[name], {}
         if training.prior.weight > 0:
-            drawn = sample_class_images(pipeline, tuned.subject, [name], config, workdir)
+            class_images = make_class_images(pipeline, tuned.subject.class_prompt, [name], config, workdir)
         with phase(directory.parent, f"tuning {directory.name}".replace("_", " ")):
-            changed = tune(start, stage, tuned.subject, drawn, training, config.seed, directory, tracking)
+            changed = tune(start, stage, tuned.subject, class_images, training, config.seed, directory, tracking)
     cascade = tuned.pipeline.take_networks(changed, [name, *encoders]).replace_sampling(**{name: stage.sampling})
     return Personalized(with_tuned_sampling(cascade, config, {name} & {*config.tune}), tuned.subject)
 
@@ -186,13 +186,13 @@ def retune_stage(
 def determine_subject(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path) -> SubjectDataset:
     """Class noun, identifier and labelled dataset (specification steps 204-208), kept in `workdir/subject`."""
     directory = workdir / "subject"
-    # Once for all processes: a registry gives an identifier to one of them.
+    # Process 0 alone asks the registry, which would give every process an identifier of its own.
     hosts.first_does(lambda: _write_subject(pipeline, photos, config, directory))
     return read_dataset(directory)
 
 
 def _write_subject(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, directory: Path) -> None:
-    """Determine what is not in the directory already."""
+    """Determine the subject, unless the directory has it already."""
     if (directory / MANIFEST).exists():
         return keep_identifier(pipeline.tokenizer, config, directory.parent)
     classifier, nouns = class_knowledge(config)
@@ -203,7 +203,7 @@ def _write_subject(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict
 
 
 def class_knowledge(config: ConfigDict) -> tuple[Classifier | None, Sequence[str] | None]:
-    """The classifier of the rendered world and its class nouns, if a configuration says that pictures are of it."""
+    """The rendered world's classifier and class nouns, if the configuration says that the photos show that world."""
     if not config.evaluation.probe:
         return None, None
     from personalize_jax.world.probe import Probe
@@ -212,28 +212,11 @@ def class_knowledge(config: ConfigDict) -> tuple[Classifier | None, Sequence[str
     return Probe.load().classifier, CLASSES
 
 
-def sample_class_images(
-    pipeline: Pipeline, subject: SubjectDataset, names: Sequence[str], config: ConfigDict, workdir: Path
-) -> dict[str, np.ndarray]:
-    """The class images of the named stages, and of those that lead to them, drawn by the ancestral sampler.
-
-    Or, with `class_images.folder`, the pictures there in their place.
-    """
-    if folder := config.class_images.folder:
-        return dict.fromkeys(names, own_class_images(folder, pipeline.stages[-1].resolution))
-    cascade = pipeline.up_to(max(names, key=[stage.name for stage in pipeline.stages].index))
-    settings = config.class_images
-    samplings = {stage.name: prior_sampling(stage, settings) for stage in cascade.stages}
-    how = subject.class_prompt, settings.count, samplings, workdir / "class_images", settings.batch_size
-    with tqdm(total=settings.count * len(samplings), desc="class images", unit="img") as bar:
-        return class_images(cascade, pipeline.fingerprint, *how, bar.update)
-
-
 def tune(
     pipeline: Pipeline,
     stage: Stage,
     subject: SubjectDataset,
-    drawn: dict[str, np.ndarray],
+    class_images: Mapping[str, np.ndarray],
     config: ConfigDict,
     seed: int,
     directory: Path,
@@ -245,20 +228,20 @@ def tune(
         pipeline: the cascade before this stage is tuned.
         stage: one of its stages.
         subject: the labelled dataset.
-        drawn: class images by stage name.
+        class_images: class images by stage name; not read without a prior term.
         config: the stage's training keys.
-        seed: of the training.
-        directory: for checkpoints and metrics, whose part of the run has its name.
-        tracking: where metrics go besides.
+        seed: seed of the training.
+        directory: directory for checkpoints and metrics; metrics are logged under its name.
+        tracking: additional destinations of metrics.
 
     Returns:
-        The cascade with that stage tuned. What was trained is in `directory`, and read from there if it is already.
+        The cascade with that stage tuned. The result is kept in `directory`; if it is there already, it is read.
     """
     if steps_trained(directory) != config.num_steps:
         pretrained = pipeline.networks(stage.name)
         examples = {INSTANCE: stage_examples(pipeline, stage, subject.images_NHWC, subject.labels)}
         if config.prior.weight > 0:
-            pictures = drawn[stage.name]
+            pictures = class_images[stage.name]
             examples[PRIOR] = stage_examples(pipeline, stage, pictures, [subject.class_prompt] * len(pictures))
         if not configuration.trains_encoders(pipeline, stage.name, config):
             examples = {group: with_embeddings(pipeline, of_group) for group, of_group in examples.items()}
@@ -272,37 +255,37 @@ def tune(
 
 
 def identifier_tokens(pipeline: Pipeline, subject: SubjectDataset, start: str) -> Identifier:
-    """The identifier's tokens, each with those whose embeddings it starts from.
+    """The identifier's tokens, each with the tokens whose embeddings it starts from.
 
     Args:
-        pipeline: for its tokenizer.
-        subject: with identifier and class noun.
-        start: "pretrained", each token from its own; or "class_noun", as in Textual Inversion.
+        pipeline: the cascade, for its tokenizer.
+        subject: the subject, with identifier and class noun.
+        start: "pretrained" to start from the token's own embedding, "class_noun" as in Textual Inversion.
     """
-    tokens = list(dict.fromkeys(subject.identifier.token_ids))  # one may be there twice
+    tokens = list(dict.fromkeys(subject.identifier.token_ids))  # a token may occur twice
     noun = pipeline.tokenizer.encode(subject.class_noun.noun)
     starts = [noun if start == "class_noun" else [token] for token in tokens]
     return Identifier(np.array(tokens, np.int32), np.array(starts, np.int32))
 
 
 def stage_examples(pipeline: Pipeline, stage: Stage, pictures: np.ndarray, labels: Sequence[str]) -> Examples:
-    """Labelled pictures at a stage's own resolution, with low-resolution versions or latents where it needs them."""
+    """Labelled pictures at a stage's own resolution, with the low-resolution versions or latents that it needs."""
     pictures = downsample_uint8(pictures, stage.resolution)
     low_res = None if stage.low_resolution is None else downsample_uint8(pictures, stage.low_resolution)
     examples = make_examples(pictures, np.array(labels)[:, None], pipeline.family.tokenize, low_res)
     if (latents := pipeline.to_latents(pictures)) is None:
         return examples
-    # The pictures are not kept: a thousand class images would take a TPU chip a tenth of its memory.
+    # Without the pictures, of which a thousand would take a tenth of a TPU chip's memory.
     return examples._replace(image=None, latent=latents)
 
 
 def with_embeddings(pipeline: Pipeline, examples: Examples) -> Examples:
-    """The examples with the frozen encoders' conditioning, computed once."""
+    """The examples with the conditioning of the frozen encoders, computed once."""
     return examples._replace(cond=pipeline.family.condition(pipeline.params, examples.tokens))
 
 
 def _check_same(subject: SubjectDataset, photos: SubjectPhotos, workdir: Path) -> None:
-    """Raises UserError if the photos, or what they are said to show, are not the subject's."""
+    """Raises UserError if the photos or their class noun differ from the subject's."""
     if not np.array_equal(subject.images_NHWC, [image.pixels for image in photos.images]):
         raise UserError(f"{workdir} was begun with other images; give the same ones to go on, or another --workdir.")
     noun = subject.class_noun.noun

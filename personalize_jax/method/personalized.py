@@ -1,11 +1,12 @@
-"""A personalised cascade: what a run directory holds once its stages are tuned.
+"""The personalised cascade of a run directory, made of the pretrained cascade and the parameters that the run trained.
 
-A run keeps what it has trained and no more, in `trained.safetensors` beside each stage's checkpoints. Its manifest
-names the pretrained cascade that this belongs to, and has the fingerprint of it.
+A run keeps these parameters alone, in `trained.safetensors` beside each stage's checkpoints. Its manifest names the
+pretrained cascade and has its fingerprint.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +24,19 @@ from personalize_jax.training import parameterizations
 from personalize_jax.training.program import mesh_of
 from personalize_jax.training.trained import Kept, Trained, latest_trained, trained_params
 
-# How public networks compute, and how their parameters lie, where no configuration says so: as configs/common.py has
-# it, but over all devices alike.
+# Without a configuration, public networks compute as configs/common.py says, and their parameters are sharded over all
+# devices.
 COMPUTE = {"dtype": "bfloat16", "attention": "auto"}
 MESH, RULES = (1, -1, 1), (("", ("tensor", "fsdp")),)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Personalized:
-    """A tuned pipeline and the subject that it knows.
+    """A tuned cascade and its subject.
 
     Attributes:
         pipeline: the tuned cascade.
-        subject: photos, class noun and identifier.
+        subject: the subject's photos, class noun and identifier.
     """
 
     pipeline: Pipeline
@@ -49,13 +50,13 @@ class Personalized:
         batch_size: int = 16,
         progress: Callable[[int], object] = lambda pictures: None,
     ) -> np.ndarray:
-        """Draw pictures of a prompt in which "[V]" stands for the subject's identifier.
+        """Sample pictures of a prompt in which "[V]" stands for the subject's identifier.
 
         Args:
             prompt: such as "a [V] dog in the snow"; without "[V]" a warning is logged.
-            num_images: how many; picture i has seed `seed` + i.
-            seed: of the first picture.
-            batch_size: largest number of pictures drawn at once, see `Pipeline.sample`.
+            num_images: number of pictures; picture i has seed `seed` + i.
+            seed: seed of the first picture.
+            batch_size: largest number of pictures sampled at once, see `Pipeline.sample_batches`.
             progress: called with the number of pictures that a stage has just finished.
 
         Returns:
@@ -67,7 +68,7 @@ class Personalized:
 
 
 def load_personalized(workdir: str | Path) -> Personalized:
-    """Read a run directory that `personalize` has finished tuning, and the pretrained cascade that it belongs to.
+    """Read the personalised cascade of a run directory that `personalize` has finished tuning.
 
     Raises:
         UserError: a stage is not tuned to its end; see also `load_tuned`.
@@ -85,31 +86,31 @@ def load_personalized(workdir: str | Path) -> Personalized:
 
 
 def kept_trainings(workdir: Path, config: ConfigDict) -> dict[str, Kept]:
-    """The latest that a run has kept of the training of each stage, without stages that it has not begun with."""
+    """The latest results of a run's trainings, by stage; without stages that are not begun."""
     place_of = places(_fitting(config))
     kept = {name: latest_trained(workdir / name, place_of(name)) for name in config.tune}
     return {name: of_stage for name, of_stage in kept.items() if of_stage is not None}
 
 
 def load_tuned(workdir: Path, config: ConfigDict, kept: Mapping[str, Kept]) -> Pipeline:
-    """Read the pretrained cascade of a run, and apply what the run has trained.
+    """Read the pretrained cascade of a run, and put the trained parameters into it.
 
-    Parameters lie, and networks compute, as the run's configuration says; on other devices than that was written for,
-    parameters lie in parts over all of these.
+    Networks compute and parameters are sharded as the run's configuration says. Where its meshes do not fit the
+    devices, parameters are sharded over all of them.
 
     Args:
         workdir: run directory.
-        config: of the run.
-        kept: from `kept_trainings`; other stages stay as they were.
+        config: configuration of the run.
+        kept: from `kept_trainings`; other stages stay pretrained.
 
     Raises:
-        UserError: the pretrained cascade is not there, or is another one.
+        UserError: the pretrained cascade is missing, or has another fingerprint.
     """
     try:
         pipeline = load_placed(config.pretrained, _fitting(config))
     except UserError as error:
         raise UserError(
-            f"{workdir} holds what it changed of {config.pretrained}, which cannot be read from here. {error}"
+            f"{workdir} holds what it has trained of {config.pretrained}, which cannot be read from here. {error}"
         ) from error
     if pipeline.fingerprint != manifest.read(workdir).get("data", {}).get("pretrained", pipeline.fingerprint):
         raise UserError(
@@ -122,12 +123,12 @@ def load_tuned(workdir: Path, config: ConfigDict, kept: Mapping[str, Kept]) -> P
 
 
 def with_trained(pipeline: Pipeline, stage: str, read: Callable[[], Trained]) -> Pipeline:
-    """A cascade with what the training of one of its stages has trained.
+    """A cascade with the result of one stage's training.
 
     Args:
         pipeline: the cascade that the training started from.
         stage: the stage's name.
-        read: gives the training's result: now, and wherever float32 parameters are needed again.
+        read: reads the result; called again wherever float32 parameters are needed.
     """
     start = pipeline.networks(stage)
 
@@ -136,24 +137,27 @@ def with_trained(pipeline: Pipeline, stage: str, read: Callable[[], Trained]) ->
         whole = flatten(start[name]).keys() == flatten(part.params.get(name, {})).keys()
         return trained_params(part, {name: start[name] if whole else pipeline.float32_network(stage, name)})[name]
 
+    def read_network(name: str) -> Params:
+        return network(name, read())
+
     trained = read()
     names = {stage if name == "denoiser" else name: name for name in parameterizations.networks(trained.params)}
     return pipeline.replace_networks(
         {key: network(name, trained) for key, name in names.items()},
-        {key: lambda name=name: network(name, read()) for key, name in names.items()},
+        {key: partial(read_network, name) for key, name in names.items()},
     )
 
 
-def with_tuned_sampling(pipeline: Pipeline, config: ConfigDict, names: Sequence[str]) -> Pipeline:
-    """Sample tuned stages as they were tuned.
+def with_tuned_sampling(pipeline: Pipeline, config: ConfigDict, names: Collection[str]) -> Pipeline:
+    """The cascade with its tuned stages sampled as they were tuned.
 
     The noise-conditioning augmentation of a super-resolution stage stays within the levels of its tuning. A stage whose
     mean was tuned and whose learned variances were not is sampled with the posterior's variance.
 
     Args:
         pipeline: the tuned cascade.
-        config: of the run.
-        names: the stages that were tuned.
+        config: configuration of the run.
+        names: names of the stages that were tuned.
     """
     samplings = {}
     for name in names:
@@ -169,14 +173,14 @@ def with_tuned_sampling(pipeline: Pipeline, config: ConfigDict, names: Sequence[
 
 
 def load_placed(source: str | Path | Sequence[str | Path], config: ConfigDict | None = None) -> Pipeline:
-    """Read a pipeline; a public one right into the shards of a run's trainings, to compute as the run does.
+    """Read a pipeline into the shards of a run's trainings; public networks compute as the run's do.
 
     Args:
         source: see `load_pipeline`.
-        config: of the run, see `places`; `COMPUTE` where it says nothing of that.
+        config: configuration of the run, see `places`. Without `compute` in it, networks compute as `COMPUTE` says.
 
     Raises:
-        UserError: nothing of that name, it cannot be used, or a mesh does not fit the devices.
+        UserError: the pipeline cannot be read, or a mesh does not fit the devices.
     """
     config = ConfigDict() if config is None else config
     place_of = places(config)
@@ -188,10 +192,10 @@ def load_placed(source: str | Path | Sequence[str | Path], config: ConfigDict | 
 
 
 def places(config: ConfigDict) -> Callable[[str], Place]:
-    """Where a run's parameters lie: by the name of a stage, from a tree of shapes to a tree of shardings.
+    """How a run's parameters are sharded: from the name of a network to a function from shapes to shardings.
 
-    Those of a stage lie as its training says, those of other networks as the first stage's; without trainings in the
-    configuration, in parts over all devices (`MESH`, `RULES`).
+    A stage's parameters are sharded as its training says, those of other networks as the first stage's; without
+    trainings in the configuration, over all devices (`MESH`, `RULES`).
 
     Raises:
         UserError: a mesh does not fit the devices.
@@ -208,7 +212,7 @@ def places(config: ConfigDict) -> Callable[[str], Place]:
 
 
 def _fitting(config: ConfigDict) -> ConfigDict:
-    """A run's configuration; on devices that its meshes cannot be made of, what it says of computing alone."""
+    """A run's configuration; of one whose meshes do not fit these devices, its `compute` alone."""
     try:
         places(config)
     except UserError:

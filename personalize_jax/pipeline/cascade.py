@@ -30,10 +30,10 @@ class Pipeline:
     """A model of any family with its parameters.
 
     Attributes:
-        family: the model, all but its parameters.
-        params: by network, as they are computed with.
-        read_float32: what reads the parameters of a network in float32, by name, where `params` has them rounded.
-        digests: of float32 networks, by name; filled in by `fingerprint`, and kept by copies that share the networks.
+        family: the model without its parameters.
+        params: parameters by network, in the dtype they are computed with.
+        read_float32: reads a network's float32 parameters, by name, if `params` has them rounded.
+        digests: digests of networks by name, which `fingerprint` fills in; copies that share networks share digests.
     """
 
     family: Family
@@ -43,7 +43,7 @@ class Pipeline:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """In the order of sampling; each after the first enlarges what the one before it made."""
+        """The stages in the order of sampling; each after the first enlarges the pictures of the one before."""
         return self.family.stages
 
     @property
@@ -77,34 +77,34 @@ class Pipeline:
         raise UserError(f"The pipeline has no stage {name!r}; its stages are {names}.")
 
     def float32_params(self, name: str) -> Params:
-        """The float32 parameters of a network: to train it, or to save it.
+        """The float32 parameters of a network, which training and saving need.
 
         Raises:
-            UserError: `params` has them rounded, and they cannot be read again from where they came from.
+            UserError: `params` has them rounded, and their file cannot be read again.
         """
         return self.read_float32[name]() if name in self.read_float32 else self.params[name]
 
     def networks(self, stage: str) -> Params:
-        """What a stage's training is about: its "denoiser", and the networks that turn captions into conditioning."""
+        """The networks that a stage can train, by the names that its training has for them: "denoiser" and encoders."""
         encoders = {name: self.params[name] for name in self.family.encoders}
         return {"denoiser": self.params[stage], **encoders}
 
     def float32_network(self, stage: str, name: str) -> Params:
-        """The float32 parameters of a network by the name that `networks` has for it."""
+        """The float32 parameters of one of the `networks` of a stage."""
         return self.float32_params(stage if name == "denoiser" else name)
 
     def replace_params(self, **params: Params) -> "Pipeline":
-        """The same pipeline with some of its parameters replaced, by name, with other float32 ones."""
+        """The same pipeline with other float32 parameters of some networks, by name."""
         read_float32 = {name: read for name, read in self.read_float32.items() if name not in params}
         digests = {name: digest for name, digest in self.digests.items() if name not in params}
         return dataclasses.replace(self, params={**self.params, **params}, read_float32=read_float32, digests=digests)
 
     def replace_networks(self, params: Params, read_float32: Mapping[str, Callable[[], Params]]) -> "Pipeline":
-        """The same pipeline with some of its networks replaced, by name, and rounded as those before them.
+        """The same pipeline with other parameters of some networks, rounded like the ones before.
 
         Args:
             params: float32 parameters by network.
-            read_float32: what reads them again.
+            read_float32: reads them again.
         """
         old = {name: self.params[name] for name in params}
         replaced = self.replace_params(**jax.tree.map(lambda new, old: new.astype(old.dtype), params, old))
@@ -126,7 +126,7 @@ class Pipeline:
         )
 
     def replace_sampling(self, **samplings: Sampling) -> "Pipeline":
-        """The same pipeline with some of its stages drawn in another way, by stage name."""
+        """The same pipeline with other sampling of some stages, by name."""
         stages = tuple(
             dataclasses.replace(stage, sampling=samplings.get(stage.name, stage.sampling)) for stage in self.stages
         )
@@ -142,13 +142,13 @@ class Pipeline:
         return dataclasses.replace(self, family=self.family.with_stages(self.stages[:end]))
 
     def condition(self, prompts: Sequence[str]) -> Conditioning:
-        """What the denoisers see of prompts."""
+        """The conditioning of prompts, which the denoisers see."""
         return self.family.condition(self.params, self.family.tokenize(prompts))
 
     def to_latents(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """Mean and standard deviation of the latents of uint8 pictures [N, H, W, 3], float32 [N, h, w, C] each.
 
-        None of a model that denoises pictures themselves.
+        None if the model denoises pictures and not latents.
         """
         pairs = [self.family.to_latents(self.params, to_float(picture[None])) for picture in pictures]
         if None in pairs:
@@ -303,10 +303,10 @@ def sample_pictures(
     null_cond: Conditioning,
     low_res: Array | None,
 ) -> Array:
-    """`Stage.draw`, from uint8 low-resolution pictures, compiled, over a mesh whose devices split the batch.
+    """`Stage.sample` of uint8 low-resolution pictures, compiled, on a mesh whose devices split the batch.
 
-    Each device draws pictures of its own, and needs all parameters for them: those that lie in parts are gathered once
-    a batch. Left to itself, XLA gathers them again in every step.
+    Each device samples pictures of its own, and needs all parameters for them: sharded ones are gathered once a batch.
+    Left to itself, XLA gathers them again in every step.
     """
     low = None if low_res is None else to_float(low_res)
     params = jax.lax.with_sharding_constraint(params, NamedSharding(mesh, P()))
@@ -326,9 +326,9 @@ def _batches(
 
 
 def batch_of(count: int, batch_size: int) -> int:
-    """How many pictures are drawn at once where `count` are asked for: few in a small batch, many in full ones.
+    """The size of the batches in which `count` pictures are sampled.
 
-    It is the next power of two, of which there are few, as each is a program of its own; `batch_size` at most; and a
+    It is the next power of two, as every size is a program that has to be compiled; `batch_size` at most; and a
     multiple of the number of devices, which share a batch.
     """
     size = min(batch_size, 1 << (count - 1).bit_length())
@@ -363,7 +363,7 @@ def _check_finite(finite_B: np.ndarray, stage: str, prompts: Sequence[str], seed
 
 
 def _digest(params: Params) -> str:
-    """Of the names and values of a network's parameters."""
+    """A digest of the names and values of a network's parameters."""
     digest = hashlib.sha256()
     for path, value in jax.tree_util.tree_leaves_with_path(params):
         digest.update(jax.tree_util.keystr(path).encode())
@@ -372,12 +372,12 @@ def _digest(params: Params) -> str:
 
 
 def _split_over_devices(batch: Any) -> Any:
-    """A pytree of [B, ...] arrays, each device with its part of the batch."""
+    """A pytree of [B, ...] arrays, sharded over the devices by their batch axis."""
     return hosts.device_put(batch, NamedSharding(_devices(), P("data"))) if jax.device_count() > 1 else batch
 
 
 def _on_every_device(params: Params) -> Params:
-    """Parameters that lie on one device, on all of them; those that are sharded already stay as they are."""
+    """Parameters replicated on all devices; those that are sharded stay so."""
     if jax.device_count() == 1:
         return params
     replicated = NamedSharding(_devices(), P())

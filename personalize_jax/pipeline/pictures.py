@@ -6,16 +6,13 @@ import re
 import struct
 import unicodedata
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
-from personalize_jax.runtime import hosts
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.runtime.files import replacing
 
@@ -58,57 +55,12 @@ def read_png(file: Path) -> tuple[np.ndarray, dict[str, str]]:
             assert isinstance(image, PngImageFile)
             mode, pixels, metadata = image.mode, np.array(image), dict(image.text)
     except _DAMAGE as error:
-        raise UserError(f"{file} is damaged, or no PNG file; delete it, so that it is drawn again.") from error
+        raise UserError(f"{file} is damaged, or no PNG file; delete it, so that it is sampled again.") from error
     if mode != "RGB":
-        raise UserError(f"{file} is a PNG file of mode {mode}, RGB was expected; delete it, so that it is drawn again.")
+        raise UserError(
+            f"{file} is a PNG file of mode {mode}, RGB was expected; delete it, so that it is sampled again."
+        )
     return pixels, {key: str(value) for key, value in metadata.items()}
-
-
-def sample_missing(
-    draw: Callable[[list[int]], np.ndarray],
-    files: Sequence[Path],
-    metadata: Sequence[Mapping[str, str]],
-    batch_size: int,
-    progress: Callable[[int], object] = lambda pictures: None,
-) -> list[np.ndarray]:
-    """Draw what is not there yet, so that a call which was cut short loses a batch at most.
-
-    Of several processes each writes its share of the files.
-
-    Args:
-        draw: from numbers of pictures to the pictures; each must be the same whatever others are drawn with it.
-        files: where each picture lies.
-        metadata: what each is drawn from; a picture with other metadata is drawn anew.
-        batch_size: pictures drawn at once, and kept before the next ones.
-        progress: called with the number of pictures found or drawn.
-
-    Returns:
-        The pictures, uint8 [H, W, 3] each.
-
-    Raises:
-        UserError: a file that is there is damaged.
-    """
-    found = {}
-    for i, file in enumerate(files):
-        if file.exists():
-            pixels, known = read_png(file)
-            if known == metadata[i]:
-                found[i] = pixels
-    found_by_all = hosts.true_in_all([i in found for i in range(len(files))])
-    missing = [i for i, known in enumerate(found_by_all) if not known]
-    progress(len(files) - len(missing))
-    for start in range(0, len(missing), batch_size):
-        batch = missing[start : start + batch_size]
-        found |= zip(batch, draw(batch), strict=True)
-        share = batch[jax.process_index() :: jax.process_count()]
-        hosts.each_does(partial(_save, [(found[i], files[i], metadata[i]) for i in share]))
-        progress(len(batch))
-    return [found[i] for i in range(len(files))]
-
-
-def _save(pictures: Sequence[tuple[np.ndarray, Path, Mapping[str, str]]]) -> None:
-    for picture in pictures:
-        save_png(*picture)
 
 
 def encode_png(pixels: np.ndarray, metadata: Mapping[str, str]) -> bytes:

@@ -1,4 +1,4 @@
-"""Pipelines on disk, in the layouts of their families."""
+"""Reading and writing pipelines, in the layouts of their families."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +20,10 @@ def load_pipeline(source: str | Path | Sequence[str | Path], place: Place | None
         source: "world" for the embedded cascade; a folder that `save_pipeline` wrote; or a public pipeline, as a folder
             that diffusers wrote or the name of a repository on the Hugging Face hub: a list of them for a cascade.
         place: from a tree of shapes to a tree of shardings for the parameters; None for the default device.
-        **compute: of public networks: dtype, remat, attention.
+        **compute: how public networks compute: dtype, remat, attention.
 
     Raises:
-        UserError: nothing of that name, or it cannot be used.
+        UserError: there is nothing of that name, or it cannot be used.
     """
     sources = [source] if isinstance(source, str | Path) else list(source)
     return Pipeline(*registry.load(sources, place, **compute))
@@ -33,14 +33,14 @@ def save_pipeline(pipeline: Pipeline, folder: Path, dtype: Any = jnp.float16) ->
     """Write a pipeline for `load_pipeline`, in the layout that it came in, each file to a temporary name first.
 
     Args:
-        pipeline: what to write.
+        pipeline: the pipeline to write.
         folder: made if missing; files of the same names are replaced.
-        dtype: of the stored parameters.
+        dtype: dtype of the stored parameters.
 
     Raises:
         UserError: a file cannot be written.
     """
-    if jax.process_count() > 1:  # which hold parts of it
+    if jax.process_count() > 1:  # each of which has a part of the parameters
         params = {name: hosts.gather_on_first(pipeline.float32_params(name)) for name in pipeline.params}
         pipeline = pipeline.replace_params(**params)
     hosts.first_does(lambda: pipeline.family.write(pipeline.float32_params, folder, dtype))

@@ -7,6 +7,7 @@ import pytest
 
 import personalize_jax as pj
 from personalize_jax.method import personalization
+from personalize_jax.method.class_images import make_class_images
 from personalize_jax.runtime import manifest
 from personalize_jax.runtime.errors import UserError
 from tests import tiny_world
@@ -16,7 +17,7 @@ def test_own_class_images_take_the_place_of_drawn_ones(pretrained, photos, tmp_p
     own = shutil.copytree(photos, tmp_path / "dogs")
     config, workdir = tiny_world.get_config(pretrained, class_images__folder=str(own)), tmp_path / "run"
     pipeline, given = pj.load_pipeline(pretrained), pj.load_subject(photos, "dog", 16)
-    images = personalization.sample_class_images(pipeline, None, ["base", "super_resolution"], config, workdir)
+    images = make_class_images(pipeline, "a dog", ["base", "super_resolution"], config, workdir)
     expected = np.stack([image.pixels for image in given.images])
     assert not workdir.exists() and set(images) == {"base", "super_resolution"}
     for pictures in images.values():

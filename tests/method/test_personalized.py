@@ -114,7 +114,7 @@ def test_a_pretrained_cascade_that_is_gone_is_named(copied, tmp_path):
     recorded = json.loads((copied / manifest.FILE).read_text())
     recorded["config"]["pretrained"] = str(tmp_path / "gone")
     (copied / manifest.FILE).write_text(json.dumps(recorded))
-    with pytest.raises(UserError, match="holds what it changed of .*gone, which cannot be read from here"):
+    with pytest.raises(UserError, match="holds what it has trained of .*gone, which cannot be read from here"):
         pj.load_personalized(copied)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from personalize_jax.method.class_images import class_images, own_class_images, own_hashes
+from personalize_jax.method.class_images import own_class_images, own_hashes, sample_class_images
 from personalize_jax.pipeline import Sampling
 from personalize_jax.pipeline.pictures import read_png, save_png
 from personalize_jax.runtime.errors import UserError
@@ -39,7 +39,7 @@ def draw(tmp_path):
 
     def draw(prompt="a dog", count=4, progress=lambda pictures: None, weights="0123", **changed):
         cascade, samplings = Cascade(), {n: s._replace(**changed.get(n, {})) for n, s in SAMPLINGS.items()}
-        return class_images(cascade, weights, prompt, count, samplings, tmp_path, 2, progress), cascade.drawn
+        return sample_class_images(cascade, weights, prompt, count, samplings, tmp_path, 2, progress), cascade.drawn
 
     return draw
 
@@ -120,7 +120,7 @@ def test_pictures_that_somebody_put_there_are_left_alone(draw, tmp_path, name, m
     (tmp_path / name).parent.mkdir(exist_ok=True)
     Image.new(mode, (20, 20)).save(tmp_path / name)
     before = (tmp_path / name).read_bytes()
-    with pytest.raises(UserError, match=f"{name} was not drawn here.*--config.class_images.folder"):
+    with pytest.raises(UserError, match=f"{name} was not sampled here.*--config.class_images.folder"):
         draw()
     assert (tmp_path / name).read_bytes() == before
     assert [file for file in tmp_path.rglob("*.*")] == [tmp_path / name]
@@ -149,5 +149,5 @@ def test_a_damaged_picture_is_named(draw, tmp_path):
     draw()
     file = tmp_path / "base" / "00001.png"
     file.write_bytes(file.read_bytes()[:60])
-    with pytest.raises(UserError, match="00001.png is damaged.*drawn again"):
+    with pytest.raises(UserError, match="00001.png is damaged.*sampled again"):
         draw()
