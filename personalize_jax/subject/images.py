@@ -1,7 +1,7 @@
-"""Image files of one subject -> RGB pixels, square or whole.
+"""Reads the image files of a subject as RGB pixels, cropped to a square or whole.
 
-What cannot be used is refused from the file's header where the header tells, so that no image is decoded in vain
-and no small file can ask for gigabytes of memory.
+A file that cannot be used is refused by its header where possible, so that no image is decoded in vain and no small
+file can ask for gigabytes of memory.
 """
 
 import contextlib
@@ -26,12 +26,10 @@ logger = logging.getLogger(__name__)
 MAX_IMAGES = 20
 MAX_PIXELS = 100_000_000
 MIN_SIDE = 16
-LARGEST_ENLARGEMENT = 2  # beyond it the photo is blurred to the eye, and a warning says so
+MAX_ENLARGEMENT = 2  # beyond it the photo looks blurred, and a warning says so
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 
-Box = tuple[int, int, int, int]
-
-# What Pillow's decoders raise on damaged bytes, beside OSError.
+# The exceptions that Pillow's decoders raise on damaged bytes.
 _DAMAGE = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error)
 
 _TURN_UPRIGHT = {
@@ -46,31 +44,32 @@ _TURN_UPRIGHT = {
 
 
 class SubjectImage(NamedTuple):
-    """One image of the subject: its file, the SHA-256 of that file (hex), and its pixels, uint8 [R, R, 3] sRGB."""
+    """One image of a subject.
+
+    Attributes:
+        path: the image's file.
+        sha256: SHA-256 of the file, in hexadecimal.
+        pixels: sRGB, uint8 [R, R, 3].
+    """
 
     path: Path
     sha256: str
     pixels: np.ndarray
 
 
-def load_images(
-    source: Path | Sequence[Path], resolution: int, boxes: Sequence[Box | None] | None = None
-) -> list[SubjectImage]:
-    """Read the images of one subject, each cropped to a square without distortion and resized with antialiasing.
+def load_images(source: Path | Sequence[Path], resolution: int) -> list[SubjectImage]:
+    """Read the images of one subject, each cropped to its centre square and resized with antialiasing.
 
     Images are turned upright by their EXIF orientation, and converted to sRGB where they embed a colour profile.
-    Transparency is composited over white, so that a cut-out subject stands before a plain background; 16 bits a
-    channel become 8 by scaling, not by clipping.
+    Transparency is composited over white, so that a cut-out subject stands before a plain background; channels of 16
+    bits become 8 by scaling, not by clipping.
 
-    Images that are the same picture, or that are enlarged to more than twice their size, are named in a warning.
+    A warning names images that are the same picture, or that are enlarged to more than twice their size.
 
     Args:
-        source: a folder, of which every JPEG, PNG and WebP file is read in order of name (hidden files are skipped,
-            files of other kinds named in a warning); or one file, or several, read in the given order.
+        source: a folder, whose JPEG, PNG and WebP files are read in order of name (hidden files are skipped, and a
+            warning names files of other kinds); or one file, or several, which are read in the given order.
         resolution: R, the side of the returned images in pixels.
-        boxes: one (left, top, right, bottom) per image, in pixels of the upright image, or None for all of it. The crop
-            is the smallest square around the box's centre that holds the box, moved inside the image, or the largest
-            that the image has. Without boxes: the centre square.
 
     Returns:
         1 to 20 images.
@@ -85,22 +84,16 @@ def load_images(
         raise UserError(
             f"{len(paths)} images were given, at most {MAX_IMAGES} are expected; keep sharp and varied ones."
         )
-    if boxes is None:
-        boxes = [None] * len(paths)
-    if len(boxes) != len(paths):
-        raise UserError(
-            f"{len(boxes)} boxes were given for {len(paths)} images; give one box, or None, for each image."
-        )
-    images = [_load_image(path, resolution, box) for path, box in zip(paths, boxes, strict=True)]
+    images = [_load_image(path, resolution) for path in paths]
     _warn_of_duplicates(images)
     return images
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Read one image whole and at its own size, upright and in sRGB as `load_images` has it: uint8 [H, W, 3].
+    """Read one image whole and at its own size, upright and in sRGB as `load_images` does: uint8 [H, W, 3].
 
     Raises:
-        UserError: it is missing, unreadable, damaged, animated or too large.
+        UserError: the image is missing, unreadable, damaged, animated or too large.
     """
     with _opened(path) as (_, image):
         upright, profile = _decode(path, image)
@@ -108,25 +101,25 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def from_pixels(name: str, pixels: np.ndarray, resolution: int) -> SubjectImage:
-    """An image that is already decoded, uint8 [H, W, 3], cropped and resized as `load_images` does.
+    """Crop and resize an image that is already decoded, uint8 [H, W, 3], as `load_images` does.
 
     Raises:
         UserError: the image is too small.
     """
     digest = hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
     path = Path(name)
-    return SubjectImage(path, digest, _square_pixels(path, Image.fromarray(pixels), resolution, None))
+    return SubjectImage(path, digest, _square_pixels(path, Image.fromarray(pixels), resolution))
 
 
 def list_images(source: Path | Sequence[Path]) -> list[Path]:
-    """The JPEG, PNG and WebP files of a folder in order of name; or the one file, or several, that are named.
+    """List the JPEG, PNG and WebP files of a folder in order of name; or the one file, or several, that are given.
 
     Raises:
-        UserError: no file was named, or the folder holds no images or cannot be read.
+        UserError: no file was given, or the folder holds no images or cannot be read.
     """
     if not isinstance(source, str | Path):
         if not source:
-            raise UserError(f"no images were given; name a folder or 1 to {MAX_IMAGES} JPEG, PNG or WebP files.")
+            raise UserError(f"No images were given; name a folder or 1 to {MAX_IMAGES} JPEG, PNG or WebP files.")
         return [Path(path) for path in source]
     folder = Path(source)
     try:
@@ -156,16 +149,16 @@ def _warn_of_duplicates(images: Sequence[SubjectImage]) -> None:
             logger.warning("%s is the same picture as %s; leave it out or give another one.", image.path, first)
 
 
-def _load_image(path: Path, resolution: int, box: Box | None) -> SubjectImage:
+def _load_image(path: Path, resolution: int) -> SubjectImage:
     with _opened(path) as (file, image):
-        pixels = _square_pixels(path, image, resolution, box)
+        pixels = _square_pixels(path, image, resolution)
         file.seek(0)
         return SubjectImage(path, hashlib.file_digest(file, "sha256").hexdigest(), pixels)
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[io.BufferedReader, Image.Image]]:
-    """The file and its image, of which only the header has been read."""
+    """Open a file and its image, of which only the header is read."""
     try:
         if not path.is_file():  # also keeps devices and pipes from being read for ever
             what = "is not a file" if path.exists() else "does not exist"
@@ -178,7 +171,7 @@ def _opened(path: Path) -> Iterator[tuple[io.BufferedReader, Image.Image]]:
 
 
 def _open_image(path: Path, file: io.BufferedReader) -> Image.Image:
-    """Read the header, whatever the file is called, and refuses what should not be decoded."""
+    """Read the header, whatever the file is called, and refuse an image that should not be decoded."""
     too_large = f"{path} has more than {MAX_PIXELS // 10**6} megapixels, the most that is read; scale it down first."
     try:
         with warnings.catch_warnings():
@@ -201,11 +194,15 @@ def _open_image(path: Path, file: io.BufferedReader) -> Image.Image:
     return image
 
 
-def _square_pixels(path: Path, image: Image.Image, resolution: int, box: Box | None) -> np.ndarray:
-    """The crop of an opened image as uint8 [R, R, 3]."""
+def _square_pixels(path: Path, image: Image.Image, resolution: int) -> np.ndarray:
+    """The centre square of an opened image, resized: uint8 [R, R, 3]."""
     width, height = image.size if _orientation(image) < 5 else image.size[::-1]
-    left, top, side = _square(path, (width, height), box)
-    if resolution > LARGEST_ENLARGEMENT * side:
+    side = min(width, height)
+    if side < MIN_SIDE:
+        raise UserError(
+            f"{path} is {width}x{height} pixels, at least {MIN_SIDE}x{MIN_SIDE} are expected; use a larger image."
+        )
+    if resolution > MAX_ENLARGEMENT * side:
         logger.warning(
             "%s shows %dx%d pixels, which are enlarged to %dx%d and look blurred; give a larger image if there is one.",
             path,
@@ -214,15 +211,16 @@ def _square_pixels(path: Path, image: Image.Image, resolution: int, box: Box | N
             resolution,
             resolution,
         )
-    scale = _shrink_while_decoding(image, 2 * resolution / side)  # twice what is wanted, for the resampling filter
+    scale = _shrink_while_decoding(image, 2 * resolution / side)  # twice the resolution, for the filter
     upright, profile = _decode(path, image)
+    left, top = (width - side) / 2, (height - side) / 2
     crop = (left * scale, top * scale, (left + side) * scale, (top + side) * scale)
     square = upright.resize((resolution, resolution), Image.Resampling.LANCZOS, box=crop, reducing_gap=3.0)
     return np.array(_to_srgb(path, square, profile))
 
 
 def _decode(path: Path, image: Image.Image) -> tuple[Image.Image, bytes | None]:
-    """The whole image, upright and flat, in its own colours; and their ICC profile where one is embedded."""
+    """Decode the whole image, upright and opaque; its colours are those of the embedded ICC profile, if any."""
     orientation = _orientation(image)
     try:
         image.load()
@@ -236,7 +234,7 @@ def _decode(path: Path, image: Image.Image) -> tuple[Image.Image, bytes | None]:
 
 
 def _shrink_while_decoding(image: Image.Image, least: float) -> float:
-    """Let a JPEG decode straight to 1/2, 1/4 or 1/8 of its size, not below `least`; returns the scale in effect."""
+    """Let a JPEG decode straight to 1/2, 1/4 or 1/8 of its size, not below `least`, and return that scale."""
     if least >= 1:
         return 1.0
     width = image.width
@@ -255,26 +253,8 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in _TURN_UPRIGHT else 1
 
 
-def _square(path: Path, size: tuple[int, int], box: Box | None) -> tuple[float, float, int]:
-    """The (left, top, side) of the square crop around a box, in pixels of the upright image."""
-    width, height = size
-    left, top, right, bottom = box if box is not None else (0, 0, width, height)
-    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-        raise UserError(
-            f"The box {(left, top, right, bottom)} does not lie inside {path}, which is {width}x{height}; "
-            "give left, top, right, bottom in pixels."
-        )
-    side = min(max(right - left, bottom - top), width, height)
-    if side < MIN_SIDE:
-        given = f"is {width}x{height} pixels" if box is None else f"is cropped to {side}x{side} pixels"
-        raise UserError(f"{path} {given}, at least {MIN_SIDE}x{MIN_SIDE} are expected; use a larger image or box.")
-    x = min(max((left + right - side) / 2, 0), width - side)
-    y = min(max((top + bottom - side) / 2, 0), height - side)
-    return x, y, side
-
-
 def _flatten(image: Image.Image) -> Image.Image:
-    """Bring any mode to L, RGB or CMYK at 8 bits; the last two stay apart until the colour profile is applied."""
+    """Bring any mode to L, RGB or CMYK at 8 bits; CMYK stays until the colour profile is applied."""
     if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow's own conversion would clip at 255
         return Image.fromarray(np.round(np.asarray(image, np.float32) / 257).astype(np.uint8))
     if image.has_transparency_data:

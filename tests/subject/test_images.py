@@ -24,8 +24,8 @@ def picture() -> np.ndarray:
     return np.round(255 * np.stack([x, y, (1 - x) * (1 - y)], axis=-1)).astype(np.uint8)
 
 
-def load(path, resolution=RESOLUTION, box=None):
-    [image] = load_images(path, resolution, None if box is None else [box])
+def load(path, resolution=RESOLUTION):
+    [image] = load_images(path, resolution)
     assert image.pixels.shape == (resolution, resolution, 3)
     assert image.pixels.dtype == np.uint8
     return image.pixels.astype(int)
@@ -37,9 +37,9 @@ def save(path, array_or_image, **options):
     return path
 
 
-def refusal(source, **options) -> str:
+def refusal(source) -> str:
     with pytest.raises(UserError) as error:
-        load_images(source, RESOLUTION, **options)
+        load_images(source, RESOLUTION)
     message = str(error.value)
     assert "\n" not in message
     assert "; " in message  # what is wrong; what to do
@@ -102,9 +102,9 @@ def test_every_exif_orientation_gives_the_upright_pixels(tmp_path, picture, orie
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"quality": 100, "subsampling": 0} if suffix == ".jpg" else {"lossless": True}
-    upright = load(save(tmp_path / f"upright{suffix}", wide, **options), box=(10, 0, 70, 64))
+    upright = load(save(tmp_path / f"upright{suffix}", wide, **options))
     stored = np.ascontiguousarray(TURNS[orientation](wide))
-    turned = load(save(tmp_path / f"turned{suffix}", stored, exif=exif, **options), box=(10, 0, 70, 64))
+    turned = load(save(tmp_path / f"turned{suffix}", stored, exif=exif, **options))
     np.testing.assert_allclose(turned, upright, atol=3 if suffix == ".jpg" else 0)
 
 
@@ -246,27 +246,26 @@ def test_shrinking_averages_instead_of_aliasing(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
-    ("box", "expected"),
+    ("size", "expected"),
     [
-        ((10, 20, 50, 60), (10, 20, 40)),  # a square is taken as it is
-        ((30, 20, 50, 60), (20, 20, 40)),  # a tall box grows sideways around its centre
-        ((0, 20, 20, 60), (0, 20, 40)),  # and is moved inside at the border
-        ((0, 30, 120, 50), (20, 0, 80)),  # wider than the image is high: the largest square
+        ((80, 80), (0, 0, 80)),  # a square is taken as it is
+        ((120, 80), (20, 0, 80)),
+        ((80, 120), (0, 20, 80)),
     ],
 )
-def test_boxes_become_squares_around_the_subject(tmp_path, box, expected):
+def test_the_centre_square_is_taken(tmp_path, size, expected):
     rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (80, 120, 3), dtype=np.uint8)
+    noise = rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     left, top, side = expected
-    out = load(save(tmp_path / "a.png", noise), side, box)
+    out = load(save(tmp_path / "a.png", noise), side)
     np.testing.assert_array_equal(out, noise[top : top + side, left : left + side])
 
 
-def test_boxes_on_a_large_jpeg_are_in_its_full_pixels(tmp_path):
+def test_the_square_of_a_large_jpeg_is_in_its_full_pixels(tmp_path):
     image = Image.new("RGB", (1203, 901), "white")
-    image.paste("black", (600, 300, 1000, 700))
+    image.paste("black", (376, 225, 827, 676))
     path = save(tmp_path / "a.jpg", image, quality=95)
-    ink = 255 - load(path, 32, (400, 100, 1200, 900))
+    ink = 255 - load(path, 32)
     np.testing.assert_allclose(ink[[*range(7), *range(25, 32)]], 0, atol=6)  # but for the filter's ringing at the edges
     np.testing.assert_allclose(ink[9:23, 9:23], 255, atol=6)
     np.testing.assert_allclose(ink.sum() / 3 / 255, 16 * 16, rtol=0.02)
@@ -288,10 +287,10 @@ def test_duplicates_are_named(tmp_path, picture, caplog):
     assert re.search(r"c\.webp is the same picture as .*a\.png", record.getMessage())
 
 
-@pytest.mark.parametrize(("box", "warned"), [((0, 0, 32, 32), False), ((0, 0, 31, 31), True), (None, False)])
-def test_photos_far_below_the_resolution_are_named(tmp_path, picture, caplog, box, warned):
+@pytest.mark.parametrize(("side", "warned"), [(32, False), (31, True), (64, False)])
+def test_photos_far_below_the_resolution_are_named(tmp_path, picture, caplog, side, warned):
     with caplog.at_level(logging.WARNING, "absl"):
-        load(save(tmp_path / "a.png", picture), 64, box)
+        load(save(tmp_path / "a.png", picture[:side, :side]), 64)
     assert [bool(re.search(r"a\.png shows 31x31 pixels.*64x64", r.getMessage())) for r in caplog.records] == [
         True
     ] * warned
@@ -302,7 +301,7 @@ def test_photos_far_below_the_resolution_are_named(tmp_path, picture, caplog, bo
 
 def test_no_images(tmp_path):
     assert "no images" in refusal(tmp_path)
-    assert "no images" in refusal([])
+    assert "No images" in refusal([])
     (tmp_path / "IMG_1.heic").write_bytes(b"")
     assert "IMG_1.heic" in refusal(tmp_path)
 
@@ -379,14 +378,6 @@ def test_unreadable_file(tmp_path, picture, monkeypatch):
 
     monkeypatch.setattr(type(path), "open", denied)
     assert "cannot be read (Permission denied)" in refusal(path)
-
-
-def test_boxes_that_do_not_fit(tmp_path, picture):
-    path = save(tmp_path / "a.png", picture)
-    for box in [(0, 0, 65, 64), (-1, 0, 64, 64), (30, 30, 30, 50)]:
-        assert "does not lie inside" in refusal(path, boxes=[box])
-    assert "cropped to 10x10" in refusal(path, boxes=[(0, 0, 10, 9)])
-    assert "2 boxes" in refusal(path, boxes=[None, None])
 
 
 def test_resolution_must_be_positive(tmp_path):
