@@ -1,4 +1,4 @@
-"""From a few images of one subject to the labelled dataset that a cascade is tuned on (specification, steps 202-208).
+"""Makes the labelled dataset that a model is tuned on of a few photos of a subject (specification, steps 202-208).
 
 Reading order: `images` -> `class_noun` -> `identifier` -> `dataset`.
 """

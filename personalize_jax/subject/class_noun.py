@@ -1,4 +1,4 @@
-"""The class noun of a subject: given by the user, or read off the images by a classifier (spec. [0053], [0075])."""
+"""The class noun of a subject, given by the user or found by a classifier (specification [0053], [0075])."""
 
 import difflib
 import re
@@ -13,18 +13,23 @@ from personalize_jax.subject.images import SubjectImage
 
 MAX_CHARACTERS = 40
 _ARTICLE = re.compile(r"^(?:a|an|the) ")
-# Of the words that begin with a vowel's letter, those that begin with the sound of "you" or "won": eucalyptus, unicorn,
-# ukulele, one-piece; and of those with an h, those that do not sound it: hourglass, heirloom.
+# Words that begin with a vowel's letter and the sound of "you" or "won": eucalyptus, unicorn, ukulele, one-piece; and
+# words that begin with a silent h: hourglass, heirloom.
 _SOUNDS_AS_CONSONANT = re.compile(r"eu|ewe|one\b|once\b|uni(?![dmn])|u[bfkrst][aeiou]", re.IGNORECASE)
 _SILENT_H = re.compile(r"hour|heir|honest|hono", re.IGNORECASE)
 
-# uint8 [N, R, R, 3] -> K nouns and their probabilities per image, [N, K]: what an image classifier offers, and an
-# open-vocabulary detector too, by its best score for each noun asked for.
+# Images, uint8 [N, R, R, 3] -> K nouns and their probabilities for each image, [N, K].
 Classifier = Callable[[np.ndarray], tuple[list[str], np.ndarray]]
 
 
 class ClassNoun(NamedTuple):
-    """What kind of thing the subject is ("dog"), how sure that is (in [0, 1]; 1 when given), and who said so."""
+    """The name of the subject's class.
+
+    Attributes:
+        noun: the name, such as "dog".
+        score: its probability in [0, 1]; 1 when the user gave it.
+        source: where it comes from.
+    """
 
     noun: str
     score: float
@@ -47,7 +52,7 @@ def determine(
         images: the N images of the subject.
         given: the noun that the user gave, if any; returned in lower case with single spaces, without an article.
         classifier: names the subject when no noun is given.
-        known_nouns: the nouns that the pretrained cascade knows; None where it knows any.
+        known_nouns: the nouns that the pretrained cascade knows; None where any may be given.
         threshold: the least pooled probability in [0, 1] with which the classifier's noun is accepted.
 
     Raises:
@@ -68,13 +73,13 @@ def determine(
 
 
 def with_article(phrase: str) -> str:
-    """Put "a" or "an" before a phrase: "an" if its first letter is a vowel, but for words that sound otherwise."""
+    """Put "a" or "an" before a phrase: "an" before a vowel, except where the word sounds otherwise."""
     sounds_as_vowel = phrase[0].lower() in "aeiou" and not _SOUNDS_AS_CONSONANT.match(phrase)
     return ("an " if sounds_as_vowel or _SILENT_H.match(phrase) else "a ") + phrase
 
 
 def class_prompt(prompt: str) -> str:
-    """The prompt for any member of the class, in which a prompt's "[V]" is left out.
+    """Turn a prompt for the subject into one for any member of its class, by leaving out "[V]".
 
     >>> class_prompt("a [V] dog in the snow")
     'a dog in the snow'
@@ -85,7 +90,7 @@ def class_prompt(prompt: str) -> str:
 
 
 def _pool(nouns: list[str], probabilities_NK: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Nouns and pooled probabilities, the likeliest first."""
+    """Pool the probabilities over images; nouns and their probabilities, the likeliest first."""
     log_p_K = np.log(np.maximum(probabilities_NK, 1e-12)).mean(axis=0)
     p_K = np.exp(log_p_K - log_p_K.max())
     p_K /= p_K.sum()

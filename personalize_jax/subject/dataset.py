@@ -1,4 +1,4 @@
-"""The labelled dataset of one subject, as files that can be looked at: 00.png, 01.png, ... and subject.json."""
+"""The labelled dataset of one subject, kept as files that people can look at: 00.png, 01.png, ..., subject.json."""
 
 import hashlib
 import io
@@ -22,7 +22,14 @@ MANIFEST = "subject.json"
 
 
 class SubjectDataset(NamedTuple):
-    """Images of the subject, uint8 [N, R, R, 3], each with its label, usually "a [identifier] [class noun]"."""
+    """Images of a subject with their labels.
+
+    Attributes:
+        images_NHWC: uint8 [N, R, R, 3].
+        labels: the label of each image, usually "a [identifier] [class noun]".
+        class_noun: the subject's class noun.
+        identifier: the subject's identifier.
+    """
 
     images_NHWC: np.ndarray
     labels: tuple[str, ...]
@@ -31,7 +38,7 @@ class SubjectDataset(NamedTuple):
 
     @property
     def phrase(self) -> str:
-        """What prompts call the subject, as its labels do: "[V] [class noun]", or "[V]" alone."""
+        """The name of the subject in prompts, as in its labels: "[V] [class noun]", or "[V]" alone."""
         named = re.search(rf"(?<!\w){re.escape(self.class_noun.noun)}(?!\w)", self.labels[0])
         return f"{PLACEHOLDER} {self.class_noun.noun}" if named else PLACEHOLDER
 
@@ -48,17 +55,17 @@ def write_dataset(
     identifier: Identifier,
     name_class: bool = True,
 ) -> SubjectDataset:
-    """Label the images and write them, all or nothing, into a directory that does not exist yet (or is empty).
+    """Label the images and write them, all or nothing.
 
     Args:
-        directory: for `00.png`, `01.png`, ... and `subject.json`.
-        images: at least one, all of one resolution.
-        class_noun: what the subject is.
-        identifier: the subject's rare tokens.
-        name_class: whether labels say "a [identifier] [class noun]", or "a [identifier]" alone.
+        directory: the folder to make; it may exist if it is empty.
+        images: one or more, all of one resolution.
+        class_noun: the subject's class noun.
+        identifier: the subject's identifier.
+        name_class: whether labels are "a [identifier] [class noun]", or "a [identifier]" alone.
 
     Raises:
-        UserError: the directory is taken or cannot be written.
+        UserError: the directory holds something or cannot be written.
         ValueError: there are no images, or they differ in resolution.
     """
     if len({image.pixels.shape for image in images}) != 1:
@@ -79,9 +86,7 @@ def write_dataset(
         "class_noun": class_noun.noun,
         "class_score": class_noun.score,
         "class_source": class_noun.source,
-        "identifier": identifier.text,
-        "token_ids": identifier.token_ids,
-        "token_counts": identifier.counts,
+        **identifier.to_json(),
         "images": entries,
     }
     temporary = directory.with_name(f".{directory.name}.tmp")  # a fixed name, so that a killed run leaves no heap
@@ -103,10 +108,10 @@ def write_dataset(
 
 
 def read_dataset(directory: Path) -> SubjectDataset:
-    """Read what `write_dataset` wrote; every image must have the hash that `subject.json` says.
+    """Read a dataset that `write_dataset` wrote; every image must have its hash in `subject.json`.
 
     Raises:
-        UserError: the directory holds no dataset, or one that was cut short or altered.
+        UserError: the directory holds no dataset, or one that is incomplete or was altered.
     """
     path = directory / MANIFEST
     try:
@@ -121,11 +126,7 @@ def read_dataset(directory: Path) -> SubjectDataset:
         ) from error
     try:
         class_noun = ClassNoun(str(manifest["class_noun"]), float(manifest["class_score"]), manifest["class_source"])
-        identifier = Identifier(
-            str(manifest["identifier"]),
-            tuple(int(i) for i in manifest["token_ids"]),
-            tuple(int(n) for n in manifest["token_counts"]),
-        )
+        identifier = Identifier.from_json(manifest)
         entries = [(entry["file"], entry["sha256"], str(entry["label"])) for entry in manifest["images"]]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(

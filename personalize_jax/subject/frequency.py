@@ -1,7 +1,7 @@
-"""How often a text encoder met each token: the predetermined frequencies of the specification ([0057]), or stand-ins.
+"""Token frequencies: how often a text encoder met each token (specification [0057]), or an estimate of it.
 
-Frequencies are recorded of the embedded cascade only. Of a public text encoder there is what its vocabulary tells of
-the text that the vocabulary was made from, and what captions tell that the user has.
+Only the pretraining of the cascade that ships recorded frequencies. Those of public text encoders are estimated from
+their vocabulary, or from captions that the user has.
 """
 
 import itertools
@@ -19,20 +19,19 @@ _CAPTIONS_AT_ONCE = 10_000
 
 
 def token_frequencies(tokenizer: Tokenizer, source: str) -> np.ndarray:
-    """The frequency of each token, from where `source` says.
+    """Read or estimate the frequency of each token.
 
     Args:
-        tokenizer: of the pretrained cascade.
-        source: "recorded", how often pretraining processed each token; "sentencepiece", expected occurrences among a
-            billion tokens by the scores of a SentencePiece unigram vocabulary (T5), which are log-probabilities;
-            "bpe_rank", the size of the vocabulary less the rank of a token's merge (CLIP), later merges being rarer: an
-            order and no more, not to be read as counts; or the path of a text file of captions, one a line, in which
-            tokens are counted as the text encoder would process them. To the counts of captions the vocabulary's own
-            frequencies are added, scaled to less than one occurrence: most tokens are in no caption, and of these the
-            commonest would otherwise be as rare as the rarest.
+        tokenizer: the tokenizer of the pretrained cascade.
+        source: where frequencies come from. "recorded": how often pretraining processed each token. "sentencepiece":
+            expected occurrences among a billion tokens by the scores of a SentencePiece unigram vocabulary (T5), which
+            are log-probabilities. "bpe_rank": the size of the vocabulary less the rank of a token's merge (CLIP), since
+            later merges are rarer; this is an order, not a count. Otherwise a text file of captions, one a line, in
+            which tokens are counted as the text encoder would process them; the vocabulary's own frequencies are
+            added, scaled to less than one occurrence, to order the many tokens that no caption has.
 
     Returns:
-        [V], higher for more frequent tokens; int64, but of captions float64. Of special tokens it says nothing.
+        [V], higher for more frequent tokens: int64, or float64 for captions. Entries of special tokens mean nothing.
 
     Raises:
         UserError: the tokenizer has no such frequencies, or the file cannot be read.
@@ -80,18 +79,18 @@ def _in_captions(tokenizer: Tokenizer, file: Path) -> np.ndarray:
             f"Token frequencies from {str(file)!r} were asked for, which cannot be read as a text file ({error}); give "
             f"a file with one caption a line, or one of {', '.join(_SOURCES)}."
         ) from error
-    counts[sorted(tokenizer.special_ids)] = 0  # an unknown token is none that could be chosen
+    counts[sorted(tokenizer.special_ids)] = 0  # no identifier may have the unknown token
     if not counts.any():
         raise UserError(f"{file} holds no captions to count tokens in; give a file with one caption a line.")
     return counts
 
 
 def _of_vocabulary(tokenizer: Tokenizer) -> np.ndarray:
-    """The frequencies that come with a vocabulary: recorded, or told by its model, or zeros if it tells none."""
+    """The frequencies that come with a vocabulary: recorded, or implied by its model, or zeros."""
     if tokenizer.counts is not None:
         return tokenizer.counts
-    told = {"Unigram": _sentencepiece, "BPE": _bpe_rank}.get(_model(tokenizer)["type"])
-    return np.zeros(tokenizer.size, np.int64) if told is None else told(tokenizer)
+    estimate = {"Unigram": _sentencepiece, "BPE": _bpe_rank}.get(_model(tokenizer)["type"])
+    return np.zeros(tokenizer.size, np.int64) if estimate is None else estimate(tokenizer)
 
 
 def _model(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -99,7 +98,7 @@ def _model(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _model_of(kind: str, tokenizer: Tokenizer, source: str) -> dict[str, Any]:
-    """The vocabulary's model, which must be of a kind."""
+    """The vocabulary's model, which must be of the given kind."""
     model = _model(tokenizer)
     if model["type"] != kind:
         raise UserError(

@@ -1,11 +1,11 @@
-"""The identifier of a subject: rare tokens, and a text that encodes to them."""
+"""The identifier of a subject: rare tokens, and the text that encodes to them."""
 
 import functools
 import logging
 import string
 import unicodedata
-from collections.abc import Collection, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import wordfreq
@@ -16,26 +16,26 @@ logger = logging.getLogger(__name__)
 
 PLACEHOLDER = "[V]"
 MAX_TOKENS = 3
-SHORT = 3  # characters; the paper's limit on the tokens it draws from
-PAPER_IDS = range(5000, 10001)  # of T5, that the paper draws from
+SHORT = 3  # characters; the paper's limit on the tokens that it samples from
+PAPER_IDS = range(5000, 10001)  # T5's tokens that the paper samples from
 # On the Zipf scale, 2 is once in ten million words. Three-letter words that mean something to many people are more
 # frequent, names, abbreviations and swear words included (in CLIP's vocabulary "lun" has 2.7, "fck" 2.3, "jap" 3.0, and
-# the "sks" of DreamBooth's imitators, a rifle, 2.3); below it are typing errors and pieces of words ("waj", "wiv").
+# "sks", a rifle and the usual identifier elsewhere, 2.3); typing errors and pieces of words ("waj", "wiv") are rarer.
 WORD_ZIPF = 2.0
 _END_OF_LATIN = "\u0250"
 RULES = ("rarest", "paper", "frequent", "random_characters")
-NUM_FREQUENT = 100  # tokens that "frequent" draws from
+NUM_FREQUENT = 100  # tokens that "frequent" samples from
 NUM_CHARACTERS = 9  # as in the paper's example of random characters, "xxy5syt00"
 _TRIES = 1000
 _LATER_LETTERS = "qxzjv"  # few tokens join one of these to what comes before
 
 
 class Vocabulary(Protocol):
-    """What choosing an identifier asks of a tokenizer."""
+    """A tokenizer, as far as identifiers need it."""
 
     @property
     def size(self) -> int:
-        """How many tokens there are."""
+        """The number of tokens."""
 
     @property
     def special_ids(self) -> Collection[int]:
@@ -43,28 +43,34 @@ class Vocabulary(Protocol):
 
     @property
     def counts(self) -> np.ndarray | None:
-        """[size], how often the text network processed each token in pretraining, if recorded."""
+        """[size], how often the text encoder processed each token in pretraining, if recorded."""
 
     @property
     def is_t5(self) -> bool:
-        """Whether these are T5's tokens; asked for the paper's rule only."""
+        """Whether these are T5's tokens, which the paper's rule needs."""
 
     @property
     def text_length(self) -> int:
-        """How many tokens of a text are read."""
+        """The number of tokens that the text encoder reads of a text."""
 
     def __hash__(self) -> int:
-        """What is known of a vocabulary is kept by it."""
+        """A hash, by which the texts of all tokens are cached."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text cleaned as prompts are, without special tokens."""
+        """Token ids of a text, cleaned as prompts are, without special tokens."""
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of token ids."""
 
 
 class Identifier(NamedTuple):
-    """A subject's name in prompts: its text, the tokens that it encodes to, and their frequencies if any are known."""
+    """A subject's name in prompts.
+
+    Attributes:
+        text: the name.
+        token_ids: the tokens that the text encodes to.
+        counts: the frequency of each token; empty where frequencies are not known.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -72,8 +78,22 @@ class Identifier(NamedTuple):
 
     @property
     def own_tokens(self) -> frozenset[int]:
-        """The tokens that no other subject may have: all but those of random characters, which are common letters."""
+        """The tokens that no other subject may have; none for random characters, whose tokens are common letters."""
         return frozenset(self.token_ids if len(self.token_ids) <= MAX_TOKENS else ())
+
+    def to_json(self) -> dict[str, Any]:
+        """The identifier's keys in a JSON file."""
+        return {"identifier": self.text, "token_ids": self.token_ids, "token_counts": self.counts}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Self:
+        """Read the keys that `to_json` gives.
+
+        Raises:
+            KeyError, TypeError, ValueError: a key is missing or has another kind of value.
+        """
+        ids, counts = (tuple(map(int, entry[key])) for key in ("token_ids", "token_counts"))
+        return cls(str(entry["identifier"]), ids, counts)
 
 
 def choose_identifier(
@@ -89,38 +109,37 @@ def choose_identifier(
 ) -> Identifier:
     """Look up rare tokens and de-tokenise them into an identifier.
 
-    By the rule "rarest" (specification [0057]-[0059], claims 3-6) candidates are tokens of letters only, ranked by: at
-    most three characters before longer ones (the paper's rule for T5), then the lowest frequency, then the token id.
-    By the rule "paper" (Ruiz et al. 2023, section 3.2) candidates are those of T5's tokens 5000 to 10000 that have at
-    most three characters, in random order, whatever their frequency. Two more rules are there to compare with, which
-    the paper advises against. By "frequent" candidates are the 100 most frequent words of four letters or more, in
-    random order. By "random_characters" the identifier is nine letters and digits, encoded as many tokens.
+    The rule says which tokens are candidates, and in which order:
+    - "rarest" (specification [0057]-[0059], claims 3-6): tokens of letters only; those of at most three characters (the
+      paper's rule for T5) before longer ones, then by the lowest frequency, then by token id.
+    - "paper" (Ruiz et al. 2023, section 3.2): T5's tokens 5000 to 10000 of at most three characters, in random order.
+    - "frequent", which the paper advises against: the 100 most frequent words of four letters or more, in random order.
+    - "random_characters", against which it advises too, has no candidates: the identifier is nine letters and digits,
+      encoded as many tokens.
 
-    The first token is the first candidate in this order, the second the next, and so on, of those whose text is a word
-    of letters that survives re-encoding: "a [V] [class noun]", cleaned as prompts are, must give exactly the tokens of
-    "a", the chosen ones, and those of the noun.
+    The identifier has the first candidates whose text is a word of letters that survives re-encoding: "a [V] [class
+    noun]", cleaned as prompts are, must give exactly the tokens of "a", the chosen ones, and those of the noun.
 
-    A token that carries a meaning is not chosen by the first two rules while others are left. Where pretraining was
-    recorded, the frequency sees to that: what the network could learn to depict it processed often, whereas a word that
-    it never processed means nothing to it, English or not. Of a public vocabulary nobody knows what the network
-    processed, and tokens that are English words come after all others there; see `WORD_ZIPF`.
+    The first two rules choose no token that carries a meaning while others are left. Where frequencies were recorded in
+    pretraining, they rank such tokens last: the network can only depict what it processed often. Where they were not,
+    tokens that are English words come after all others; see `WORD_ZIPF`.
 
     Args:
-        tokenizer: the pretrained cascade's vocabulary.
-        class_noun: what follows the identifier.
-        num_tokens: 1 to 3.
-        in_use: tokens of other subjects' identifiers, never chosen again.
-        seed: for "rarest", orders tokens of equal frequency at random, in place of by id. For the other rules, of the
-            random order, which is another one at each call without it.
+        tokenizer: the pretrained cascade's tokenizer.
+        class_noun: the noun that follows the identifier.
+        num_tokens: number of tokens, 1 to 3.
+        in_use: tokens of other subjects' identifiers, which are not chosen.
+        seed: the seed of the random order; None gives another order at each call. For "rarest": the seed of the order
+            of tokens of equal frequency; None orders them by id.
         rule: "rarest", "paper", "frequent" or "random_characters".
-        frequencies: [V], higher for more frequent tokens; those recorded in pretraining if None.
-        nouns: class nouns that the cascade knows: what they are written with means a class, and identifies no subject.
-        registry: what errors call the place where the tokens in use are listed.
+        frequencies: [V], higher for more frequent tokens; None for those recorded in pretraining.
+        nouns: class nouns that the cascade knows; none of their tokens is chosen.
+        registry: the name, in error messages, of the place that lists the tokens in use.
 
     Raises:
-        UserError: `num_tokens` is out of range, the vocabulary does not suit the rule, the class noun cannot be read by
-            the text encoder or is written with another subject's tokens, or no tokens are left.
-        ValueError: `frequencies` does not have one entry a token.
+        UserError: `num_tokens` is out of range, the vocabulary does not suit the rule, the text encoder cannot read the
+            class noun, the noun has another subject's tokens, or no tokens are left.
+        ValueError: `frequencies` does not have one entry for each token.
     """
     if not 1 <= num_tokens <= MAX_TOKENS:
         raise UserError(f"An identifier of {num_tokens} tokens was asked for; choose 1 to {MAX_TOKENS}.")
@@ -142,12 +161,12 @@ def choose_identifier(
         return tokenizer.encode(f"a {text} {class_noun}") == [*article, *token_ids, *noun]
 
     def begins_words(text: str, token_ids: tuple[int, ...]) -> bool:
-        # As a word alone it need not survive: CLIP has other tokens at the end of a word than within.
+        # As a whole word it need not survive: CLIP has other tokens at the end of a word than within.
         wanted = [*article, *token_ids]
         return any(tokenizer.encode(f"a {text}{letter}")[: len(wanted)] == wanted for letter in _LATER_LETTERS)
 
     def extend(prefix: tuple[int, ...], start: int) -> Identifier | None:
-        # Only what words can begin with is extended: it prunes the search from size**k to about size*k encodings.
+        # Only beginnings of words are extended: this prunes the search from size**k to about size*k encodings.
         for rank in range(start, len(ranked)):
             token_ids = (*prefix, ranked[rank])
             text = tokenizer.decode(list(token_ids)).strip()
@@ -173,7 +192,7 @@ def choose_identifier(
 
 
 def _encode_noun(tokenizer: Vocabulary, class_noun: str) -> list[int]:
-    """Tokens of the class noun, all of whose letters must come through cleaning and encoding."""
+    """Encode the class noun, all of whose letters must survive cleaning and encoding."""
     token_ids = tokenizer.encode(class_noun)
     read = tokenizer.decode(token_ids).strip()
     if not token_ids or _letters(read) != _letters(class_noun):
@@ -189,7 +208,7 @@ def _letters(text: str) -> str:
 
 
 def _rank(tokenizer: Vocabulary, rule: str, frequencies: np.ndarray | None, seed: int | None) -> list[int]:
-    """Tokens of letters only that the rule allows, the most suitable first."""
+    """The candidates of a rule, in its order."""
     texts = _texts(tokenizer)
     if rule == "paper":
         if not tokenizer.is_t5:
@@ -212,7 +231,7 @@ def _rank(tokenizer: Vocabulary, rule: str, frequencies: np.ndarray | None, seed
 
 
 def _words_last(tokenizer: Vocabulary, ranked: list[int]) -> list[int]:
-    """Tokens in the same order, but of a public vocabulary those that are words after all others."""
+    """Tokens in the same order, but words after all others where no frequencies were recorded in pretraining."""
     if tokenizer.counts is not None:
         return ranked
     words = _words(tokenizer)
@@ -220,12 +239,12 @@ def _words_last(tokenizer: Vocabulary, ranked: list[int]) -> list[int]:
 
 
 def _is_word(text: str) -> bool:
-    """Whether a text means something in English; of scripts that English does not use nobody here can tell."""
+    """Whether a text may carry a meaning: an English word, or any text of another script."""
     return max(text) >= _END_OF_LATIN or wordfreq.zipf_frequency(text, "en") >= WORD_ZIPF
 
 
 def _random_characters(tokenizer: Vocabulary, class_noun: str, rng: np.random.Generator) -> Identifier:
-    """Nine random letters and digits that come through cleaning and encoding whole, as whatever tokens."""
+    """An identifier of nine random letters and digits that survive cleaning and encoding, as whatever tokens."""
     article, noun = tokenizer.encode("a"), tokenizer.encode(class_noun)
     for _ in range(_TRIES):
         text = "".join(rng.choice(list(string.ascii_lowercase + string.digits), NUM_CHARACTERS))
@@ -238,7 +257,7 @@ def _random_characters(tokenizer: Vocabulary, class_noun: str, rng: np.random.Ge
     raise UserError(f"None of {_TRIES} random strings comes through this vocabulary's encoding; choose another rule.")
 
 
-@functools.lru_cache(maxsize=2)  # the public vocabularies take a third of a second, for each of many subjects
+@functools.lru_cache(maxsize=2)  # decoding a public vocabulary takes a third of a second, for each of many subjects
 def _texts(tokenizer: Vocabulary) -> list[str]:
     return [tokenizer.decode([token_id]).strip() for token_id in range(tokenizer.size)]
 
@@ -249,14 +268,14 @@ def _words(tokenizer: Vocabulary) -> frozenset[int]:
 
 
 def substitute(prompt: str, identifier_text: str, tokenizer: Vocabulary) -> str:
-    """The prompt with the identifier in place of every "[V]".
+    """Write the identifier in place of every "[V]" of a prompt.
 
     Raises:
-        UserError: a "[V]" lies behind what the text encoder reads of the prompt.
+        UserError: a "[V]" lies behind the part of the prompt that the text encoder reads.
     """
     before, placeholder, _ = prompt.rpartition(PLACEHOLDER)
     if placeholder:
-        check_is_read(f"{before}{PLACEHOLDER}".replace(PLACEHOLDER, identifier_text), prompt, tokenizer)
+        _check_is_read(f"{before}{PLACEHOLDER}".replace(PLACEHOLDER, identifier_text), prompt, tokenizer)
     return prompt.replace(PLACEHOLDER, identifier_text)
 
 
@@ -264,24 +283,15 @@ def check_labels(labels: Sequence[str], identifier_text: str, tokenizer: Vocabul
     """Check that the text encoder reads the identifier in every label of a subject's pictures.
 
     Raises:
-        UserError: in a label it lies behind what the text encoder reads.
+        UserError: in a label it lies behind the part that the text encoder reads.
     """
     for label in labels:
         words = label.split()
-        check_is_read(" ".join(words[: words.index(identifier_text) + 1]), label, tokenizer)
+        _check_is_read(" ".join(words[: words.index(identifier_text) + 1]), label, tokenizer)
 
 
-def check_is_read(beginning: str, text: str, tokenizer: Vocabulary) -> None:
-    """Check that the text encoder, which reads the first tokens of a text only, reads its subject's identifier.
-
-    Args:
-        beginning: the text up to the end of the identifier.
-        text: the text as the user wrote it.
-        tokenizer: of the cascade.
-
-    Raises:
-        UserError: the beginning is longer than what is read.
-    """
+def _check_is_read(beginning: str, text: str, tokenizer: Vocabulary) -> None:
+    """Check that the text encoder reads a text, of which it takes the first tokens only, up to the identifier's end."""
     if (length := len(tokenizer.encode(beginning))) > tokenizer.text_length:
         raise UserError(
             f'In "{text}" the subject is named within the first {length} tokens, and the text encoder reads '
@@ -290,7 +300,7 @@ def check_is_read(beginning: str, text: str, tokenizer: Vocabulary) -> None:
 
 
 def warn_without_placeholder(prompts: Sequence[str]) -> None:
-    """Log one warning for each prompt that is to show the subject but lacks "[V]"."""
+    """Log a warning for each prompt without "[V]", which will not show the subject."""
     for prompt in prompts:
         if PLACEHOLDER not in prompt:
             logger.warning(

@@ -1,4 +1,4 @@
-"""The registry that keeps the subjects of one pretrained cascade apart."""
+"""The registry that gives each subject of a pretrained cascade tokens of its own."""
 
 import fcntl
 import json
@@ -26,11 +26,11 @@ class Subject(NamedTuple):
     """One entry of a registry.
 
     Attributes:
-        name: what people call the subject.
-        identifier: its name in prompts, and the tokens of that.
-        class_noun: what it is.
-        run_directory: of its run, relative to the registry's folder, so that all can be moved together.
-        vocabulary: fingerprint of the vocabulary that the tokens are of; None in files that did not keep it.
+        name: the subject's name among people.
+        identifier: the subject's name in prompts.
+        class_noun: the subject's class noun.
+        run_directory: the run directory, relative to the registry's folder, so that both can be moved together.
+        vocabulary: the fingerprint of the tokens' vocabulary; None in older files.
     """
 
     name: str
@@ -41,28 +41,27 @@ class Subject(NamedTuple):
 
 
 class Registry:
-    """The subjects of pretrained cascades, in a JSON file that runs share, so that no two share a token.
+    """A JSON file of subjects, shared by runs, which sees that no two subjects of one vocabulary share a token.
 
-    That holds within one vocabulary, and not for random characters, whose tokens are common letters: see
-    `Identifier.own_tokens`.
+    Random characters are exempt, whose tokens are common letters: see `Identifier.own_tokens`.
 
-    An entry belongs to a run directory, and keeps its tokens from all other ones, whether that directory is still there
-    or not. The file is replaced as a whole, under a lock on a file beside it (`<name>.lock`): several runs may reserve
-    at once.
+    An entry reserves its tokens for a run directory, even when that directory is gone. The file is replaced as a whole,
+    under a lock on a file beside it (`<name>.lock`), so that several runs may reserve at once.
     """
 
     def __init__(self, path: Path, vocabulary: str | None = None) -> None:
         """Name the file.
 
         Args:
-            path: of the file; it need not be there yet.
-            vocabulary: fingerprint of the vocabulary whose tokens are given out; None keeps those of all apart.
+            path: the file, which need not exist yet.
+            vocabulary: the fingerprint of the vocabulary of new identifiers; None for any, which shares no token with
+                subjects of any vocabulary.
         """
         self.path = path
         self.vocabulary = vocabulary
 
     def subjects(self) -> list[Subject]:
-        """All subjects, in the order of their reservation; none if there is no file yet.
+        """Read all subjects, in the order of their reservation; none if there is no file yet.
 
         Raises:
             UserError: the file cannot be read or is no registry.
@@ -72,11 +71,7 @@ class Registry:
             return [
                 Subject(
                     entry["name"],
-                    Identifier(
-                        entry["identifier"],
-                        tuple(int(i) for i in entry["token_ids"]),
-                        tuple(int(n) for n in entry["token_counts"]),
-                    ),
+                    Identifier.from_json(entry),
                     entry["class_noun"],
                     entry["run_directory"],
                     entry.get("vocabulary"),
@@ -97,14 +92,14 @@ class Registry:
     def reserve(
         self, name: str, class_noun: str, run_directory: Path, choose: Callable[[frozenset[int]], Identifier]
     ) -> Identifier:
-        """Give an identifier to a run that has no subject yet; what was reserved for its directory before is given up.
+        """Reserve an identifier for a run that has no subject yet; an earlier reservation for its directory is dropped.
 
         Args:
-            name: what people call the subject.
-            class_noun: what the subject is.
-            run_directory: of the run.
-            choose: from the tokens of all other runs to an identifier; called while the registry is locked. If it
-                prefers tokens in a fixed order, the same run gets the same identifier again, whatever the others do.
+            name: the subject's name among people.
+            class_noun: the subject's class noun.
+            run_directory: the run directory.
+            choose: chooses an identifier, given the tokens of all other runs, while the registry is locked. If it
+                prefers tokens in a fixed order, the same run gets the same identifier again.
 
         Raises:
             UserError: the file cannot be read or written.
@@ -120,22 +115,22 @@ class Registry:
             return identifier
 
     def keep(self, name: str, identifier: Identifier, class_noun: str, run_directory: Path) -> None:
-        """Enter a run whose subject has its identifier already, as it may have been moved, or the registry lost.
+        """Enter a run whose subject has an identifier already, since the run may have been moved, or the registry lost.
 
-        It keeps the identifier, which its networks were trained with, even if another run has it too; a warning then
-        says so.
+        The run keeps its identifier, which its networks were trained with, even if another run has it too; a warning
+        then says so.
 
         Args:
-            name: what people call the subject.
-            identifier: its identifier.
-            class_noun: what the subject is.
-            run_directory: of the run.
+            name: the subject's name among people.
+            identifier: the subject's identifier.
+            class_noun: the subject's class noun.
+            run_directory: the run directory.
 
         Raises:
             UserError: the file cannot be read or written.
         """
         entry = Subject(name, identifier, class_noun, self._relative(run_directory), self.vocabulary)
-        if entry in self.subjects():  # nothing to write, perhaps in a place where nothing can be written
+        if entry in self.subjects():  # so that a registry that cannot be written is no obstacle
             return
         with self._lock():
             subjects = self.subjects()
@@ -156,24 +151,24 @@ class Registry:
             self._enter(entry, subjects)
 
     def _tokens(self, subjects: Iterable[Subject]) -> frozenset[int]:
-        """The tokens of this vocabulary that subjects have for themselves."""
+        """The tokens of this vocabulary that are reserved for subjects."""
         return frozenset(t for subject in subjects if self._may_share(subject) for t in subject.identifier.own_tokens)
 
     def _may_share(self, subject: Subject) -> bool:
-        """Whether the subject's tokens may be of this vocabulary."""
+        """Whether the subject's tokens may belong to this vocabulary."""
         return self.vocabulary == subject.vocabulary or None in (self.vocabulary, subject.vocabulary)
 
     def _is_of(self, subject: Subject, run_directory: Path) -> bool:
         return self._absolute(subject) == run_directory.resolve()
 
     def _absolute(self, subject: Subject) -> Path:
-        return (self.path.parent / subject.run_directory).resolve()  # an absolute one, of an older file, stays itself
+        return (self.path.parent / subject.run_directory).resolve()  # older files have absolute paths, which stay
 
     def _relative(self, run_directory: Path) -> str:
         return Path(os.path.relpath(run_directory.resolve(), self.path.parent.resolve())).as_posix()
 
     def _enter(self, entry: Subject, subjects: Sequence[Subject]) -> None:
-        """Write an entry in place of that of the same run directory, or behind all others."""
+        """Write an entry in place of that of the same run directory, or after all others."""
         run_directory = self._absolute(entry)
         entered = [entry if self._is_of(subject, run_directory) else subject for subject in subjects]
         entered += [] if entry in entered else [entry]
@@ -195,9 +190,7 @@ class Registry:
         entries = [
             {
                 "name": subject.name,
-                "identifier": subject.identifier.text,
-                "token_ids": subject.identifier.token_ids,
-                "token_counts": subject.identifier.counts,
+                **subject.identifier.to_json(),
                 "class_noun": subject.class_noun,
                 "run_directory": subject.run_directory,
                 "vocabulary": subject.vocabulary,
@@ -219,16 +212,14 @@ class Registry:
 def reserve_identifier(
     tokenizer: Tokenizer, config: ConfigDict, workdir: Path, class_noun: str, nouns: Sequence[str]
 ) -> Identifier:
-    """A run's identifier: that of the subject which it holds, or else one that is chosen as its configuration says.
-
-    Either way it is entered in the registry.
+    """Enter a run's identifier in the registry: that of its subject, or else one chosen by its configuration.
 
     Args:
-        tokenizer: of the pretrained cascade.
-        config: its keys `seed` and `subject`.
-        workdir: run directory, whose name is the subject's.
-        class_noun: what the subject is.
-        nouns: class nouns that the cascade knows, none of whose words identifies a subject.
+        tokenizer: the pretrained cascade's tokenizer.
+        config: the run's configuration, of which the keys `seed` and `subject` are read.
+        workdir: the run directory, named after the subject.
+        class_noun: the subject's class noun.
+        nouns: class nouns that the cascade knows; none of their tokens is chosen.
 
     Raises:
         UserError: the run holds a subject of another class; or see `choose_identifier` and `Registry.reserve`.
@@ -248,25 +239,25 @@ def reserve_identifier(
     if settings.rule in ("rarest", "frequent"):
         frequencies = token_frequencies(tokenizer, settings.frequency)
     seed = None if settings.rule == "rarest" else config.seed
-    if settings.rule == "random_characters":  # which no registry keeps apart
+    if settings.rule == "random_characters":  # exempt from the registry, so that the seed must tell runs apart
         seed = zlib.crc32(f"{config.seed} {workdir.name}".encode())
 
     def choose(in_use: frozenset[int]) -> Identifier:
-        called = f"the registry {registry.path}"
+        where = f"the registry {registry.path}"
         return choose_identifier(
-            tokenizer, class_noun, settings.num_tokens, in_use, seed, settings.rule, frequencies, nouns, called
+            tokenizer, class_noun, settings.num_tokens, in_use, seed, settings.rule, frequencies, nouns, where
         )
 
     return registry.reserve(workdir.name, class_noun, workdir, choose)
 
 
 def keep_identifier(tokenizer: Tokenizer, config: ConfigDict, workdir: Path) -> None:
-    """Enter the subject that a run holds in the registry, if it is not there, and check its labels, edited perhaps.
+    """Enter a run's subject in the registry, if it is not there, and check its labels, which may have been edited.
 
     Args:
-        tokenizer: of the pretrained cascade.
-        config: its key `subject.registry`.
-        workdir: run directory.
+        tokenizer: the pretrained cascade's tokenizer.
+        config: the run's configuration, of which the key `subject.registry` is read.
+        workdir: the run directory.
 
     Raises:
         UserError: see `read_dataset`, `check_labels` and `Registry.keep`.
