@@ -2,8 +2,8 @@
 
     python -m personalize_jax.benchmark.dreambooth --folder=dreambooth/dataset --data_dir=data
 
-prepares it as a TensorFlow Datasets dataset from a copy, or without --folder from a download of some 150 photos.
-Nothing here imports TensorFlow: records are array_record files, read as a data source.
+prepares it for TensorFlow Datasets from a copy, or without --folder from a download of some 150 photos. TensorFlow
+itself is not needed: records are array_record files, read as a data source.
 """
 
 import os
@@ -28,7 +28,7 @@ FOLDER_IN_ARCHIVE = Path("dreambooth-main") / "dataset"
 NUM_PROMPTS = 25
 SPLIT = "test"
 
-# Every subject's class noun, as in the dataset's prompts_and_classes.txt.
+# The class noun of each subject, as in the dataset's prompts_and_classes.txt.
 SUBJECTS = {
     "backpack": "backpack",
     "backpack_dog": "backpack",
@@ -64,7 +64,7 @@ SUBJECTS = {
 
 
 class DreamBooth(tfds.core.GeneratorBasedBuilder):
-    """The DreamBooth paper's subjects: a few photos of each, upright and in sRGB, its class noun, and 25 prompts."""
+    """The DreamBooth paper's subjects, each with its class noun, a few upright photos in sRGB, and 25 prompts."""
 
     name = "dreambooth"
     VERSION = tfds.core.Version("1.0.0")
@@ -75,8 +75,8 @@ class DreamBooth(tfds.core.GeneratorBasedBuilder):
         """Choose the source.
 
         Args:
-            folder: a copy of the dataset, with a folder a subject; without it the dataset is downloaded.
-            **builder: what every builder takes, such as data_dir and file_format="array_record".
+            folder: a copy of the dataset, with a folder for each subject; None for a download.
+            **builder: arguments of every builder, such as data_dir and file_format="array_record".
         """
         self._folder = folder
         super().__init__(**builder)
@@ -125,10 +125,10 @@ class DreamBooth(tfds.core.GeneratorBasedBuilder):
 
 
 def read_folder(folder: str | os.PathLike) -> Benchmark:
-    """The dataset from a copy of it: one folder a subject, with its photos.
+    """Read the dataset from a copy, in which every subject has a folder with its photos.
 
     Raises:
-        UserError: a subject is missing or has no photos; later, when a subject is taken out, a photo is damaged.
+        UserError: a subject is missing or has no photos; or, when a subject is read, a photo is damaged.
     """
     folder = Path(folder)
     missing = [name for name in SUBJECTS if not (folder / name).is_dir()]
@@ -142,11 +142,11 @@ def read_folder(folder: str | os.PathLike) -> Benchmark:
 
 
 def load(data_dir: str | os.PathLike | None = None, folder: str | os.PathLike | None = None) -> Benchmark:
-    """The dataset as TensorFlow Datasets keeps it; it is prepared first where the data directory lacks it.
+    """Read the dataset as TensorFlow Datasets keeps it, after preparing it if it is not there.
 
     Args:
-        data_dir: of TensorFlow Datasets; by default ~/tensorflow_datasets.
-        folder: a copy to prepare it from, where it is to be prepared; without it, it is downloaded.
+        data_dir: the folder of TensorFlow Datasets; by default ~/tensorflow_datasets.
+        folder: a copy to prepare the dataset from; None for a download.
 
     Raises:
         UserError: the copy is not complete, or the download fails.
@@ -175,8 +175,8 @@ def _benchmark(read_photos: Callable[[int], list[np.ndarray]]) -> Benchmark:
 
 def define_flags() -> None:
     """The command line."""
-    flags.DEFINE_string("folder", None, "A copy of the dataset, with a folder a subject; without it, a download.")
-    flags.DEFINE_string("data_dir", None, "Where to prepare it; by default ~/tensorflow_datasets.")
+    flags.DEFINE_string("folder", None, "A copy of the dataset, with a folder for each subject; by default a download.")
+    flags.DEFINE_string("data_dir", None, "Folder of TensorFlow Datasets; by default ~/tensorflow_datasets.")
 
 
 def main(_: list[str]) -> None:

@@ -59,17 +59,17 @@ LIVE_CLASSES = ("cat", "dog")
 
 
 def dreambooth_prompts(class_noun: str) -> tuple[str, ...]:
-    """The 25 prompts of the DreamBooth dataset for a class: those for live subjects, or those for objects."""
+    """The 25 prompts of the DreamBooth dataset for live subjects or for objects, whichever the class is."""
     templates = LIVE_PROMPTS if class_noun in LIVE_CLASSES else OBJECT_PROMPTS
     return tuple(template.format(class_noun) for template in templates)
 
 
 def read_prompts(source: str, class_noun: str) -> tuple[str, ...]:
-    """The prompts that a configuration names.
+    """Read the prompts that a configuration names.
 
     Args:
-        source: "world", "dreambooth", or a text file with a prompt on each line.
-        class_noun: what the subject is; in a file, {} stands for it.
+        source: "world", "dreambooth", or a text file with one prompt a line.
+        class_noun: the subject's class noun; in a file, {} stands for it.
 
     Raises:
         UserError: the file cannot be read or is empty.
@@ -91,12 +91,12 @@ def read_prompts(source: str, class_noun: str) -> tuple[str, ...]:
 def world_prompts(class_noun: str) -> tuple[str, ...]:
     """The 25 prompts of the rendered world for one of its classes: contexts, then changes of the subject.
 
-    As in the paper, all subjects of a kind share one list; a colour that is asked for may be a subject's own.
+    As in the paper, all subjects of a class share one list, so that a prompt's colour may be the subject's own.
     """
     has_head = class_noun in CLASSES_WITH_HEAD
     changes = [{"accessory": worn} for worn in ACCESSORIES[1:] if has_head]
     changes += [{"colour": colour} for colour in ("red", "purple", "yellow")]
     changes += [{"colour": colour} for colour in ("green", "blue", "pink") if not has_head]
     changes += [{"finish": "shiny"}]
-    asked = [*({"context": context} for context in CONTEXTS), *changes]
-    return tuple(prompt(class_noun, identifier=PLACEHOLDER, **words) for words in asked)
+    wordings = [*({"context": context} for context in CONTEXTS), *changes]
+    return tuple(prompt(class_noun, identifier=PLACEHOLDER, **wording) for wording in wordings)

@@ -1,4 +1,4 @@
-"""A benchmark: subjects with a few photos each, and prompts that put them where no photo shows them."""
+"""A benchmark: subjects with a few photos each, and prompts for pictures unlike any of the photos."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from personalize_jax.world.scene import Subject
 
 
 class BenchmarkSubject(NamedTuple):
-    """One subject, and what is asked of a method that has learnt it.
+    """One subject and its prompts.
 
     Attributes:
-        name: unique within the benchmark; of a-z, 0-9 and _, so that it can name a folder.
-        class_noun: such as "dog".
-        is_live: whether it is an animal, for which the paper has prompts of its own.
-        photos: uint8 [H, W, 3] each, of sizes of their own, upright, sRGB.
-        prompts: 25, with "[V]" before the class noun.
-        truth: its exact properties, arrays of length 1, where it is of the rendered world; else None.
+        name: a name unique within the benchmark, of a-z, 0-9 and _, so that a folder can bear it.
+        class_noun: the subject's class noun.
+        is_live: whether the subject is an animal, for which the paper has prompts of its own.
+        photos: upright photos in sRGB, uint8 [H, W, 3], each of its own size.
+        prompts: 25 prompts with "[V]" before the class noun.
+        truth: the exact properties of a rendered subject, arrays of length 1; None for others.
     """
 
     name: str
@@ -31,12 +31,12 @@ class BenchmarkSubject(NamedTuple):
 
 @dataclass(frozen=True)
 class Benchmark(Sequence[BenchmarkSubject]):
-    """The subjects of a benchmark in order; the photos of one are read, or rendered, whenever it is taken out.
+    """The subjects of a benchmark, in order; indexing one reads, or renders, its photos.
 
     Attributes:
-        names: of all subjects, known without reading any.
-        class_nouns: theirs, likewise.
-        read: gives the subject at an index.
+        names: the names of all subjects.
+        class_nouns: the class noun of each subject.
+        read: reads the subject at an index.
     """
 
     names: tuple[str, ...]
@@ -47,4 +47,4 @@ class Benchmark(Sequence[BenchmarkSubject]):
         return len(self.names)
 
     def __getitem__(self, index: int) -> BenchmarkSubject:  # type: ignore[override]  # no slices
-        return self.read(range(len(self.names))[index])  # the range refuses what is outside and knows negatives
+        return self.read(range(len(self.names))[index])  # the range refuses other indices and resolves negative ones

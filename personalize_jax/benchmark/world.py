@@ -1,4 +1,4 @@
-"""The rendered world's benchmark: 30 subjects that pretraining never saw, of the world's classes in turn."""
+"""The rendered world's benchmark: 30 held-out subjects, of the world's classes in turn."""
 
 from personalize_jax.benchmark.prompts import LIVE_CLASSES, world_prompts
 from personalize_jax.benchmark.subjects import Benchmark, BenchmarkSubject
@@ -10,7 +10,7 @@ NUM_PHOTOS = 5
 
 
 def rendered_benchmark() -> Benchmark:
-    """30 held-out subjects with five photos each, rendered when a subject is taken out; every time the same."""
+    """The benchmark of 30 held-out subjects with five photos each, which are the same at every call."""
     nouns = tuple(CLASSES[i % len(CLASSES)] for i in range(NUM_SUBJECTS))
     names = tuple(f"{noun.replace(' ', '_')}_{i // len(CLASSES)}" for i, noun in enumerate(nouns))
     return Benchmark(names, nouns, lambda i: _subject(names[i], nouns[i], i // len(CLASSES)))

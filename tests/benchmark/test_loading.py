@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 
@@ -6,11 +8,12 @@ from personalize_jax.benchmark.loading import load_benchmark
 from personalize_jax.runtime.errors import UserError
 
 
-def test_names_and_folders_are_told_apart(copy, tmp_path):
+def test_names_and_folders_are_told_apart(copy, tmp_path, monkeypatch):
     assert load_benchmark("world").names[0] == "dog_0"
     from_folder = load_benchmark(str(copy))
     dreambooth.load(tmp_path, folder=copy)
-    prepared = load_benchmark("dreambooth", tmp_path)
+    monkeypatch.setattr(dreambooth, "load", functools.partial(dreambooth.load, tmp_path))
+    prepared = load_benchmark("dreambooth")
     assert from_folder.names == prepared.names
     np.testing.assert_array_equal(from_folder[10].photos[0], prepared[10].photos[0])
 
