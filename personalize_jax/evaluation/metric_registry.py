@@ -1,7 +1,7 @@
 """The registry of metrics: everything that lists metrics asks it.
 
-A new metric is a file that ends with a `Metric`, and a line of METRICS. A new encoder is named in `scoring.FIND` and
-`scoring.sources`, and its key of a configuration in `configuration_keys`.
+A new metric is a file that ends with a `Metric`, and a line of METRICS; its encoder, if new, a line of
+`scoring.ENCODERS`.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -16,23 +16,38 @@ from personalize_jax.runtime.errors import UserError
 from personalize_jax.runtime.files import write_text
 from personalize_jax.world.probe import Probe
 
-# By kind of encoder, what finds one by its source and gives what loads it.
-FIND: Mapping[str, Callable[[Any], Callable[[], Any]]] = {
-    "dino": find_dino,
-    "clip": find_clip,
-    "distance": find_lpips,
-    "probe": lambda _: Probe.load,
+
+class Encoder(NamedTuple):
+    """A kind of encoder.
+
+    Attributes:
+        key: the key of `config.evaluation` that names its source, or the sources of several.
+        find: finds the encoder of a source, after downloading it if need be; gives the function that loads it.
+    """
+
+    key: str
+    find: Callable[[Any], Callable[[], Any]]
+
+
+ENCODERS: Mapping[str, Encoder] = {  # by their names in `Metric.needs`
+    "dino": Encoder("dino", find_dino),
+    "clip": Encoder("clips", find_clip),
+    "distance": Encoder("lpips", find_lpips),
+    "probe": Encoder("probe", lambda _: Probe.load),
 }
 
 
 def sources(settings: ConfigDict) -> dict[str, Any]:
-    """The sources of the encoders that a configuration names, by the names that metrics need them by.
+    """The sources of the encoders that a configuration names, by the encoders' names in `Metric.needs`.
 
     Args:
         settings: `evaluation` keys. Of several CLIPs the first is "clip", each further one "clip (its name)".
     """
-    clips = {f"clip ({label(clip)})" if i else "clip": clip for i, clip in enumerate(settings.clips)}
-    named = {"dino": settings.dino, **clips, "distance": settings.lpips, "probe": settings.probe}
+    named = {}
+    for name, encoder in ENCODERS.items():
+        value = settings[encoder.key]
+        for i, source in enumerate(value if isinstance(value, tuple | list) else [value]):
+            named[f"{name} ({label(source)})" if i else name] = source
     return {name: source for name, source in named.items() if source}
 
 
@@ -61,7 +76,7 @@ def find_encoders(settings: ConfigDict) -> dict[str, Callable[[], Any]]:
     names = [label(source) for source in settings.clips]
     if len(set(names)) < len(names):
         raise UserError(f"config.evaluation.clips has two CLIPs of one name among {', '.join(names)}; rename a folder.")
-    found = {name: FIND[name.partition(" ")[0]](source) for name, source in sources(settings).items()}
+    found = {name: ENCODERS[name.partition(" ")[0]].find(source) for name, source in sources(settings).items()}
     if not found:
         raise UserError("config.evaluation names nothing to measure with; give dino, clips, lpips or probe.")
     return found

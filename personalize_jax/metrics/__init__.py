@@ -1,1 +1,1 @@
-"""How true to the subject, how true to the prompt, how varied."""
+"""The paper's metrics: fidelity to subject and prompt, preservation of the class, diversity."""

@@ -2,18 +2,16 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from personalize_jax.metrics.encoders import ClipEncoder
 from personalize_jax.metrics.metric import Metric, SubjectPictures
 from personalize_jax.metrics.similarity import prompt_similarities
 from personalize_jax.subject.class_noun import class_prompt
 
 
-def score(subject: SubjectPictures, rows: Sequence[int], clip: ClipEncoder) -> np.ndarray:
-    """Compare pictures with their own prompts, without the identifier, of which CLIP knows nothing."""
+def score(subject: SubjectPictures, rows: Sequence[int], clip: ClipEncoder) -> list[float]:
+    """Compare pictures with their own prompts, without the identifier, which CLIP does not know."""
     texts_ND = clip.texts([class_prompt(subject.pictures[i].prompt) for i in rows])
-    return prompt_similarities(subject.embedded(clip.images)[rows], texts_ND)
+    return prompt_similarities(subject.embedded(clip.images)[rows], texts_ND).tolist()
 
 
 METRIC = Metric(

@@ -1,16 +1,12 @@
 """DIV: how varied the subject's pictures of one prompt are."""
 
-from collections.abc import Callable, Sequence
-
-import numpy as np
+from collections.abc import Sequence
 
 from personalize_jax.metrics.metric import Metric, SubjectPictures
-from personalize_jax.metrics.similarity import distances_within
+from personalize_jax.metrics.similarity import Distance, distances_within
 
 
-def score(
-    subject: SubjectPictures, rows: Sequence[int], distance: Callable[[np.ndarray, np.ndarray], np.ndarray]
-) -> list[float | None]:
+def score(subject: SubjectPictures, rows: Sequence[int], distance: Distance) -> list[float | None]:
     """Compare pictures with the others of their prompt; None for the only picture of a prompt."""
     scores: dict[int, float | None] = dict.fromkeys(rows)
     of_prompt: dict[str, list[int]] = {}
@@ -19,7 +15,7 @@ def score(
     for alike in of_prompt.values():
         if len(alike) > 1:
             distances = distances_within([subject.pictures[i].pixels for i in alike], distance)
-            scores.update(zip(alike, distances, strict=True))
+            scores.update(zip(alike, distances.tolist(), strict=True))
     return list(scores.values())
 
 

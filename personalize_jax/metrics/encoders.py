@@ -1,11 +1,15 @@
 """Encoders with which the paper measures: DINO, CLIP and LPIPS, read from safetensors without torch.
 
-DINO's and CLIP's are named on the Hugging Face hub (see `formats.hub`), or by a folder with the same files, DINO's as
-transformers or timm publishes it; "world" are those that ship, trained on the rendered world by `world.encoder`. LPIPS
-comes as pickles only, of which `_CONVERT_LPIPS` makes a folder. Where there is none, `cosine_distance` of an encoder
-stands in for it.
+DINO and CLIP come from the Hugging Face hub (see `formats.hub`) or from a folder with the same files, DINO's as
+transformers or timm publishes it; "world" names those that ship, trained on the rendered world by `world.encoder`.
+LPIPS is published as pickles only, of which `_CONVERT_LPIPS` makes a folder; without one, `cosine_distance` takes its
+place.
+
+Of each there is `find_...`, which fails early, before pictures are sampled, and gives a function that reads the
+weights; and `load_...`, which does both.
 """
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
@@ -23,6 +27,7 @@ from personalize_jax.formats.port_weights import load_weights
 from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.metrics import timm_vit
 from personalize_jax.metrics.preprocessing import Preprocessing
+from personalize_jax.metrics.similarity import Distance
 from personalize_jax.models.clip import Clip
 from personalize_jax.models.lpips import Lpips
 from personalize_jax.models.params import Params
@@ -33,34 +38,35 @@ from personalize_jax.runtime.files import ASSETS
 from personalize_jax.runtime.sharding import BATCH, make_mesh, replicated
 
 BATCH_SIZE = 64
-PAIRS = 8  # compared at once, at whatever size they have: LPIPS keeps 64 features of every pixel
+PAIRS = 8  # compared at once, at their own size: LPIPS keeps 64 features of every pixel
 WORLD = "world"  # the name of the encoders that ship
 _HUB_FILES = (
     *("config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"),
 )
-# Python by which pickled weights become a folder that can be read.
+# Python that makes folders of safetensors from pickled weights.
 _CONVERT = "for part in ({}): part.from_pretrained({!r}).save_pretrained(folder)"
 _CONVERT_LPIPS = (
     "import lpips, safetensors.torch; safetensors.torch.save_model(lpips.LPIPS(net='alex'), '{}/model.safetensors')"
 )
 _DINO_PARTS = "transformers.ViTModel, transformers.ViTImageProcessor"
 _CLIP_PARTS = "transformers.CLIPModel, transformers.CLIPImageProcessor, transformers.CLIPTokenizer"
-_LPIPS_SIDE = 64  # to make parameters with; they serve every size
+_LPIPS_SIDE = 64  # of the pictures by which parameters get their shapes; these serve every size
 
 
-class ImageEncoder(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ImageEncoder:
     """A network that embeds pictures.
 
     Attributes:
-        prepare: pictures to its input.
-        embed: prepared pictures [B, H, W, 3] to embeddings [B, D].
+        prepare: the preprocessing of pictures.
+        embed: the network, from prepared pictures [B, H, W, 3] to embeddings [B, D].
     """
 
     prepare: Preprocessing
-    embed: Callable[[Array], Array]
+    embed: Callable[[np.ndarray], Array]
 
-    def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
+    def __call__(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """Embed pictures.
 
         Args:
@@ -80,17 +86,17 @@ class ClipEncoder(NamedTuple):
     """CLIP's two towers.
 
     Attributes:
-        images: embeds pictures.
-        tokenizer: of its texts.
-        embed_texts: token ids [B, L] to embeddings of unit length [B, D].
+        images: the encoder of pictures.
+        tokenizer: the tokenizer of texts.
+        embed_texts: the network from token ids [B, L] to embeddings of unit length [B, D].
     """
 
     images: ImageEncoder
     tokenizer: Tokenizer
-    embed_texts: Callable[[Array], Array]
+    embed_texts: Callable[[np.ndarray], Array]
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Embed texts; those that are longer than the network's are cut.
+        """Embed texts; one longer than the network's length is cut.
 
         Returns:
             float32 [N, D], of unit length.
@@ -101,38 +107,8 @@ class ClipEncoder(NamedTuple):
         return in_batches(lambda part: self.embed_texts(self.tokenizer(part)), texts)
 
 
-class Distance(NamedTuple):
-    """LPIPS; 0 for the same pictures, and the greater the less they look alike.
-
-    Attributes:
-        compare: two batches of pictures [B, H, W, 3] in [-1, 1] to distances [B].
-    """
-
-    compare: Callable[[Array, Array], Array]
-
-    def __call__(self, images_NHWC: np.ndarray, others_NHWC: np.ndarray) -> np.ndarray:
-        """Distance of each picture to its counterpart, at the size that they have.
-
-        Args:
-            images_NHWC: uint8, of 32 x 32 pixels or more.
-            others_NHWC: the same.
-
-        Returns:
-            float32 [N].
-
-        Raises:
-            ValueError: no images.
-        """
-
-        def compare(pairs: Sequence[np.ndarray]) -> Array:
-            x_B2HWC = np.stack(pairs).astype(np.float32) / 127.5 - 1
-            return self.compare(x_B2HWC[:, 0], x_B2HWC[:, 1])
-
-        return in_batches(compare, np.stack([images_NHWC, others_NHWC], axis=1), PAIRS)
-
-
 def label(source: str | Path) -> str:
-    """What an encoder is called in tables: the last part of its name, without a revision.
+    """The name of an encoder in tables: the last part of its source, without a revision.
 
     >>> label("openai/clip-vit-base-patch32@refs/pr/66")
     'clip-vit-base-patch32'
@@ -141,10 +117,12 @@ def label(source: str | Path) -> str:
 
 
 def find_dino(source: str | Path) -> Callable[[], ImageEncoder]:
-    """Find a ViT that was trained by DINO, after downloading it if need be; see `load_dino`.
+    """Find a ViT that was trained by DINO, and download it if need be; its embedding is that of the class token.
 
-    Returns:
-        Reads its weights.
+    Args:
+        source: "world" for the instance encoder that stands in DINO's place on the rendered world; a folder with
+            `config.json`, `model.safetensors` and `preprocessor_config.json`, or with timm's files; or a name on the
+            Hugging Face hub.
 
     Raises:
         UserError: there is no such model.
@@ -159,14 +137,25 @@ def find_dino(source: str | Path) -> Callable[[], ImageEncoder]:
         network = VisionTransformer.from_config(config)
         prepare = Preprocessing.read(folder)
         read = functools.partial(load_weights, network="vit")
-    return lambda: _image_encoder(folder, network, prepare, read)
+
+    def load() -> ImageEncoder:
+        params = read(folder, abstract=_shapes(network, _picture(network.resolution)))
+        return ImageEncoder(prepare, _on_every_device(network.apply, params))
+
+    return load
+
+
+def load_dino(source: str | Path) -> ImageEncoder:
+    """Read a ViT that was trained by DINO; see `find_dino`."""
+    return find_dino(source)()
 
 
 def find_clip(source: str | Path) -> Callable[[], ClipEncoder]:
-    """Find a CLIP, after downloading it if need be; see `load_clip`.
+    """Find a CLIP, and download it if need be.
 
-    Returns:
-        Reads its weights.
+    Args:
+        source: "world" for the rendered world's; a folder with `config.json`, `model.safetensors`,
+            `preprocessor_config.json` and the tokenizer's files; or a name on the Hugging Face hub.
 
     Raises:
         UserError: there is no such model.
@@ -174,17 +163,32 @@ def find_clip(source: str | Path) -> Callable[[], ClipEncoder]:
     folder = _folder(source, "clip", _CLIP_PARTS)
     network = Clip.from_config(_config(folder))
     prepare, tokenizer = Preprocessing.read(folder), Tokenizer.from_folder(folder, network.max_length)
-    return lambda: _clip_encoder(folder, network, prepare, tokenizer)
+
+    def load() -> ClipEncoder:
+        tokens = jax.ShapeDtypeStruct((1, network.max_length), jnp.int32)
+        params = load_weights(folder, _shapes(network, _picture(network.resolution), tokens), "clip")
+        images, texts = (
+            _on_every_device(functools.partial(network.apply, method=tower), params)
+            for tower in (Clip.encode_images, Clip.encode_texts)
+        )
+        return ClipEncoder(ImageEncoder(prepare, images), tokenizer, texts)
+
+    return load
+
+
+def load_clip(source: str | Path) -> ClipEncoder:
+    """Read a CLIP; see `find_clip`."""
+    return find_clip(source)()
 
 
 def find_lpips(source: str | Path) -> Callable[[], Distance]:
-    """Find LPIPS; see `load_lpips`.
+    """Find LPIPS: 0 for equal pictures, and the greater the less two look alike; for sides of 32 pixels or more.
 
-    Returns:
-        Reads its weights.
+    Args:
+        source: a folder with the `model.safetensors` that `_CONVERT_LPIPS` makes.
 
     Raises:
-        UserError: it is not there, or holds no safetensors.
+        UserError: there is no such folder, or it holds no safetensors.
     """
     folder = Path(source)
     if not str(source) or not any(folder.glob("*.safetensors")):
@@ -194,57 +198,31 @@ def find_lpips(source: str | Path) -> Callable[[], Distance]:
             "of DINO in its place."
         )
     hub.refuse_pointers(folder, ["*"])
-    return lambda: _distance(folder)
 
+    def load() -> Distance:
+        network = Lpips()
+        params = load_weights(folder, _shapes(network, _picture(_LPIPS_SIDE), _picture(_LPIPS_SIDE)), "lpips")
+        compare = _on_every_device(network.apply, params)
 
-def load_dino(source: str | Path) -> ImageEncoder:
-    """Read a ViT that was trained by DINO; its embedding is that of the class token.
+        def of_pairs(pairs: Sequence[np.ndarray]) -> Array:
+            x_B2HWC = np.stack(pairs).astype(np.float32) / 127.5 - 1
+            return compare(x_B2HWC[:, 0], x_B2HWC[:, 1])
 
-    Args:
-        source: "world" for the instance encoder that stands in DINO's place on the rendered world; a folder with
-            `config.json`, `model.safetensors` and `preprocessor_config.json`, or with timm's files; or a name on the
-            Hugging Face hub.
+        def distance(images_NHWC: np.ndarray, others_NHWC: np.ndarray) -> np.ndarray:
+            return in_batches(of_pairs, np.stack([images_NHWC, others_NHWC], axis=1), PAIRS)
 
-    Raises:
-        UserError: there is no such model.
-    """
-    return find_dino(source)()
+        return distance
 
-
-def load_clip(source: str | Path) -> ClipEncoder:
-    """Read a CLIP.
-
-    Args:
-        source: "world" for the rendered world's; a folder with `config.json`, `model.safetensors`,
-            `preprocessor_config.json` and the tokenizer's files; or a name on the Hugging Face hub.
-
-    Raises:
-        UserError: there is no such model.
-    """
-    return find_clip(source)()
+    return load
 
 
 def load_lpips(source: str | Path) -> Distance:
-    """Read LPIPS.
-
-    Args:
-        source: a folder with a `model.safetensors` made as the module's docstring says.
-
-    Raises:
-        UserError: there is no such model.
-    """
+    """Read LPIPS; see `find_lpips`."""
     return find_lpips(source)()
 
 
-def cosine_distance(encoder: ImageEncoder) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """One minus the cosine of two pictures' embeddings, in [0, 2]: what `distances_within` takes in LPIPS's place.
-
-    Args:
-        encoder: of the pictures.
-
-    Returns:
-        Of two batches of pictures, uint8 [N, H, W, 3], to float32 [N].
-    """
+def cosine_distance(encoder: ImageEncoder) -> Distance:
+    """One minus the cosine of two pictures' embeddings, in [0, 2], in place of LPIPS."""
 
     def distance(images_NHWC: np.ndarray, others_NHWC: np.ndarray) -> np.ndarray:
         return 1 - np.sum(encoder(images_NHWC) * encoder(others_NHWC), axis=-1)
@@ -252,13 +230,15 @@ def cosine_distance(encoder: ImageEncoder) -> Callable[[np.ndarray, np.ndarray],
     return distance
 
 
-def in_batches(function: Callable[[Sequence[Any]], Array], items: Sequence[Any], size: int = BATCH_SIZE) -> np.ndarray:
-    """Apply a function to a sequence in batches of one size, the last of them filled up, as one program takes them.
+def in_batches(
+    function: Callable[[Sequence[Any]], Array], items: Sequence[Any] | np.ndarray, size: int = BATCH_SIZE
+) -> np.ndarray:
+    """Apply a function to a sequence in batches of one size, of which the last is filled up, as one program takes them.
 
     Args:
-        function: of a batch; its result's first axis is the batch's.
+        function: a function of a batch, whose result has the batch's axis first.
         items: the sequence.
-        size: of a batch, at most; rounded up to a multiple of the number of devices.
+        size: the size of a batch, at most; rounded up to a multiple of the number of devices.
 
     Returns:
         The results, joined.
@@ -277,52 +257,34 @@ def in_batches(function: Callable[[Sequence[Any]], Array], items: Sequence[Any],
     return np.concatenate(results)
 
 
-def _image_encoder(
-    folder: Path, network: VisionTransformer, prepare: Preprocessing, read: Callable[..., Params]
-) -> ImageEncoder:
-    picture = jax.ShapeDtypeStruct((1, network.resolution, network.resolution, 3), jnp.float32)
-    abstract = jax.eval_shape(network.init, jax.random.key(0), picture)["params"]
-    return ImageEncoder(prepare, _on_every_device(network.apply, read(folder, abstract=abstract)))
+def _picture(side: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
 
 
-def _clip_encoder(folder: Path, network: Clip, prepare: Preprocessing, tokenizer: Tokenizer) -> ClipEncoder:
-    picture = jax.ShapeDtypeStruct((1, network.resolution, network.resolution, 3), jnp.float32)
-    tokens = jax.ShapeDtypeStruct((1, network.max_length), jnp.int32)
-    abstract = jax.eval_shape(network.init, jax.random.key(0), picture, tokens)["params"]
-    params = load_weights(folder, abstract, "clip")
-
-    def tower(method: Callable) -> Callable:
-        return _on_every_device(lambda params, x: network.apply(params, x, method=method), params)
-
-    return ClipEncoder(ImageEncoder(prepare, tower(Clip.encode_images)), tokenizer, tower(Clip.encode_texts))
+def _shapes(network: VisionTransformer | Clip | Lpips, *inputs: jax.ShapeDtypeStruct) -> Params:
+    """The shapes of a network's parameters."""
+    return jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
 
 
-def _distance(folder: Path) -> Distance:
-    network = Lpips()
-    picture = jax.ShapeDtypeStruct((1, _LPIPS_SIDE, _LPIPS_SIDE, 3), jnp.float32)
-    abstract = jax.eval_shape(network.init, jax.random.key(0), picture, picture)["params"]
-    return Distance(_on_every_device(network.apply, load_weights(folder, abstract, "lpips")))
-
-
-def _on_every_device(apply: Callable, params: Any) -> Callable:
-    """The network with its parameters, batches split over all devices."""
+def _on_every_device(apply: Callable[..., Any], params: Params) -> Callable[..., Array]:
+    """The jitted network with its parameters; batches are split over all devices."""
     mesh = make_mesh((-1, 1, 1))
-    params = hosts.device_put({"params": params}, replicated(mesh))
-    apply = jax.jit(apply)
+    variables = hosts.device_put({"params": params}, replicated(mesh))
+    jitted = jax.jit(apply)
 
     def call(*batches: np.ndarray) -> Array:
-        return apply(params, *hosts.device_put(batches, NamedSharding(mesh, BATCH)))
+        return jitted(variables, *hosts.device_put(batches, NamedSharding(mesh, BATCH)))
 
     return call
 
 
 def _folder(source: str | Path, shipped: str, parts: str) -> Path:
-    """Where an encoder's files lie, after downloading them if need be.
+    """Find the folder of an encoder's files, and download them if need be.
 
     Args:
-        source: see `load_dino`.
-        shipped: the folder of the rendered world's.
-        parts: classes of transformers that read pickled weights, and what goes with them.
+        source: see `find_dino`.
+        shipped: the folder of the rendered world's encoder.
+        parts: classes of transformers that read pickled weights, and the files beside them.
     """
     if str(source) == WORLD:
         return ASSETS / WORLD / shipped

@@ -1,4 +1,4 @@
-"""What a metric is. Each has a file of its own, and `personalize_jax.evaluation.metric_registry` lists them all."""
+"""The interface of metrics, each of which has a file of its own; `evaluation.metric_registry` lists them all."""
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -9,12 +9,12 @@ import numpy as np
 from personalize_jax.metrics.similarity import similarities, similarities_within
 from personalize_jax.metrics.table import mean
 
-MetricEncoders = Mapping[str, Any]  # by the names of `Metric.needs`
+MetricEncoders = Mapping[str, Any]  # by their names in `Metric.needs`
 T = TypeVar("T")
 
 
 class Picture(NamedTuple):
-    """A picture to be scored, uint8 [H, W, 3]; for the rest see `metrics.table.Row`."""
+    """A picture to be scored, uint8 [H, W, 3]; for the other attributes see `metrics.table.Row`."""
 
     role: str
     prompt: str
@@ -24,10 +24,10 @@ class Picture(NamedTuple):
 
 
 class SubjectPictures:
-    """The pictures of one subject, and what several metrics compute from them.
+    """The pictures of one subject, and a cache of the computations that metrics share.
 
     Attributes:
-        pictures: the pictures of all roles, photos among them.
+        pictures: the pictures of all roles, photos included.
         class_noun: the subject's class noun, or None where it is not known.
         truth: a rendered subject's true properties, or None where they are not known.
     """
@@ -46,13 +46,13 @@ class SubjectPictures:
         return [i for i, picture in enumerate(self.pictures) if picture.role == role]
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """Compute something the first time that it is asked for, and keep it."""
+        """Compute a value at the first call with its key, and keep it for later calls."""
         if key not in self._computed:
             self._computed[key] = compute()
         return self._computed[key]
 
     def embedded(self, encoder: Callable[[Sequence[np.ndarray]], np.ndarray]) -> np.ndarray:
-        """The embeddings of all pictures, float32 [N, D] of unit length; each encoder is asked once."""
+        """The embeddings of all pictures, float32 [N, D] of unit length, computed once for each encoder."""
         return self.once(("embedded", encoder), lambda: encoder([picture.pixels for picture in self.pictures]))
 
     def similarities_to_photos(
@@ -61,7 +61,7 @@ class SubjectPictures:
         """The mean cosine of each picture to the photos, in [-1, 1].
 
         Args:
-            rows: indices of pictures of one role; photos are compared with the other photos.
+            rows: the indices of pictures of one role; photos are compared with the other photos.
             encoder: embeds pictures.
 
         Returns:
@@ -69,33 +69,31 @@ class SubjectPictures:
         """
         embedded_ND, photos = self.embedded(encoder), self.of_role("photo")
         if rows != photos:
-            return similarities(embedded_ND[rows], embedded_ND[photos])
-        return similarities_within(embedded_ND[photos]) if len(photos) > 1 else [None]
+            return similarities(embedded_ND[rows], embedded_ND[photos]).tolist()
+        return similarities_within(embedded_ND[photos]).tolist() if len(photos) > 1 else [None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A metric: what it reads, how it scores, and which way is better.
-
-    A metric either scores pictures one by one (`score`), or follows from a subject's other metrics (`derive`).
+    """A metric, which either scores pictures one by one (`score`) or follows from a subject's other metrics (`derive`).
 
     Attributes:
-        name: what tables call it.
-        definition: what it is, in a phrase.
+        name: the metric's name in tables.
+        definition: its definition, in a phrase.
         section: the section of Ruiz et al. 2023 that defines it; empty for a metric that is not the paper's.
         unit: the unit, or the kind of number and its range.
         better: which way is better; None for neither.
-        table: where an experiment shows it: "similarity", beside the paper's own rows, or with the exact metrics of
-            the "subject" or of its "class".
+        table: the table of an experiment that shows it: "similarity", beside the paper's own rows, or the exact metrics
+            of the "subject" or of its "class".
         in_figure: whether an experiment's figure shows it, too.
-        needs: the encoders that it needs: "dino" (`ImageEncoder`), "clip" (`ClipEncoder`), "distance" (of two batches
-            of pictures), "probe" (reads the rendered world). It is left out where one of them is not configured.
+        needs: the names of the encoders that it needs, of those in `evaluation.scoring.ENCODERS`. The metric is left
+            out where one of them is not configured.
         roles: the roles of the pictures that are scored; see `metrics.table.Row`.
         score: takes a subject's pictures, the indices of those of one role, and the encoders in the order of `needs`;
             gives the score of each, a number or a category, or None where a picture has none.
-        combine: takes the scores of a subject's pictures; gives the subject's.
-        derive: takes a subject's other metrics by name; gives this one, or None where they do not tell it.
-        version: counts the definitions that the metric has had: numbers of different ones cannot be compared.
+        combine: takes the scores of a subject's pictures; gives the subject's score.
+        derive: takes a subject's other metrics by name; gives this one, or None where it cannot be derived.
+        version: the number of the metric's definition; scores of different versions cannot be compared.
     """
 
     name: str

@@ -1,6 +1,6 @@
-"""Pictures as the encoders of metrics saw them in training: resized, cropped, normalised.
+"""The preprocessing of pictures for the encoders of metrics, as in their training: resized, cropped, normalised.
 
-Resizing is Pillow's, as in transformers' processors of that name: other libraries' filters round otherwise.
+Pillow resizes, as in transformers' processors of that name, since the filters of other libraries round otherwise.
 """
 
 import json
@@ -18,14 +18,14 @@ _SQUARE = {"ViTImageProcessor": True, "CLIPImageProcessor": False}  # whether a 
 
 
 class Preprocessing(NamedTuple):
-    """What happens to a picture.
+    """The preprocessing of a picture.
 
     Attributes:
-        size: (height, width) after resizing; or a number, the shorter side, of which the other follows.
+        size: (height, width) after resizing; or a number, the shorter side, where the proportions stay.
         resample: Pillow's filter.
-        crop: side of the square cut from the middle; None for none.
-        mean: of each colour, in [0, 1].
-        deviation: of each colour, in [0, 1].
+        crop: the side of the square cut from the middle; None for no crop.
+        mean: the mean of each colour, in [0, 1].
+        deviation: the standard deviation of each colour, in [0, 1].
     """
 
     size: int | tuple[int, int]
@@ -39,7 +39,7 @@ class Preprocessing(NamedTuple):
         """Read a checkpoint's `preprocessor_config.json`, as `ViTImageProcessor` and `CLIPImageProcessor` do.
 
         Raises:
-            UserError: the file is missing, damaged, or asks for something else.
+            UserError: the file is missing or damaged, or describes another preprocessing.
         """
         file = folder / FILE
         try:
@@ -51,10 +51,10 @@ class Preprocessing(NamedTuple):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Build from the content of such a file.
+        """Build the preprocessing from the content of such a file.
 
         Raises:
-            UserError: another processor, or a step that is switched off.
+            UserError: the file describes another processor, or switches a step off.
         """
         name = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
         if not name:

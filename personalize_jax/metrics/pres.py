@@ -13,8 +13,8 @@ def score(subject: SubjectPictures, rows: Sequence[int], dino: ImageEncoder) -> 
 
 METRIC = Metric(
     name="PRES",
-    definition="mean cosine of a picture of the class, drawn without the identifier, and each of the subject's photos, "
-    "embedded by DINO",
+    definition="mean cosine of a picture of the class, sampled without the identifier, and each of the subject's "
+    "photos, embedded by DINO",
     section="4.3",
     unit="cosine, -1 to 1",
     better="lower",

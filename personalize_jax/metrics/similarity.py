@@ -1,23 +1,26 @@
-"""Cosines of embeddings and distances of pictures, of which the paper's metrics are made: one value a picture.
+"""Cosines of embeddings and distances of pictures, from which the paper's metrics are computed: one value a picture.
 
 A subject's value is the mean over its pictures, which is the mean over pairs, too; tables give the mean over subjects
 with an `interval` over them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
+
+# Two batches of pictures, uint8 [N, H, W, 3] -> how far each is from its counterpart, float32 [N].
+Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class Estimate(NamedTuple):
     """A mean over subjects.
 
     Attributes:
-        mean: of the values.
-        low: lower end of its 95 % interval; equal to the mean where there is one subject.
-        high: upper end.
+        mean: the mean.
+        low: the lower end of its 95 % interval; equal to the mean where there is one subject.
+        high: the upper end.
     """
 
     mean: float
@@ -30,7 +33,7 @@ def similarities(a_ND: np.ndarray, b_MD: np.ndarray) -> np.ndarray:
 
     Args:
         a_ND: embeddings of unit length.
-        b_MD: of the others.
+        b_MD: embeddings of the other set.
 
     Raises:
         ValueError: one of the sets is empty.
@@ -58,8 +61,8 @@ def prompt_similarities(images_ND: np.ndarray, texts_ND: np.ndarray) -> np.ndarr
     """Cosine of each picture and its own prompt: float [N] in [-1, 1].
 
     Args:
-        images_ND: embeddings of unit length.
-        texts_ND: of the prompts, one for each picture.
+        images_ND: embeddings of the pictures, of unit length.
+        texts_ND: embeddings of the prompts, one for each picture.
 
     Raises:
         ValueError: no pictures, or another number of prompts.
@@ -70,14 +73,12 @@ def prompt_similarities(images_ND: np.ndarray, texts_ND: np.ndarray) -> np.ndarr
     return np.sum(images_ND * texts_ND, axis=-1)
 
 
-def distances_within(
-    images: Sequence[np.ndarray], distance: Callable[[np.ndarray, np.ndarray], np.ndarray]
-) -> np.ndarray:
+def distances_within(images: Sequence[np.ndarray], distance: Distance) -> np.ndarray:
     """Mean distance of each picture to the others of its set: float [N], 0 where all are copies of one.
 
     Args:
         images: uint8 [H, W, 3], of one size.
-        distance: symmetric, of two batches of them, as `encoders.load_lpips` or `encoders.cosine_distance` gives.
+        distance: a symmetric distance, such as `encoders.load_lpips` or `encoders.cosine_distance` gives.
 
     Raises:
         ValueError: fewer than two pictures, or pictures of several sizes.
@@ -98,8 +99,8 @@ def interval(values: Sequence[float], seed: int = 0) -> Estimate:
     """The mean over subjects with its 95 % percentile-bootstrap interval, 10,000 resamples of subjects.
 
     Args:
-        values: one of each subject.
-        seed: of the resampling.
+        values: the value of each subject.
+        seed: the seed of the resampling.
 
     Raises:
         ValueError: no values.
@@ -112,6 +113,6 @@ def interval(values: Sequence[float], seed: int = 0) -> Estimate:
     return Estimate(mean, *map(float, result.confidence_interval))
 
 
-def _check_some(*sets: Sequence) -> None:
+def _check_some(*sets: Sized) -> None:
     if any(not len(items) for items in sets):
         raise ValueError("A mean over nothing was asked for; give at least one picture, or subject, in each set.")

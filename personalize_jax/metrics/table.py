@@ -1,4 +1,4 @@
-"""From scores of pictures to tables: a value for each subject, means over subjects with intervals, differences."""
+"""Turns scores of pictures into tables: a value for each subject, means over subjects with intervals, differences."""
 
 import csv
 import io
@@ -19,13 +19,13 @@ class Row(NamedTuple):
     """A picture and its scores.
 
     Attributes:
-        subject: of which subject's cascade; what intervals are taken over.
-        role: "photo" (real), "subject" (drawn with the identifier), "class" (drawn without it) or "class before" (drawn
-            by the pretrained cascade).
-        prompt: with "[V]" for the identifier; empty for a photo.
-        seed: of the picture; None where it is not known.
-        file: where the picture lies.
-        scores: numbers by metric, and categories, as text, by property.
+        subject: the subject's name; intervals are taken over subjects.
+        role: "photo" (real), "subject" (sampled with the identifier), "class" (sampled without it) or "class before"
+            (sampled from the pretrained cascade).
+        prompt: the prompt, with "[V]" for the identifier; empty for a photo.
+        seed: the picture's seed; None where it is not known.
+        file: the picture's file.
+        scores: the score by each metric: a number, or a category as text.
     """
 
     subject: str
@@ -48,7 +48,7 @@ def mean(numbers: Sequence[float]) -> float:
 
 
 def entropy(categories: Sequence[str]) -> float:
-    """Entropy of how often each category occurs, in bits: 0 where all are one, log2 K where K are as frequent.
+    """The entropy of the frequencies of categories, in bits: 0 for a single one, log2 K for K equally frequent ones.
 
     This plug-in estimator is too low by about (K - 1) / (2 N ln 2) bits (Miller 1955): compare entropies of equal N.
 
@@ -62,11 +62,11 @@ def entropy(categories: Sequence[str]) -> float:
 
 
 def subject_scores(rows: Iterable[Row], combine: Callable[[str], Callable[[Sequence[Any]], float]]) -> SubjectScores:
-    """What the scores of each subject's pictures come to; a metric counts over the pictures that have it.
+    """Combine the scores of each subject's pictures, for each metric those of the pictures that have it.
 
     Args:
         rows: the pictures of all subjects.
-        combine: takes a metric's name; gives what makes a subject's score of those of its pictures.
+        combine: takes a metric's name; gives the function that combines its scores.
     """
     values: dict[str, dict[str, list]] = {}
     for row in rows:
@@ -80,13 +80,13 @@ def subject_scores(rows: Iterable[Row], combine: Callable[[str], Callable[[Seque
 
 
 def estimates(scores: SubjectScores) -> dict[str, Estimate]:
-    """The mean over subjects of every metric, over the subjects that have it."""
+    """The mean of each metric over the subjects that have it."""
     names = dict.fromkeys(name for metrics in scores.values() for name in metrics)
     return {name: interval([metrics[name] for metrics in scores.values() if name in metrics]) for name in names}
 
 
 def difference(scores: SubjectScores, others: SubjectScores, metric: str) -> Estimate:
-    """Mean over subjects of what a metric is more in one row of a table than in another, subject by subject.
+    """The mean over subjects of the difference of a metric between two rows of a table, subject by subject.
 
     Raises:
         ValueError: no subject has the metric in both.
@@ -98,7 +98,7 @@ def difference(scores: SubjectScores, others: SubjectScores, metric: str) -> Est
 
 
 def markdown(table: Table, columns: Sequence[str]) -> str:
-    """A Markdown table of means with their intervals; cells that a row lacks are empty."""
+    """A Markdown table of means with their intervals; a metric that a row lacks has an empty cell."""
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, metrics in table.items():
         cells = [cell(metrics[column]) if column in metrics else "" for column in columns]
@@ -107,19 +107,19 @@ def markdown(table: Table, columns: Sequence[str]) -> str:
 
 
 def transposed(table: Table) -> str:
-    """A Markdown table with a line for each metric: for few rows of many metrics."""
+    """A Markdown table with a line for each metric, for few rows of many metrics."""
     metrics = dict.fromkeys(metric for row in table.values() for metric in row)
     return markdown({m: {name: row[m] for name, row in table.items() if m in row} for m in metrics}, list(table))
 
 
 def cell(estimate: Estimate) -> str:
-    """Such as ".684 (.651 to .712)"; the mean alone where there is no interval."""
+    """Format an estimate, such as ".684 (.651 to .712)"; the mean alone where there is no interval."""
     mean, low, high = (re.sub(r"^(-?)0\.", r"\1.", f"{value:.3f}") for value in estimate)
     return mean if estimate.low == estimate.high else f"{mean} ({low} to {high})"
 
 
 def comma_separated(table: Table) -> str:
-    """The same as CSV, a line for each row and metric: row, metric, mean, low, high."""
+    """A table as CSV, a line for each row and metric: row, metric, mean, low, high."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["row", "metric", *Estimate._fields])

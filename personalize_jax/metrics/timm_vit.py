@@ -1,4 +1,4 @@
-"""Vision transformers as timm publishes them: a configuration of its own, and other names and forms of parameters.
+"""Reads vision transformers as timm publishes them: timm's configuration, and its names and shapes of parameters.
 
 The network is that of `models.vit`. timm joins the kernels of queries, keys and values in one, and adds 1e-6 in layer
 norms, as DINO's own code does.
@@ -20,7 +20,7 @@ from personalize_jax.models.params import Params
 from personalize_jax.models.vit import VisionTransformer
 from personalize_jax.runtime.errors import UserError
 
-ARCHITECTURE = "architecture"  # the key of its config.json that transformers' lacks
+ARCHITECTURE = "architecture"  # the key by which timm's config.json differs from transformers'
 FILE = "model.safetensors"
 _NAME = re.compile(r"vit_(tiny|small|base|large)_patch(\d+)_(\d+)")  # size, side of a patch, side of the pictures
 _SIZES = {"tiny": (192, 12), "small": (384, 12), "base": (768, 12), "large": (1024, 24)}  # width, layers
@@ -33,7 +33,7 @@ def network(config: Mapping[str, Any]) -> VisionTransformer:
     """Build the network that timm's `config.json` describes.
 
     Raises:
-        UserError: another architecture than a plain vision transformer.
+        UserError: the architecture is no plain vision transformer.
     """
     match = _NAME.fullmatch(str(config[ARCHITECTURE]))
     if match is None:
@@ -54,12 +54,12 @@ def network(config: Mapping[str, Any]) -> VisionTransformer:
 
 
 def preprocessing(resolution: int) -> Preprocessing:
-    """What happens to pictures: that of DINO's own code, by which papers report this metric.
+    """The preprocessing of DINO's own code, by which papers report this metric.
 
-    timm's file says otherwise, .9 of the shorter side, as of all its vision transformers.
+    timm's file crops to .9 of the shorter side instead, as for all its vision transformers.
 
     Args:
-        resolution: side of the network's pictures, pixels.
+        resolution: the side of the network's input, in pixels.
     """
     size = resolution * 256 // 224
     return Preprocessing(size, Image.Resampling.BICUBIC, resolution, _MEAN, _DEVIATION)
@@ -69,9 +69,9 @@ def load_params(folder: Path, num_layers: int, abstract: Params) -> Params:
     """Read a network's parameters.
 
     Args:
-        folder: with timm's `model.safetensors`.
-        num_layers: of the network.
-        abstract: tree of the parameters' shapes.
+        folder: the folder of timm's `model.safetensors`.
+        num_layers: the number of the network's layers.
+        abstract: the tree of the parameters' shapes.
 
     Raises:
         UserError: the file is missing or damaged, or holds another network.
@@ -95,7 +95,7 @@ def load_params(folder: Path, num_layers: int, abstract: Params) -> Params:
 
 
 def _renamed(tensors: dict[str, np.ndarray], num_layers: int) -> Params:
-    """The parameters by our names; their tensors are taken out."""
+    """The parameters by our names; their tensors are removed from `tensors`."""
 
     def norm(name: str) -> Params:
         return {"scale": tensors.pop(f"{name}.weight"), "bias": tensors.pop(f"{name}.bias")}

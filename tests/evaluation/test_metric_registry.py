@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from experiments import tables
 from launch import sweep
 from launch.sweep_points import Point
 from launch.sweep_table import Result, draw, markdown, ranked
-from personalize_jax.evaluation import metric_registry
+from personalize_jax.evaluation import metric_registry, scoring
 from personalize_jax.evaluation.scoring import encoder_names, find_encoders, load_encoders, score, summary
 from personalize_jax.evaluation.showcase import exact_scores
 from personalize_jax.method.configuration import changed
@@ -92,6 +93,27 @@ def test_what_a_configuration_names_is_loaded():
     loaded = load_encoders(find_encoders(settings))
     assert set(loaded) == set(encoder_names(settings)) == ENCODERS
     assert set(encoder_names(common.public("").evaluation)) == {*ENCODERS - {"probe"}, "clip (clip-vit-large-patch14)"}
+
+
+def test_a_registered_encoder_reads_pictures_from_each_source_that_is_named(monkeypatch):
+    def find(source):
+        return lambda: lambda picture: picture.mean() + len(source)
+
+    def score_by(subject, rows, eye):
+        return [eye(subject.pictures[i].pixels) for i in rows]
+
+    metric = dataclasses.replace(BRIGHTNESS, needs=("eye",), score=score_by)
+    monkeypatch.setattr(metric_registry, "METRICS", (*EVERY, metric))
+    monkeypatch.setattr(scoring, "ENCODERS", scoring.ENCODERS | {"eye": scoring.Encoder("eyes", find)})
+    settings = changed(
+        world.get_config(), evaluation__dino="", evaluation__clips=(), evaluation__probe=False
+    ).evaluation
+    with settings.unlocked():
+        settings.eyes = ("a/b", "models/human")
+    encoders = load_encoders(find_encoders(settings))
+    assert list(encoders) == encoder_names(settings) == ["eye", "eye (human)"]
+    (row,) = [row for row in score(encoders, "rex", pictures_of("red")) if row.role == "subject"]
+    assert row.scores == {"brightness": 85 + 3, "brightness (human)": 85 + 12}
 
 
 def test_a_registered_metric_is_in_rows_tables_and_definitions(brightness):
