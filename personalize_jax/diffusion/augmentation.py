@@ -1,9 +1,4 @@
-"""The low-resolution picture that conditions a super-resolution network: made, enlarged and noised.
-
-Pixels are areas: pixel i of n covers [i / n, (i + 1) / n]. `downsample` averages over areas and `upsample`
-interpolates between their centres (PyTorch's align_corners=False), so that neither shifts the picture. The networks of
-DeepFloyd IF have learnt from pictures enlarged in another way, see `upsample`.
-"""
+"""The low-resolution picture that conditions a super-resolution network is enlarged and noised here."""
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +9,6 @@ from personalize_jax.diffusion.prediction import add_noise
 from personalize_jax.diffusion.process import Process
 
 
-def downsample(x_BHWC: Array, size: int) -> Array:
-    """[B, size, size, C] pictures by averaging over blocks of pixels.
-
-    Raises:
-        ValueError: the pictures' sides are not multiples of size.
-    """
-    batch, height, width, channels = x_BHWC.shape
-    if size < 1 or height % size or width % size:
-        raise ValueError(f"Pictures of {height}x{width} cannot be averaged to {size}x{size}; give a common divisor.")
-    return x_BHWC.reshape(batch, size, height // size, size, width // size, channels).mean((2, 4))
-
-
 def upsample(low_BHWC: Array, size: int, align_corners: bool = False) -> Array:
     """[B, size, size, C] pictures by bilinear interpolation.
 
@@ -33,21 +16,22 @@ def upsample(low_BHWC: Array, size: int, align_corners: bool = False) -> Array:
         low_BHWC: pictures.
         size: side of the larger pictures.
         align_corners: whether the centres of the corner pixels stay in the corners (PyTorch's align_corners=True, as in
-            DeepFloyd IF). Otherwise pixels are areas, and the border's half pixel repeats the edge.
+            DeepFloyd IF). Otherwise pixels are areas, pixel i of n covers [i / n, (i + 1) / n], so that the picture
+            does not shift, and the border's half pixel repeats the edge.
 
     Raises:
         ValueError: size is below the pictures' sides.
     """
     batch, height, width, channels = low_BHWC.shape
     if size < max(height, width):
-        raise ValueError(f"Pictures of {height}x{width} cannot be enlarged to {size}x{size}; use downsample.")
+        raise ValueError(f"Pictures of {height}x{width} cannot be enlarged to {size}x{size}; give a larger size.")
     if not align_corners:
         return jax.image.resize(low_BHWC, (batch, size, size, channels), "bilinear", antialias=False)
     rows, columns = _corner_weights(height, size), _corner_weights(width, size)
     return jnp.einsum("ih,bhwc,jw->bijc", rows, low_BHWC, columns, precision="highest")
 
 
-def sample_levels(key: Array, batch: int, low: float = 0.0, high: float = 1.0) -> Array:
+def sample_levels(key: Array, batch: int, low: float, high: float) -> Array:
     """[batch] float32 noise levels, uniform in [low, high].
 
     Raises:

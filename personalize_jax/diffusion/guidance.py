@@ -1,4 +1,4 @@
-"""Classifier-free guidance, and what keeps guided predictions within the range of pictures."""
+"""Classifier-free guidance, and the thresholding that keeps guided predictions within the range of pictures."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -21,16 +21,11 @@ def guide(cond: Array, uncond: Array, w: ArrayLike) -> Array:
     return uncond + per_picture(w, cond) * (cond - uncond)
 
 
-def static_threshold(x0: Array) -> Array:
-    """Clips x0 to [-1, 1] (Saharia et al. 2022, section 2.3)."""
-    return jnp.clip(x0, -1, 1)
-
-
 def dynamic_threshold(x0: Array, percentile: float = 0.995, max_value: float | None = None) -> Array:
     """Imagen's dynamic thresholding: x0 is clipped to [-s, s] and divided by s (Saharia et al. 2022, section 2.3).
 
     s is a quantile of |x0| over each picture, clamped to [1, max_value]: a picture within [-1, 1] stays as it is, and
-    `max_value` = 1 is static thresholding.
+    `max_value` = 1 is static thresholding, which clips to [-1, 1].
 
     Args:
         x0: [B, ...] pictures.
@@ -48,7 +43,7 @@ def dynamic_threshold(x0: Array, percentile: float = 0.995, max_value: float | N
     if max_value is not None and max_value < 1:
         raise ValueError(f"max_value is {max_value}; give at least 1, or None for no limit.")
     if max_value == 1:
-        return static_threshold(x0)  # spares the sorting that the quantile takes
+        return jnp.clip(x0, -1, 1)  # without the sorting that the quantile takes
     s_B = jnp.clip(jnp.quantile(jnp.abs(x0), percentile, axis=tuple(range(1, x0.ndim))), 1, max_value)
     s = per_picture(s_B, x0)
     return jnp.clip(x0, -s, s) / s

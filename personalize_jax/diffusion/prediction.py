@@ -1,4 +1,4 @@
-"""What a network predicts, and how each prediction becomes (x0, eps); nothing else converts between them."""
+"""The kinds of prediction, and the only conversions between them: each becomes (x0, eps)."""
 
 from typing import Literal, get_args
 
@@ -10,10 +10,11 @@ from personalize_jax.diffusion.process import Process, marginal_variance
 
 Prediction = Literal["eps", "v", "x0", "velocity"]
 Weighting = Literal["none", "min_snr"]
+MIN_SNR_GAMMA = 5.0  # the value that Hang et al. 2023 recommend
 
 
 def per_picture(value: ArrayLike, x: Array) -> Array:
-    """Gives a [B] value trailing axes of length 1 to broadcast over x [B, ...]; a scalar is left as it is."""
+    """Give a [B] value trailing axes of length 1 to broadcast over x [B, ...]; a scalar is left as it is."""
     value = jnp.asarray(value)
     return value.reshape(value.shape + (1,) * (x.ndim - 1)) if value.ndim else value
 
@@ -31,7 +32,7 @@ def add_noise(x0: Array, eps: Array, alpha: ArrayLike, sigma: ArrayLike) -> Arra
 
 
 def target(kind: Prediction, x0: Array, eps: Array, alpha: ArrayLike, sigma: ArrayLike) -> Array:
-    """What a network of this kind should answer to alpha x0 + sigma eps.
+    """The right output of a network of this kind for the input alpha x0 + sigma eps.
 
     Args:
         kind: "eps"; "x0"; "v", alpha eps - sigma x0 (Salimans & Ho 2022, section 4); or "velocity", eps - x0, along
@@ -58,8 +59,8 @@ def to_x0_eps(kind: Prediction, output: Array, z_t: Array, alpha: ArrayLike, sig
     """(x0_hat, eps_hat) from a network's output; alpha x0_hat + sigma eps_hat = z_t for every kind.
 
     Args:
-        kind: what the output predicts; "eps" needs alpha > 0, "x0" needs sigma > 0.
-        output: [B, ...] the network's answer.
+        kind: kind of the output; "eps" needs alpha > 0, "x0" needs sigma > 0.
+        output: [B, ...] the network's output.
         z_t: the noisy input, of the output's shape.
         alpha: scale of the picture in z_t, scalar or [B].
         sigma: scale of the noise in z_t, scalar or [B].
@@ -81,40 +82,35 @@ def to_x0_eps(kind: Prediction, output: Array, z_t: Array, alpha: ArrayLike, sig
     return (alpha * z_t - sigma * output) / determinant, (sigma * z_t + alpha * output) / determinant
 
 
-def loss_weight(
-    kind: Prediction, process: Process, t: ArrayLike, weighting: Weighting = "none", gamma: float = 5.0
-) -> Array:
+def loss_weight(kind: Prediction, process: Process, t: ArrayLike, weighting: Weighting = "none") -> Array:
     """Weight of the squared error between a network's output at t and its `target`, of t's shape.
 
-    "none" is 1 in the network's own space. "min_snr" is min(snr, gamma) in x0's space (Hang et al. 2023): at a given
-    z_t, squared errors in eps are snr times those in x0, in v (snr + 1) (alpha^2 + sigma^2) times, and in velocity
+    "none" is 1 in the network's own space. "min_snr" is min(snr, 5) in x0's space (Hang et al. 2023): at a given z_t,
+    squared errors in eps are snr times those in x0, in v (snr + 1) (alpha^2 + sigma^2) times, and in velocity
     (sqrt(snr) + 1)^2 times, hence the division.
 
     Args:
-        kind: what the output predicts.
+        kind: kind of the network's output.
         process: the forward process.
         t: times in [0, 1], of any shape.
         weighting: "none" or "min_snr".
-        gamma: largest weight in x0's space, above 0.
 
     Raises:
-        ValueError: unknown kind or weighting, or gamma not above 0.
+        ValueError: unknown kind or weighting.
     """
     _check_choice("prediction", kind, Prediction)
     _check_choice("weighting", weighting, Weighting)
-    if gamma <= 0:
-        raise ValueError(f"gamma is {gamma}; give a signal-to-noise ratio above 0, such as 5.")
     snr = jnp.exp(process.logsnr(t))
     if weighting == "none":
         return jnp.ones_like(snr)
     if kind == "eps":
-        return jnp.minimum(1.0, gamma / snr)  # the quotient below would be 0 / 0 where snr is 0
-    errors = {
+        return jnp.minimum(1.0, MIN_SNR_GAMMA / snr)  # the quotient below would be 0 / 0 where snr is 0
+    errors: dict[str, Array | float] = {
         "x0": 1.0,
         "v": (snr + 1) * marginal_variance(process.alpha(t), process.sigma(t)),
         "velocity": jnp.square(jnp.sqrt(snr) + 1),
     }
-    return jnp.minimum(snr, gamma) / errors[kind]
+    return jnp.minimum(snr, MIN_SNR_GAMMA) / errors[kind]
 
 
 def _check_choice(what: str, given: str, choices: object) -> None:

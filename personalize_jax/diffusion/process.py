@@ -1,4 +1,4 @@
-"""Forward processes: how much of a picture and how much noise there is in z_t = alpha_t x + sigma_t eps.
+"""Forward processes: the shares alpha_t of a picture and sigma_t of noise in z_t = alpha_t x + sigma_t eps.
 
 Time runs from t = 0 (clean) to t = 1 (noise, sampled as standard normal). alpha and sigma are independent functions of
 it. A variance-preserving process, alpha^2 + sigma^2 = 1, follows from logsnr(t) = log(alpha_t^2 / sigma_t^2) alone.
@@ -33,7 +33,7 @@ class Function:
 
 
 def uniform() -> Function:
-    """Times that are uniform in [0, 1), as their inverse CDF."""
+    """Times that are uniform in (0, 1), as their inverse CDF."""
     return Function(_identity)
 
 
@@ -41,8 +41,8 @@ def logit_normal(mean: float = 0.0, std: float = 1.0) -> Function:
     """Times whose logit is normal, as their inverse CDF (Esser et al. 2024, section 3.1).
 
     Args:
-        mean: of log(t / (1 - t)); above 0 favours noisy times.
-        std: of log(t / (1 - t)), above 0.
+        mean: mean of log(t / (1 - t)); above 0 favours noisy times.
+        std: standard deviation of log(t / (1 - t)), above 0.
 
     Raises:
         ValueError: std is not above 0.
@@ -98,9 +98,10 @@ class Process:
         """[batch] float32 times for training, increasing, one from each of `batch` equally probable ranges.
 
         Such strata have the same expectation as independent times with less variance. One uniform number places all
-        times in their ranges. Times of a discrete process are its own, and never t = 0, which is clean.
+        times in their ranges. A discrete process has times of its own; no time is t = 0, which is clean.
         """
-        u_B = (jnp.arange(batch) + jax.random.uniform(key, ())) / batch
+        # Uniform numbers are multiples of 2^-23, 0 among them.
+        u_B = (jnp.arange(batch) + jnp.maximum(jax.random.uniform(key, ()), 2.0**-24)) / batch
         t_B = self.times(u_B)
         if N := self.num_timesteps:
             t_B = jnp.minimum(jnp.floor(t_B * N) + 1, N) / N  # index n is met where t lies in [n / N, (n + 1) / N)
@@ -158,7 +159,7 @@ def discrete(betas: Sequence[float] | np.ndarray) -> Process:
         raise ValueError(
             f"betas of shape {betas_N.shape} were given; give a non-empty list of numbers in (0, 1), or 1 for the last."
         )
-    with np.errstate(divide="ignore"):  # log 0 is meant
+    with np.errstate(divide="ignore"):  # log 0 is -inf as it should be
         log_alpha2_N = np.cumsum(np.log1p(-betas_N))
     logsnr_N = log_alpha2_N - np.log(-np.expm1(log_alpha2_N))
     logsnr = Function(_table_logsnr, (np.inf, *logsnr_N.tolist()))
@@ -185,7 +186,7 @@ def rectified_flow(shift: float = 1.0, time_scale: float = 1.0) -> Process:
 
 
 def resolution_shift(tokens: int) -> float:
-    """FLUX's shift of a rectified flow for pictures of so many tokens.
+    """FLUX's shift of a rectified flow for pictures of a number of tokens.
 
     It is exp(mu), with mu linear in the number of tokens: 0.5 at 256 and 1.15 at 4096 (black-forest-labs/flux,
     sampling.py). A token covers 16 x 16 pixels: 4096 are a picture of 1024 x 1024.
@@ -218,7 +219,7 @@ def squaredcos_betas(n: int = 1000) -> np.ndarray:
 
 
 def rescale_zero_terminal_snr(betas: Sequence[float] | np.ndarray) -> np.ndarray:
-    """[N] betas whose last is 1: alpha is shifted to 0 at t = 1 and scaled to stay what it was at t = 1 / N.
+    """[N] betas whose last is 1: alpha is shifted to 0 at t = 1 and scaled to keep its value at t = 1 / N.
 
     (Lin et al. 2023, algorithm 1.) A network then needs the prediction "v" or "x0": eps tells nothing at t = 1.
 
@@ -297,8 +298,6 @@ def _scaled_shifted(t: Array, shift: float, scale: float) -> Array:
 
 
 def _logit_normal_quantile(u: Array, mean: float, std: float) -> Array:
-    # u = 0, which uniform numbers may be, would be t = 0, outside of the distribution.
-    u = jnp.maximum(u, jnp.finfo(u.dtype).tiny)
     return jax.nn.sigmoid(mean + std * ndtri(u))
 
 

@@ -1,8 +1,8 @@
 """Samplers as step functions from z_t to z_s, s < t, under one loop.
 
 A sampler sees a network only through x0_hat, so that prediction kind, guidance and thresholding are the caller's.
-Where variances are learned, the pair (x0_hat, v) takes the place of x0_hat: v of its shape, about in [-1, 1], says
-where between its bounds the variance lies. Every step to s = 0 returns x0_hat itself, without noise.
+Where variances are learned, the pair (x0_hat, v) takes the place of x0_hat: v of its shape, about in [-1, 1], tells
+where the variance lies between its bounds. Every step to s = 0 returns x0_hat itself, without noise.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from jax import Array
 from personalize_jax.diffusion.prediction import per_picture, to_x0_eps
 from personalize_jax.diffusion.process import Process, marginal_variance
 
-Denoised = Array | tuple[Array, Array]
+Denoised = Array | tuple[Array, Array]  # x0_hat, or (x0_hat, v)
 Denoise = Callable[[Array, Array], Denoised]
 Variance = Literal["small", "large", "learned_range"]
 SpacingKind = Literal["leading", "trailing", "linspace"]
@@ -26,23 +26,24 @@ class Sampler(NamedTuple):
     """A sampling method; t and s are scalars, the other arrays have the batch's shape.
 
     Attributes:
-        init: x_T -> carry, what the method remembers between steps (a pytree).
-        step: (carry, z_t, x0_hat, t, s, noise) -> (carry, z_s), with standard normal noise.
+        init: x_T -> carry, a pytree that the method passes from step to step.
+        step: (carry, z_t, x0_hat, t, s, noise) -> (carry, z_s), with standard normal noise; (x0_hat, v) takes the
+            place of x0_hat for a method with learned variances.
     """
 
     init: Callable[[Array], Any]
-    step: Callable[[Any, Array, Denoised, Array, Array, Array], tuple[Any, Array]]
+    step: Callable[[Any, Array, Any, Array, Array, Array], tuple[Any, Array]]
 
 
 class Spacing(NamedTuple):
-    """Which indices of a discrete process sampling visits, in the terms of diffusers' scheduler files.
+    """The indices of a discrete process that sampling visits, in the terms of diffusers' scheduler files.
 
     (Lin et al. 2023, table 2.)
 
     Attributes:
         kind: "leading" counts up from `offset` in steps of N // num_steps, "trailing" down from N - 1 in steps of
             N / num_steps, "linspace" spreads indices evenly from 0 to N - 1.
-        offset: the least index of "leading" (diffusers' `steps_offset`); the others take no notice of it.
+        offset: the least index of "leading" (diffusers' `steps_offset`); the others ignore it.
         ends_clean: whether the last step leads to the clean picture or to index 0 (`set_alpha_to_one`).
     """
 
@@ -84,7 +85,7 @@ def step_variances(process: Process, t: Array, s: Array) -> tuple[Array, Array]:
 
 
 def learned_log_variance(small: Array, large: Array, v: Array) -> Array:
-    """Log variance that a network puts between the bounds (Nichol & Dhariwal 2021, eq. 15).
+    """Log variance between two bounds, at the place v that a network predicts (Nichol & Dhariwal 2021, eq. 15).
 
     v = -1 is small and v = 1 large. A small variance of 0, as in a step to s = 0, counts as 1e-20.
     """
@@ -97,8 +98,8 @@ def ancestral(process: Process, variance: Variance = "small") -> Sampler:
 
     Args:
         process: the forward process.
-        variance: "small" or "large", see `step_variances`; "learned_range" lies where the network says, see
-            `learned_log_variance`, and its steps take the pair (x0_hat, v) for x0_hat.
+        variance: "small" or "large", see `step_variances`; or "learned_range", see `learned_log_variance`, whose steps
+            take the pair (x0_hat, v) for x0_hat.
 
     Raises:
         ValueError: unknown variance.
@@ -106,12 +107,14 @@ def ancestral(process: Process, variance: Variance = "small") -> Sampler:
     if variance not in get_args(Variance):
         raise ValueError(f"variance is {variance!r}; give one of {', '.join(get_args(Variance))}.")
 
-    def step(carry: None, z_t: Array, x0_hat: Denoised, t: Array, s: Array, noise: Array) -> tuple[None, Array]:
+    def step(carry: None, z_t: Array, denoised: Denoised, t: Array, s: Array, noise: Array) -> tuple[None, Array]:
         small, large = step_variances(process, t, s)
         if variance == "learned_range":
-            x0_hat, v = x0_hat
+            x0_hat, v = denoised
             std = jnp.exp(learned_log_variance(small, large, v) / 2)
         else:
+            assert not isinstance(denoised, tuple)
+            x0_hat = denoised
             std = jnp.sqrt(small if variance == "small" else large)
         mean, _ = posterior(process, z_t, x0_hat, t, s)
         return carry, _clean_at_zero(s, mean + std * noise, x0_hat)
@@ -119,27 +122,14 @@ def ancestral(process: Process, variance: Variance = "small") -> Sampler:
     return Sampler(lambda x_T: None, step)
 
 
-def ddim(process: Process, eta: float = 0.0) -> Sampler:
-    """DDIM (Song et al. 2021, eq. 12 and 16; specification [0040]).
+def ddim(process: Process) -> Sampler:
+    """DDIM, the deterministic first-order solver of the probability-flow ODE (Song et al. 2021; specification [0040]).
 
-    The noise is what x0_hat, thresholded or not, leaves of z_t: diffusers' `use_clipped_model_output=True`.
-
-    Args:
-        process: the forward process.
-        eta: 0 is the deterministic first-order solver of the probability-flow ODE, 1 the ancestral sampler.
-
-    Raises:
-        ValueError: eta outside [0, 1].
+    Its noise is the rest of z_t beside x0_hat, thresholded or not: diffusers' `use_clipped_model_output=True`.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}; give a number from 0 (deterministic) to 1 (ancestral).")
 
     def step(carry: None, z_t: Array, x0_hat: Array, t: Array, s: Array, noise: Array) -> tuple[None, Array]:
         _, eps = to_x0_eps("x0", x0_hat, z_t, process.alpha(t), process.sigma(t))
-        if eta > 0:  # otherwise the noise goes unused, and the compiler need not draw it
-            old, new = _noise_shares(process, t, s)
-            # The first root is that of 1 - eta^2 new, without its cancellation when almost all noise is new.
-            eps = jnp.sqrt(1 - eta**2 + eta**2 * old) * eps + eta * jnp.sqrt(new) * noise
         return carry, _clean_at_zero(s, process.alpha(s) * x0_hat + process.sigma(s) * eps, x0_hat)
 
     return Sampler(lambda x_T: None, step)
@@ -169,18 +159,18 @@ def dpm_solver_pp(process: Process) -> Sampler:
 
 
 def timesteps(num_steps: int, spacing: Spacing | None = None, num_timesteps: int | None = None) -> Array:
-    """[num_steps + 1] float32 times: evenly from 1 to 0, or those that a spacing takes of a discrete process.
+    """[num_steps + 1] float32 times: evenly from 1 to 0, or at the indices of a discrete process that a spacing takes.
 
     Each step leads from a time to the next in the list, as in diffusers' DDPM. Its DDIM goes N // num_steps indices
     down instead: the same for "leading", and for "trailing" where num_steps divides N.
 
     Args:
         num_steps: evaluations of the network.
-        spacing: which indices n to visit; t = (n + 1) / N. A single step of "linspace" starts from N - 1.
+        spacing: the indices n to visit; t = (n + 1) / N. A single step of "linspace" starts from N - 1.
         num_timesteps: N, needed with a spacing.
 
     Raises:
-        ValueError: num_steps below 1 or beyond what the spacing has room for, N missing, or unknown kind.
+        ValueError: num_steps below 1 or more than the spacing has room for, N missing, or unknown kind.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; give at least 1.")
@@ -201,7 +191,7 @@ def initial_noise(keys_B: Array, shape: tuple[int, ...]) -> Array:
 
 
 def sample(denoise: Denoise, sampler: Sampler, ts: Array, keys_B: Array, shape: tuple[int, ...]) -> Array:
-    """Draws a batch of pictures; a picture depends on its own key, not on its neighbours or the size of the batch.
+    """Sample a batch of pictures; a picture depends on its own key, not on its neighbours or the size of the batch.
 
     Args:
         denoise: (z_t [B, *shape], scalar t) -> x0_hat [B, *shape], float32 as z_t is; (x0_hat, v) for a sampler that
@@ -209,7 +199,7 @@ def sample(denoise: Denoise, sampler: Sampler, ts: Array, keys_B: Array, shape: 
         sampler: the method.
         ts: [steps + 1] decreasing times, as `timesteps` gives them; a discrete process of N needs steps <= N.
         keys_B: one random key a picture, used for nothing else.
-        shape: of one picture, (H, W, C).
+        shape: shape of one picture, (H, W, C).
 
     Returns:
         [B, *shape] pictures at ts[-1]: clean ones in about [-1, 1] if that is 0.

@@ -15,7 +15,7 @@ def variational_bound(process: Process, x0: Array, z_t: Array, x0_hat: Array, v:
 
     The term at index n is KL(q(z_s | z_t, x0) || p(z_s | z_t)) over one step of the process, and -log p(x0 | z_t) at
     n = 0. The mean's gradient is the caller's matter: the paper stops it and trains the mean with the simple loss.
-    It weighs L_vlb with .001 (eq. 16), hence the mean over random times of what is returned here with .001 N.
+    It weighs L_vlb with .001 (eq. 16), hence the mean of these terms over random times with .001 N.
 
     Args:
         process: a forward process of N discrete steps.
@@ -54,8 +54,8 @@ def discretized_log_likelihood(x: Array, mean: Array, std: Array) -> Array:
 
     Args:
         x: values level / 127.5 - 1; their bins reach halfway to the neighbours, the outermost to infinity.
-        mean: of x's shape.
-        std: of x's shape, above 0.
+        mean: mean of the distribution, of x's shape.
+        std: standard deviation, of x's shape, above 0.
 
     Returns:
         Nats, of x's shape.

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from personalize_jax.diffusion.guidance import dynamic_threshold, guide, static_threshold
+from personalize_jax.diffusion.guidance import dynamic_threshold, guide
 from personalize_jax.diffusion.prediction import to_x0_eps
 
 
@@ -36,7 +36,8 @@ def test_guiding_a_prediction_guides_the_picture(kind, pair):
 
 
 def test_static_threshold_only_clips():
-    np.testing.assert_allclose(static_threshold(jnp.array([-3.0, -1.0, 0.2, 1.5])), [-1, -1, 0.2, 1], rtol=1e-6)
+    x0 = jnp.array([[-3.0, -1.0, 0.2, 1.5]])
+    np.testing.assert_allclose(dynamic_threshold(x0, 0.9, max_value=1), [[-1, -1, 0.2, 1]], rtol=1e-6)
 
 
 def test_pictures_in_range_pass_unchanged(pair):
@@ -61,8 +62,8 @@ def test_percentile_one_keeps_every_pixel_apart(pair):
 
 def test_the_threshold_is_at_most_max_value(pair):
     x0 = 10 * pair[0]
-    np.testing.assert_allclose(dynamic_threshold(x0, 0.9, max_value=1.5), static_threshold(x0 / 1.5), rtol=1e-6)
-    np.testing.assert_allclose(dynamic_threshold(x0, 0.9, max_value=1), static_threshold(x0), rtol=1e-6)
+    np.testing.assert_allclose(dynamic_threshold(x0, 0.9, max_value=1.5), jnp.clip(x0 / 1.5, -1, 1), rtol=1e-6)
+    np.testing.assert_allclose(dynamic_threshold(x0, 0.9, max_value=1), jnp.clip(x0, -1, 1), rtol=1e-6)
 
 
 def test_each_picture_has_its_own_threshold(pair):

@@ -209,7 +209,7 @@ def test_times_are_one_from_each_stratum_of_their_distribution(name, batch):
     process, cdf = TIMES[name]
     keys = jax.random.split(jax.random.key(0), 400)
     t = np.asarray(jax.vmap(lambda key: process.sample_times(key, batch))(keys), np.float64)
-    assert t.min() >= 0 and t.max() <= 1
+    assert t.min() > 0 and t.max() <= 1
     shares = cdf(t)
     np.testing.assert_array_equal(np.floor(shares * batch + 1e-4), np.tile(np.arange(batch), (400, 1)))
     assert scipy.stats.kstest(shares[:, 0] * batch, "uniform").pvalue > 0.01
@@ -224,8 +224,17 @@ def test_times_follow_the_quantiles_of_scipy():
 
 
 def test_logit_normal_times_stay_within_their_bounds():
-    t = logit_normal(0.0, 1.0)(jnp.array([0.0, 1e-7, 0.5, 1 - 6e-8, 1.0], jnp.float32))
+    t = logit_normal(0.0, 1.0)(jnp.array([2.0**-24, 1e-7, 0.5, 1 - 6e-8, 1.0], jnp.float32))
     assert t[0] > 0 and t[-1] <= 1 and np.all(np.diff(t) > 0)
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_no_time_is_zero_even_where_the_uniform_number_is(name, monkeypatch):
+    process, cdf = TIMES[name]
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.zeros(shape))
+    t = np.asarray(process.sample_times(jax.random.key(0), 64), np.float64)
+    assert t.min() > 0
+    np.testing.assert_allclose(cdf(t) * 64, np.arange(64), atol=1e-4)
 
 
 def test_each_index_of_discrete_time_is_met_as_often_as_its_range_of_times():

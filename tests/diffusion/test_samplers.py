@@ -42,7 +42,6 @@ SAMPLERS = {
     "ancestral_small": ancestral,
     "ancestral_large": lambda process: ancestral(process, "large"),
     "ddim": ddim,
-    "ddim_half": lambda process: ddim(process, eta=0.5),
     "dpm_solver_pp": dpm_solver_pp,
 }
 
@@ -208,16 +207,6 @@ def test_a_learned_variance_is_of_its_pixel():
     assert std[1] == pytest.approx(float(np.sqrt(std[0] * std[2])), rel=1e-5)  # halfway between the logarithms
 
 
-@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
-def test_ddim_with_eta_one_is_ancestral(process):
-    z_t, x0_hat, noise = jax.random.normal(jax.random.key(3), (3, 2, 8, 8, 3))
-    for t, s in ((1.0, 0.96), (0.5, 0.45), (0.04, 0.02), (0.02, 0.0)):
-        arguments = (None, z_t, x0_hat, jnp.float32(t), jnp.float32(s), noise)
-        _, expected = ancestral(process).step(*arguments)
-        _, z_s = ddim(process, eta=1.0).step(*arguments)
-        np.testing.assert_allclose(z_s, expected, atol=2e-5)
-
-
 @pytest.mark.parametrize("process", [cosine(), linear(), rectified_flow()], ids=["cosine", "linear", "rectified_flow"])
 @pytest.mark.parametrize(("make", "order"), [(ddim, 1), (dpm_solver_pp, 2)], ids=["ddim", "dpm_solver_pp"])
 def test_convergence_order_on_a_mixture(make, order, process):
@@ -332,7 +321,6 @@ def test_impossible_settings_are_refused():
         lambda: timesteps(11, Spacing("trailing"), 10),
         lambda: timesteps(10, Spacing("leading", offset=1), 10),
         lambda: timesteps(4, Spacing("middle"), 10),
-        lambda: ddim(cosine(), eta=1.5),
         lambda: ancestral(cosine(), "medium"),
     ):
         with pytest.raises(ValueError, match="give"):
