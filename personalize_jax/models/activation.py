@@ -1,4 +1,4 @@
-"""The activation that JAX has in a form that is slow on CPU."""
+"""The activation whose form in JAX is slow on CPU."""
 
 from jax import Array, lax
 

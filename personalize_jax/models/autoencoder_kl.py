@@ -20,7 +20,7 @@ from personalize_jax.models.published_config import check_groups, check_kinds, k
 from personalize_jax.runtime.errors import UserError
 
 LOGVAR_RANGE = (-30.0, 20.0)
-_ONLY = {  # keys of the config whose other values ask for another network
+_ONLY = {  # the one value that each key of the config may have; others describe another network
     "act_fn": "silu",
     "shift_factor": None,
     "latents_mean": None,
@@ -32,12 +32,12 @@ _NOT_OF_THE_CONFIG = {"dtype", "name", "parent"}
 
 @dataclasses.dataclass(frozen=True)
 class BlockSpec:
-    """What the blocks of encoder and decoder have in common.
+    """The options that all blocks of encoder and decoder share.
 
     Attributes:
-        groups: of every group norm; they divide the channels.
+        groups: groups of every group norm; they divide the channels.
         mid_attention: whether the middle block attends.
-        dtype: of the computation.
+        dtype: dtype of the computation.
     """
 
     groups: int
@@ -149,7 +149,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures to what describes a normal distribution of latents."""
+    """Pictures to mean and log variance of a normal distribution of latents."""
 
     spec: BlockSpec
     channels: tuple[int, ...]
@@ -195,15 +195,15 @@ class AutoencoderKL(nn.Module):
     Attributes:
         block_out_channels: width of each level, finest first.
         layers_per_block: residual blocks of a level of the encoder; one of the decoder has one more.
-        in_channels: of a picture to encode.
-        out_channels: of a decoded picture.
-        latent_channels: of a latent.
+        in_channels: channels of a picture to encode.
+        out_channels: channels of a decoded picture.
+        latent_channels: channels of a latent.
         norm_num_groups: groups of every group norm.
-        scaling_factor: what brings latents to about unit variance.
+        scaling_factor: factor that gives latents about unit variance.
         use_quant_conv: whether a 1x1 convolution follows the encoder.
-        use_post_quant_conv: whether one precedes the decoder.
+        use_post_quant_conv: whether a 1x1 convolution precedes the decoder.
         mid_block_add_attention: whether the middle blocks attend.
-        dtype: of the computation; parameters, norms and what is returned are float32.
+        dtype: dtype of the computation; parameters, norms and outputs are float32.
     """
 
     block_out_channels: tuple[int, ...] = (64,)
@@ -224,10 +224,10 @@ class AutoencoderKL(nn.Module):
 
         Args:
             config: the content of the file; keys left out have diffusers' defaults.
-            dtype: of the computation.
+            dtype: dtype of the computation.
 
         Raises:
-            UserError: the config asks for what is not offered.
+            UserError: the config describes a network that is not supported.
         """
         keys = cls.__dataclass_fields__.keys() - _NOT_OF_THE_CONFIG
         blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
@@ -245,7 +245,7 @@ class AutoencoderKL(nn.Module):
 
     @property
     def factor(self) -> int:
-        """Pixels along a side of a picture for one of the latent."""
+        """Pixels along a side of a picture for one of its latents."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     def setup(self) -> None:

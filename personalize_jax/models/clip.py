@@ -53,14 +53,14 @@ class Clip(nn.Module):
     Attributes:
         vocab_size: rows of the token embedding.
         end: id of the token that ends a text; None if it is the highest that a text has, as the first files imply.
-        text_width: of the text tower.
+        text_width: width of the text tower.
         max_length: tokens in a text, padding included, at most.
         text: the text tower's layers.
         resolution: side of the pictures.
         patch: side of a patch; it divides the resolution.
-        vision_width: of the vision tower.
+        vision_width: width of the vision tower.
         vision: the vision tower's layers.
-        width: of the embeddings.
+        width: width of the embeddings.
     """
 
     vocab_size: int
@@ -79,16 +79,15 @@ class Clip(nn.Module):
         """Build the network that a checkpoint's `config.json` describes.
 
         Args:
-            config: as transformers writes it for a `CLIPModel`, in full or without what is at its default.
+            config: its content, as transformers writes it for a `CLIPModel`, in full or without the defaults.
 
         Raises:
-            UserError: another model's, or an activation that is not supported.
+            UserError: the config is another model's, or has an activation that is not supported.
         """
         if config.get("model_type") != "clip":
             raise UserError(f"config.json describes a {config.get('model_type')!r}; give the folder of a CLIP model.")
-        text, vision = (dict(config.get(f"{tower}_config") or {}) for tower in ("text", "vision"))
-        text = DEFAULTS | text
-        vision = _VISION_DEFAULTS | vision
+        text = DEFAULTS | dict(config.get("text_config") or {})
+        vision = _VISION_DEFAULTS | dict(config.get("vision_config") or {})
         return cls(
             vocab_size=text["vocab_size"],
             end=None if text["eos_token_id"] == _NO_END else text["eos_token_id"],
@@ -115,7 +114,7 @@ class Clip(nn.Module):
         return _unit(self.visual_projection(self.vision_model(x_BHWC)))
 
     def encode_texts(self, tokens_BL: Array) -> Array:
-        """Embed texts, int token ids [B, L], as [B, width]: what stands at the first end of the text, projected."""
+        """Embed texts, int token ids [B, L], as [B, width]: the output at the first end of the text, projected."""
         x_BLD = self.text_model(tokens_BL)
         end_B = jnp.argmax(tokens_BL if self.end is None else tokens_BL == self.end, axis=1)
         return _unit(self.text_projection(jnp.take_along_axis(x_BLD, end_B[:, None, None], axis=1)[:, 0]))
@@ -125,9 +124,9 @@ class Clip(nn.Module):
         return self.encode_images(x_BHWC), self.encode_texts(tokens_BL)
 
 
-_NO_END = 2  # stands in the config.json of the first files, whose texts end otherwise; transformers knows it too
+_NO_END = 2  # eos_token_id in the first config.json files, whose texts end otherwise; transformers handles it too
 
-# What transformers leaves out of a config.json: the base model's, of which openai/clip-vit-base-patch32 is one.
+# Values of the keys that a config.json leaves out: the base model's, such as openai/clip-vit-base-patch32.
 _VISION_DEFAULTS: dict[str, Any] = {
     "hidden_size": 768,
     "intermediate_size": 3072,

@@ -1,6 +1,6 @@
 """The convolution of the networks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 _B = np.array([[1, 0, 0, 0], [0, 1, -1, 1], [-1, 1, 1, 0], [0, 0, 0, -1]])
 _G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 _A = np.array([[1, 0], [1, 1], [1, -1], [0, -1]])
-# With fewer channels or pixels the sums around the products, and compiling them, take longer than what they save.
+# With fewer channels or pixels the sums around the products, and compiling them, take longer than they save.
 _FEWEST_CHANNELS, _FEWEST_PIXELS = 32, 16 * 16
 
 _Grid = Sequence[Sequence[Array]]
@@ -29,10 +29,9 @@ class Conv(nn.Module):
     Attributes:
         features: channels of the output.
         size: side of the kernel.
-        stride: of the output's positions.
+        stride: stride of the output's positions.
         padding: rows and columns of zeros added before and after height and width; None adds size // 2 everywhere.
-        dtype: of the computation; parameters are float32.
-        kernel_init: of the kernel [size, size, C, features].
+        dtype: dtype of the computation; parameters are float32.
     """
 
     features: int
@@ -40,13 +39,12 @@ class Conv(nn.Module):
     stride: int = 1
     padding: tuple[tuple[int, int], tuple[int, int]] | None = None
     dtype: DTypeLike = jnp.float32
-    kernel_init: Callable = nn.linear.default_kernel_init
 
     @nn.compact
     def __call__(self, x_BHWC: Array) -> Array:
         """Return [B, H', W', features]."""
         k, (_, H, W, C) = self.size, x_BHWC.shape
-        kernel = self.param("kernel", self.kernel_init, (k, k, C, self.features)).astype(self.dtype)
+        kernel = self.param("kernel", nn.linear.default_kernel_init, (k, k, C, self.features)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,)).astype(self.dtype)
         x = x_BHWC.astype(self.dtype)
         keeps_size = self.stride == 1 and self.padding is None
@@ -147,7 +145,7 @@ def _pad(x_BHWC: Array, border: int) -> Array:
 
 
 def _positions(x_BHWC: Array, size: int, ends: int) -> _Grid:
-    """What stands at each position of the tiles, `size` x `size` arrays [tiles, C]; tiles begin at every other pixel.
+    """The pixels at each position of the tiles, `size` x `size` arrays [tiles, C]; tiles begin at every other pixel.
 
     The last `ends` pairs of rows and columns begin no tile.
     """

@@ -16,15 +16,15 @@ class Layer(NamedTuple):
     """A convolution with a ReLU behind it.
 
     Attributes:
-        index: its place in torchvision's list of layers.
-        channels: of the output.
+        place: its place in torchvision's list of layers.
+        channels: channels of the output.
         size: side of the kernel.
-        stride: of the output's positions.
+        stride: stride of the output's positions.
         padding: zeros on each side.
         pool: side of the maximum taken before it, with stride 2; 0 for none.
     """
 
-    index: int
+    place: int
     channels: int
     size: int = 3
     stride: int = 1
@@ -32,7 +32,7 @@ class Layer(NamedTuple):
     pool: int = 0
 
 
-# AlexNet's layers; what each of them ends with is compared.
+# AlexNet's layers; the outputs of each are compared.
 LAYERS = (
     Layer(0, 64, size=11, stride=4, padding=2),
     Layer(3, 192, size=5, padding=2, pool=3),
@@ -56,7 +56,7 @@ class Features(nn.Module):
             if layer.pool:
                 x_BHWC = nn.max_pool(x_BHWC, (layer.pool, layer.pool), (2, 2))
             kernel, strides = (layer.size, layer.size), (layer.stride, layer.stride)
-            name = f"slice{number}_{layer.index}"
+            name = f"slice{number}_{layer.place}"
             x_BHWC = nn.relu(nn.Conv(layer.channels, kernel, strides, layer.padding, name=name)(x_BHWC))
             outputs.append(x_BHWC)
         return outputs

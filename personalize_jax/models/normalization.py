@@ -13,9 +13,9 @@ class GroupNorm(nn.Module):
     the time for that.
 
     Attributes:
-        num_groups: into which the channels are split.
+        num_groups: number of groups of channels.
         epsilon: added to the variance.
-        dtype: of the result; parameters are float32.
+        dtype: dtype of the result; parameters are float32.
     """
 
     num_groups: int

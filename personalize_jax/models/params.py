@@ -4,16 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from flax import traverse_util
-from jax import Array
 
-Params = Mapping[str, Any]
+Params = Mapping[str, Any]  # of arrays, or of their shapes or shardings
 
 
-def flatten(params: Params) -> dict[str, Array]:
-    """Arrays by slash-separated path."""
+def flatten(params: Params) -> dict[str, Any]:
+    """Leaves by slash-separated path."""
     return traverse_util.flatten_dict(dict(params), sep="/")
 
 
-def unflatten(flat: Mapping[str, Array]) -> Params:
+def unflatten(flat: Mapping[str, Any]) -> Params:
     """The inverse of `flatten`."""
     return traverse_util.unflatten_dict(dict(flat), sep="/")

@@ -1,4 +1,4 @@
-"""A small residual network that reads named properties off pictures."""
+"""A small residual network that reads named properties of pictures."""
 
 from collections.abc import Sequence
 
@@ -25,13 +25,13 @@ class ResidualBlock(nn.Module):
 
 
 class ProbeNetwork(nn.Module):
-    """Convolutions on three scales, then for each property a look at the places that tell it.
+    """Convolutions on three scales, then for each property attention to the places that show it.
 
     Every property pools the 8x8 features of the middle scale and the 4x4 features of the coarsest with attention
-    weights of its own: what an object is made of stands elsewhere in the picture than where it is.
+    weights of its own, as an object's material and its position show in different places of the picture.
 
     Attributes:
-        properties: (name, number of outputs) of each property: logits, or whatever else is read of them.
+        properties: (name, number of outputs) of each property.
         patch: side of the patches that the picture is cut into first.
         channels: width of each scale, finest first.
         blocks: residual blocks of each scale.

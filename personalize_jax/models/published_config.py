@@ -1,4 +1,4 @@
-"""What `config.json` files of published networks may hold, checked before anything is built from them."""
+"""Checks of published networks' `config.json` files before anything is built from them."""
 
 import logging
 import math
@@ -14,12 +14,12 @@ _WORDS = {int: "a positive whole number", float: "a number", bool: "true or fals
 
 
 def known_keys(config: Mapping[str, Any], keys: Collection[str], network: str) -> dict[str, Any]:
-    """What a network's class is told of its configuration, lists as tuples; the rest with a warning, as diffusers.
+    """The part of a configuration that a network's class knows, lists as tuples; as in diffusers, the rest is logged.
 
     Args:
         config: content of the file.
-        keys: those that the class knows; those that begin with an underscore are the file's own.
-        network: whose configuration it is, such as "U-Net".
+        keys: keys that the class knows; those that begin with an underscore are the file's own.
+        network: name of the network in messages, such as "U-Net".
     """
     for key in config.keys() - keys:
         if not key.startswith("_"):
@@ -30,12 +30,12 @@ def known_keys(config: Mapping[str, Any], keys: Collection[str], network: str) -
 
 
 def check_kinds(config: Mapping[str, Any], kinds: Mapping[str, Any], network: str) -> None:
-    """Refuse values of another kind than their keys have.
+    """Refuse values of the wrong kind.
 
     Args:
         config: values, lists as tuples; keys without a kind are passed over.
         kinds: a type for each key, as annotations write them; whole numbers are positive.
-        network: whose configuration it is, such as "U-Net".
+        network: name of the network in messages.
 
     Raises:
         UserError: a value is of another kind.
@@ -46,12 +46,12 @@ def check_kinds(config: Mapping[str, Any], kinds: Mapping[str, Any], network: st
 
 
 def check_choices(config: Mapping[str, Any], choices: Mapping[str, Collection[Any]], network: str) -> None:
-    """Refuse values that ask for what is not offered.
+    """Refuse values that are not supported.
 
     Args:
         config: values, lists as tuples, of the kinds that their keys have.
-        choices: what is offered for each key, in a list for each of it.
-        network: whose configuration it is.
+        choices: supported values of each key, or of each item where the value is a list.
+        network: name of the network in messages.
 
     Raises:
         UserError: a value is none of the choices.

@@ -27,8 +27,8 @@ class TransformerLayer(nn.Module):
 class TextEncoder(nn.Module):
     """Token ids to text embeddings.
 
-    A token's embedding is drawn with unit variance and moves only when the token is processed, so that a token that
-    pretraining never saw keeps a vector of its own: that is what makes a rare token a usable identifier.
+    A token's embedding begins with unit variance and moves only when the token is processed, so that a token that
+    pretraining never saw keeps a vector of its own: this makes a rare token a usable identifier.
     """
 
     vocab_size: int

@@ -10,9 +10,9 @@ from jax import Array
 _zeros = nn.initializers.zeros_init()
 
 
-def sinusoidal_embedding(t_B: Array, dim: int, max_period: float = 10_000.0) -> Array:
+def sinusoidal_embedding(t_B: Array, dim: int) -> Array:
     """Embed times in [0, 1], scaled to the customary 0..1000, as [B, dim] sines and cosines."""
-    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(dim // 2) / (dim // 2))
+    frequencies = jnp.exp(-jnp.log(10_000.0) * jnp.arange(dim // 2) / (dim // 2))
     angles = 1000.0 * t_B[:, None] * frequencies
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
@@ -22,7 +22,7 @@ def _norm(name: str) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions; the conditioning scales and shifts what stands between them."""
+    """Two 3x3 convolutions; the conditioning scales and shifts the activations between them."""
 
     channels: int
 
@@ -74,7 +74,7 @@ class UNet(nn.Module):
         patch: side of a patch.
         down_blocks: residual blocks of each level on the way down.
         up_blocks: the same on the way up.
-        attention: which levels have a transformer block.
+        attention: whether each level has a transformer block.
         super_resolution: whether the network takes a low-resolution picture.
     """
 

@@ -28,7 +28,7 @@ ACTIVATIONS = {"silu": nn.silu, "swish": nn.silu, "gelu": gelu}
 
 
 class BlockType(NamedTuple):
-    """What a block of a configuration is made of.
+    """The kind of a block in a configuration.
 
     Attributes:
         attention: whether an attention follows each resnet.
@@ -68,11 +68,6 @@ def _double(x_BHWC: Array) -> Array:
 _RESAMPLE = {"down": _halve, "up": _double}
 
 
-def group_norm(groups: int, epsilon: float, dtype: DTypeLike, name: str) -> GroupNorm:
-    """Group norm over positions and the channels of a group; statistics in float32."""
-    return GroupNorm(groups, epsilon, dtype, name=name)
-
-
 def layer_norm(dtype: DTypeLike, name: str) -> nn.LayerNorm:
     """Layer norm over channels; statistics in float32."""
     return nn.LayerNorm(epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
@@ -82,15 +77,15 @@ class ResnetBlock(nn.Module):
     """Two 3x3 convolutions with the time's embedding between them, on top of the input.
 
     Attributes:
-        channels: of the output.
-        groups: of the group norms.
-        epsilon: of the group norms.
+        channels: channels of the output.
+        groups: groups of the group norms.
+        epsilon: epsilon of the group norms.
         activation: key of `ACTIVATIONS`.
         scale_shift: whether the time scales and shifts; else it is added before the second norm.
         skip_time_act: whether the time's embedding has been activated already.
-        scale_factor: the output is divided by it.
+        scale_factor: divisor of the output.
         resample: "down" halves height and width by averaging, "up" doubles them by repetition.
-        dtype: of the computation.
+        dtype: dtype of the computation.
     """
 
     channels: int
@@ -107,14 +102,14 @@ class ResnetBlock(nn.Module):
     def __call__(self, x_BHWC: Array, time_BD: Array) -> Array:
         """Return [B, H', W', channels]."""
         act = ACTIVATIONS[self.activation]
-        h = act(group_norm(self.groups, self.epsilon, self.dtype, "norm1")(x_BHWC))
+        h = act(GroupNorm(self.groups, self.epsilon, self.dtype, name="norm1")(x_BHWC))
         if self.resample is not None:
             h, x_BHWC = _RESAMPLE[self.resample](h), _RESAMPLE[self.resample](x_BHWC)
         h = Conv(self.channels, dtype=self.dtype, name="conv1")(h)
         width = 2 * self.channels if self.scale_shift else self.channels
         time_BD = time_BD if self.skip_time_act else act(time_BD)
         time = nn.Dense(width, dtype=self.dtype, name="time_emb_proj")(time_BD)[:, None, None, :]
-        norm2 = group_norm(self.groups, self.epsilon, self.dtype, "norm2")
+        norm2 = GroupNorm(self.groups, self.epsilon, self.dtype, name="norm2")
         if self.scale_shift:
             scale, shift = jnp.split(time, 2, axis=-1)
             h = norm2(h) * (1 + scale) + shift
@@ -163,11 +158,11 @@ class SimpleCrossAttention(nn.Module):
 
     Attributes:
         head_dim: channels of a head.
-        groups: of the group norm of the pixels.
-        cross_attention_norm: of the text.
+        groups: groups of the pixels' group norm.
+        cross_attention_norm: norm of the text.
         only_cross_attention: whether pixels attend to the text alone.
-        dtype: of the computation.
-        implementation: of attention.
+        dtype: dtype of the computation.
+        implementation: implementation of attention, see `attention.attend`.
     """
 
     head_dim: int
@@ -186,10 +181,12 @@ class SimpleCrossAttention(nn.Module):
             return _heads(nn.Dense(C, dtype=self.dtype, name=name)(x_BLC), self.head_dim)
 
         if self.cross_attention_norm == "group_norm":
-            text_BLD = group_norm(32, 1e-5, self.dtype, "norm_cross")(text_BLD)  # over all positions, padding included
+            # Over all positions, padding included.
+            text_BLD = GroupNorm(32, 1e-5, self.dtype, name="norm_cross")(text_BLD)
         elif self.cross_attention_norm == "layer_norm":
             text_BLD = layer_norm(self.dtype, "norm_cross")(text_BLD)
-        h = group_norm(self.groups, 1e-5, self.dtype, "group_norm")(einops.rearrange(x_BHWC, "b h w c -> b (h w) c"))
+        h = einops.rearrange(x_BHWC, "b h w c -> b (h w) c")
+        h = GroupNorm(self.groups, 1e-5, self.dtype, name="group_norm")(h)
         q, k, v = project(h, "to_q"), project(text_BLD, "add_k_proj"), project(text_BLD, "add_v_proj")
         if not self.only_cross_attention:
             k = jnp.concatenate([k, project(h, "to_k")], axis=1)
@@ -203,8 +200,8 @@ class Attention(nn.Module):
 
     Attributes:
         heads: number of heads; they divide the width.
-        dtype: of the computation.
-        implementation: of attention.
+        dtype: dtype of the computation.
+        implementation: implementation of attention, see `attention.attend`.
     """
 
     heads: int
@@ -253,9 +250,9 @@ class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the text and an MLP, each on top of its input.
 
     Attributes:
-        attention: `Attention` but for its name.
+        attention: `Attention` without its name.
         only_cross_attention: whether the first attention is to the text as well.
-        dtype: of the computation.
+        dtype: dtype of the computation.
     """
 
     attention: Part
@@ -277,11 +274,11 @@ class Transformer(nn.Module):
     Attributes:
         heads: attention heads; they divide the channels.
         depth: number of transformer blocks.
-        groups: of the group norm.
+        groups: groups of the group norm.
         linear_projection: whether the projections are linear layers; else 1x1 convolutions, which do the same.
         only_cross_attention: whether the first attention is to the text as well.
-        dtype: of the computation.
-        implementation: of attention.
+        dtype: dtype of the computation.
+        implementation: implementation of attention, see `attention.attend`.
     """
 
     heads: int
@@ -298,7 +295,7 @@ class Transformer(nn.Module):
         projection: Part = nn.Dense if self.linear_projection else partial(Conv, size=1)
         project = partial(projection, x_BHWC.shape[-1], dtype=self.dtype)
         attention = partial(Attention, self.heads, self.dtype, self.implementation)
-        h = project(name="proj_in")(group_norm(self.groups, 1e-6, self.dtype, "norm")(x_BHWC))
+        h = project(name="proj_in")(GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x_BHWC))
         h = einops.rearrange(h, "b h w c -> b (h w) c")
         for i in range(self.depth):
             block = TransformerBlock(attention, self.only_cross_attention, self.dtype, name=f"transformer_blocks_{i}")
@@ -307,13 +304,14 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """What the blocks of a level have in common.
+    """The parts that the blocks of a level share, each without its name.
 
     Attributes:
-        resnet: `ResnetBlock` but for its name.
-        attention: what follows a resnet, but for its name.
-        last: what ends the block and does not see the text, but for its name.
-        remat: whether the backward pass computes a resnet with its attention again instead of storing what is in them.
+        resnet: `ResnetBlock`.
+        attention: the module that follows a resnet, if any.
+        last: the module at the block's end, which does not see the text, if any.
+        remat: whether the backward pass computes a resnet with its attention again instead of storing intermediate
+            results.
     """
 
     resnet: Part
@@ -331,7 +329,7 @@ class Block(nn.Module):
         return (nn.remat(apply) if self.remat else apply)(self, inputs, time_BD, text_BLD)
 
     def finish(self, name: str, x_BHWC: Array, time_BD: Array) -> Array:
-        """Apply what ends the block."""
+        """Apply the module at the block's end."""
 
         def apply(block: Block, x_BHWC: Array, time_BD: Array) -> Array:
             assert block.last is not None
@@ -341,13 +339,13 @@ class Block(nn.Module):
 
 
 class DownBlock(Block):
-    """A level on the way down, of so many layers."""
+    """A level on the way down."""
 
     layers: int
 
     @nn.compact
     def __call__(self, x_BHWC: Array, time_BD: Array, text_BLD: Array) -> list[Array]:
-        """Return what the way up is to see; the last of it is the output."""
+        """Return the skips for the way up, the last of which is the output."""
         outputs = []
         for i in range(self.layers):
             x_BHWC = self.layer(i, (x_BHWC,), time_BD, text_BLD)

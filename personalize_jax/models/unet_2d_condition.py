@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from personalize_jax.models.attention import Implementation, attend
 from personalize_jax.models.convolution import Conv
+from personalize_jax.models.normalization import GroupNorm
 from personalize_jax.models.published_config import check_choices, check_groups, check_kinds, known_keys
 from personalize_jax.models.unet_2d_blocks import (
     ACTIVATIONS,
@@ -32,7 +33,6 @@ from personalize_jax.models.unet_2d_blocks import (
     Transformer,
     UpBlock,
     Upsample,
-    group_norm,
     layer_norm,
 )
 from personalize_jax.runtime.errors import UserError
@@ -142,19 +142,19 @@ class UNet2DCondition(nn.Module):
     value for all or a tuple, finest level first.
 
     Attributes:
-        in_channels: of the noisy picture and, for super-resolution, the low-resolution picture behind it.
-        out_channels: of the output; with learned variances twice the noisy picture's.
+        in_channels: channels of the noisy picture and, for super-resolution, the low-resolution picture behind it.
+        out_channels: channels of the output; with learned variances twice the noisy picture's.
         flip_sin_to_cos: whether the time's cosines come before its sines.
         freq_shift: see `timestep_embedding`.
         down_block_types: keys of `DOWN_BLOCKS`, finest level first.
         mid_block_type: key of `MID_BLOCKS`.
         up_block_types: keys of `UP_BLOCKS`, coarsest level first.
         only_cross_attention: whether pixels attend to the text alone.
-        block_out_channels: of each level.
+        block_out_channels: channels of each level.
         layers_per_block: resnets of a level on the way down; there is one more on the way up.
         mid_block_scale_factor: divides the output of the mid block's resnets.
         act_fn: activation of resnets and time embeddings.
-        norm_num_groups: of the group norms.
+        norm_num_groups: groups of the group norms.
         norm_eps: epsilon of the resnets' group norms.
         cross_attention_dim: width of the text that the blocks see.
         transformer_layers_per_block: depth of a transformer.
@@ -172,12 +172,13 @@ class UNet2DCondition(nn.Module):
         timestep_post_act: applied to the time's embedding before anything is added.
         conv_in_kernel: side of the first convolution's kernel.
         conv_out_kernel: side of the last convolution's kernel.
-        mid_block_only_cross_attention: the same of a "simple" mid block; None if it is as all levels are.
-        cross_attention_norm: of the text, in "simple" blocks.
+        mid_block_only_cross_attention: `only_cross_attention` of a "simple" mid block; None for that of all levels.
+        cross_attention_norm: norm of the text, in "simple" blocks.
         addition_embed_type_num_heads: heads that pool the text.
-        dtype: of the computation; parameters are float32.
-        remat: whether the backward pass computes a resnet with its attention again instead of storing what is in them.
-        attention: which kernel computes attention.
+        dtype: dtype of the computation; parameters are float32.
+        remat: whether the backward pass computes a resnet with its attention again instead of storing intermediate
+            results.
+        attention: implementation of attention, see `attention.attend`.
     """
 
     in_channels: int = 4
@@ -221,7 +222,8 @@ class UNet2DCondition(nn.Module):
         """Build the network that a checkpoint's `config.json` describes.
 
         Args:
-            config: as diffusers writes it for a `UNet2DConditionModel`, whose defaults keys left out have.
+            config: its content, as diffusers writes it for a `UNet2DConditionModel`; keys left out have its
+                defaults.
             **compute: `dtype`, `remat`, `attention`.
 
         Raises:
@@ -260,7 +262,7 @@ class UNet2DCondition(nn.Module):
             z_BHWC: noisy picture; height and width are multiples of 2 to the number of levels less one.
             n_B: index of the time, 0 to 999.
             text_BLD: text embeddings.
-            mask_BL: not looked at: the public networks were trained to attend to padding as well.
+            mask_BL: ignored: the public networks were trained to attend to padding as well.
             low_res_BHWC: upsampled and noised low-resolution picture (super-resolution only).
             level_B: index of its noise level, 0 to 999 (super-resolution only).
 
@@ -285,7 +287,7 @@ class UNet2DCondition(nn.Module):
             count = _at(self.layers_per_block, level) + 1
             x = self._up_block(level)(x, skips[-count:], time_BD, text)
             del skips[-count:]
-        x = group_norm(self.norm_num_groups, self.norm_eps, self.dtype, "conv_norm_out")(x)
+        x = GroupNorm(self.norm_num_groups, self.norm_eps, self.dtype, name="conv_norm_out")(x)
         x = ACTIVATIONS[self.act_fn](x)
         x = Conv(self.out_channels, size=self.conv_out_kernel, dtype=self.dtype, name="conv_out")(x)
         return x.astype(jnp.float32)

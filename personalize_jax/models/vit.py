@@ -16,7 +16,7 @@ from personalize_jax.models.activation import gelu
 from personalize_jax.models.attention import attend
 from personalize_jax.runtime.errors import UserError
 
-# What the names of a checkpoint's config.json mean here.
+# Attributes by their keys in a checkpoint's config.json.
 _KEYS = {
     "image_size": "resolution",
     "patch_size": "patch",
@@ -33,7 +33,7 @@ class Patches(nn.Module):
     """A linear layer on every patch of pixels.
 
     Attributes:
-        width: of the output.
+        width: width of the output.
         patch: side of a patch.
     """
 
@@ -76,8 +76,8 @@ class VisionTransformer(nn.Module):
     Attributes:
         resolution: side of the pictures.
         patch: side of a patch; it divides the resolution.
-        width: of the embeddings.
-        num_layers: of the transformer.
+        width: width of the embeddings.
+        num_layers: number of layers.
         num_heads: attention heads; they divide the width.
         mlp_width: hidden units of the MLPs.
         epsilon: added to the variance by layer norms.
@@ -96,7 +96,7 @@ class VisionTransformer(nn.Module):
         """Build the network that a checkpoint's `config.json` describes.
 
         Args:
-            config: as transformers writes it for a `ViTModel`.
+            config: its content, as transformers writes it for a `ViTModel`.
 
         Raises:
             UserError: a key is missing, or has a value that is not supported.

@@ -140,10 +140,10 @@ class TorchLpips(torch.nn.Module):
         for number, layer in enumerate(LAYERS, start=1):
             part = torch.nn.Sequential()
             if layer.pool:
-                part.add_module(str(layer.index - 1), torch.nn.MaxPool2d(layer.pool, 2))
+                part.add_module(str(layer.place - 1), torch.nn.MaxPool2d(layer.pool, 2))
             convolution = torch.nn.Conv2d(channels, layer.channels, layer.size, layer.stride, layer.padding)
-            part.add_module(str(layer.index), convolution)
-            part.add_module(str(layer.index + 1), torch.nn.ReLU())
+            part.add_module(str(layer.place), convolution)
+            part.add_module(str(layer.place + 1), torch.nn.ReLU())
             channels = layer.channels
             self.net.add_module(f"slice{number}", part)
             head = torch.nn.Module()
