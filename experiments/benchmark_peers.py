@@ -137,17 +137,23 @@ def measure_ours(case: Case, weights: Path) -> dict[str, float]:
     import jax
 
     from configs import common
+    from personalize_jax.families.diffusion_loss import DiffusionFamily
     from personalize_jax.families.text import Text
-    from personalize_jax.families.unet_stage import Latents, Usual, unet_stage
+    from personalize_jax.families.unet_stage import Latents, StageDefaults, unet_stage
     from personalize_jax.formats.port_weights import load_weights
     from personalize_jax.pipeline.cascade import sample_pictures
     from personalize_jax.training.examples import Examples
     from personalize_jax.training.program import stage_program
 
+    class Embedded(DiffusionFamily):
+        """A family whose captions are embedded already."""
+
+        encoders = ("text_encoder",)
+
     unet = json.loads((weights / "config.json").read_text())
     spec = {"class": case.pipeline, "unet": unet, "scheduler": case.scheduler}
     latents = None if case.latents is None else Latents(*case.latents)
-    stage = unet_stage(spec, Usual("base", 1, 1.0), latents, attention="heads")
+    stage = unet_stage(spec, StageDefaults("base", 1, 1.0), TEXT["width"], latents, attention="heads")
     cond = Text(embeddings(1), np.ones((1, TEXT["length"]), bool))
     abstract = jax.eval_shape(lambda key: stage.init_params(key, cond), jax.random.key(0))
     params = load_weights(weights, abstract, "unet")
@@ -165,7 +171,7 @@ def measure_ours(case: Case, weights: Path) -> dict[str, float]:
     config.batch_size, config.prior.weight, config.prior.caption_dropout = case.batch, LAMBDA, 0.0
     config.optimizer.learning_rate, config.optimizer.clip_norm = LEARNING_RATE, CLIP_NORM
     start, groups = {"denoiser": params, "text_encoder": {}}, {"instance": examples, "prior": examples}
-    program = stage_program(stage, None, start, groups, config, 0)
+    program = stage_program(stage, Embedded(), start, groups, config, 0)
     state = program.init()
 
     def train_step() -> None:

@@ -12,7 +12,6 @@ import transformers
 
 from configs import deepfloyd_if, stable_diffusion
 from personalize_jax.export import export
-from personalize_jax.families.diffusion_loss import personalization_loss
 from personalize_jax.method import personalization
 from personalize_jax.method.personalization import (
     load_pretrained,
@@ -85,7 +84,7 @@ def loss_on_fixed_batch(pipeline, subject, stage, config):
     @jax.jit
     def loss(params, batch):
         key = jax.random.key(1)
-        return personalization_loss(stage, pipeline.family, objective, params, params, batch, key)[0]
+        return pipeline.family.loss(stage, objective, params, params, batch, key)[0]
 
     return float(loss(params, batch))
 

@@ -1,4 +1,4 @@
-"""What the rest of the package asks of a model family.
+"""The protocol of model families: everything that the rest of the package knows of a model.
 
 A family is one file here, and a line in `families.registry`. Nothing outside its file names its text encoders, its
 denoiser, its autoencoder or its folders.
@@ -6,9 +6,10 @@ denoiser, its autoencoder or its folders.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import ClassVar, NamedTuple, Protocol, Self
 
 from jax import Array
+from jax.typing import DTypeLike
 
 from personalize_jax.families.batch import Batch, Tokens
 from personalize_jax.families.objective import Objective
@@ -22,35 +23,38 @@ UNCONDITIONAL = ""  # the caption whose conditioning is the unconditional one of
 
 
 class Family(Protocol):
-    """One model of a family, all but its parameters.
+    """A model of a family, without its parameters.
 
-    Parameters are a dict of networks by name: those of `encoders`, one for each stage under the stage's name, and
+    Parameters are a dict of networks by name: the `encoders`, each stage's denoiser under the stage's name, and
     whatever else the family needs.
 
     Attributes:
-        stages: the denoisers in the order of sampling; each after the first enlarges what the one before it made.
-        tokenizer: the vocabulary that identifiers are chosen from; None in a model that is only planned with.
         encoders: names of the networks that turn tokens into conditioning. They can be tuned with a denoiser.
-        vocabulary_size: number of tokens V, those that the vocabulary leaves unused among them.
     """
 
-    stages: tuple[Stage, ...]
-    tokenizer: Tokenizer | None
     encoders: ClassVar[tuple[str, ...]]
 
     @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The denoisers in the order of sampling; each after the first enlarges the pictures of the one before it."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The vocabulary that identifiers are chosen from; None in a model for planning only."""
+
+    @property
     def vocabulary_size(self) -> int:
-        """V."""
+        """Number of tokens V, those that the vocabulary leaves unused among them."""
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """Token ids of captions, for `condition`."""
 
     def condition(self, params: Params, tokens: Tokens) -> Conditioning:
-        """What the denoisers see of captions; traceable.
+        """The denoisers' input from captions; traceable.
 
         Args:
-            params: of the networks in `encoders`, by name.
-            tokens: from `tokenize`.
+            params: parameters with those of the networks in `encoders`.
+            tokens: token ids from `tokenize`.
         """
 
     def loss(
@@ -62,30 +66,33 @@ class Family(Protocol):
         batches: Mapping[str, Batch],
         rng: Array,
     ) -> tuple[Array, dict[str, Array]]:
-        """The weighted sum of all groups' losses, and each group's own by name; traceable.
+        """The weighted sum of all groups' losses; traceable.
 
         Args:
             stage: the stage in training.
             objective: constants of the loss, and the groups.
             params: {"denoiser": ...} and the `encoders`, for `models.adapters.apply`: some may come with adapters.
-            frozen_params: the pretrained ones, as far as targets need them.
+            frozen_params: the pretrained parameters, as far as targets need them.
             batches: a batch of each group by its name, all of one size.
             rng: random key of this step.
+
+        Returns:
+            The scalar loss, and metrics by name, each group's "<group>_loss" among them.
         """
 
     def to_latents(self, params: Params, x_BHWC: Array) -> tuple[Array, Array] | None:
         """Mean and standard deviation of the latents of pictures in [-1, 1]; None where pictures are denoised.
 
         Args:
-            params: of all networks.
+            params: parameters of all networks.
             x_BHWC: pictures.
         """
 
     def to_pictures(self, params: Params, z_BHWC: Array) -> Array:
-        """Pictures, about in [-1, 1], of what the last step of sampling gives.
+        """Pictures, about in [-1, 1], from the result of the last step of sampling.
 
         Args:
-            params: of all networks.
+            params: parameters of all networks.
             z_BHWC: latents, or pictures already.
         """
 
@@ -97,18 +104,18 @@ class Family(Protocol):
         """
 
     def token_shapes(self, count: int) -> Tokens:
-        """Shapes of the tokens of so many captions."""
+        """Shapes of the tokens of `count` captions."""
 
     def with_stages(self, stages: Sequence[Stage]) -> Self:
         """The same model with its first stages only, or with stages that are sampled in another way."""
 
-    def write(self, read: Callable[[str], Params], folder: Path, dtype: Any) -> None:
-        """Write a pipeline in the layout that the family is read from, each file to a temporary name first.
+    def write(self, read: Callable[[str], Params], folder: Path, dtype: DTypeLike) -> None:
+        """Write the model in the layout that the family is read from, each file to a temporary name first.
 
         Args:
-            read: the float32 parameters of a network, by its name.
+            read: gives the float32 parameters of a network by its name.
             folder: made if missing; files of the same names are replaced.
-            dtype: of the stored parameters.
+            dtype: dtype of the stored parameters.
 
         Raises:
             UserError: a file cannot be written.
@@ -118,8 +125,8 @@ class Family(Protocol):
         """Write low-rank adapters by themselves, beside a pipeline, in the layout that others read.
 
         Args:
-            adapters: by stage.
-            folder: of the pipeline.
+            adapters: adapters by stage.
+            folder: the pipeline's folder.
         """
 
 
@@ -147,9 +154,9 @@ class Loaded(NamedTuple):
     """A model that was read.
 
     Attributes:
-        family: all but its parameters.
-        params: by network, as they are computed with.
-        read_float32: what reads a network's float32 parameters, by name, where `params` has them rounded.
+        family: the model without its parameters.
+        params: parameters by network, in the dtypes of the computation.
+        read_float32: functions that read a network's float32 parameters, by name, where `params` has them rounded.
     """
 
     family: Family

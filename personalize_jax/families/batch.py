@@ -1,4 +1,4 @@
-"""Batches: the examples of a group as a family's loss is given them."""
+"""Batches: the examples that a family's loss is computed from."""
 
 from typing import Any, NamedTuple
 
@@ -10,13 +10,13 @@ Tokens = Any  # a pytree of int32 arrays with a leading batch axis
 
 
 class Batch(NamedTuple):
-    """B examples of a group, as a train step is given them.
+    """B examples of a group in a train step.
 
     Attributes:
-        x: float32 [B, H, W, 3] in [-1, 1], or latents.
+        x: float32 [B, H, W, 3] pictures in [-1, 1], or latents.
         tokens: tokens of B captions.
-        cond: their conditioning, or None when the step has to compute it.
-        low_res: float32 [B, h, w, 3] in [-1, 1], or None.
+        cond: conditioning of the captions, or None when the step has to compute it.
+        low_res: float32 [B, h, w, 3] low-resolution pictures in [-1, 1], or None.
         pixel_weight: float32 [B, H, W, 1], or None for 1 everywhere.
     """
 
@@ -28,13 +28,13 @@ class Batch(NamedTuple):
 
 
 class NoisyBatch(NamedTuple):
-    """A network's input, and the noise in it.
+    """The denoiser's inputs for B examples, and the noise in them.
 
     Attributes:
         z: [B, H, W, C] noisy pictures or latents z_t.
         t: [B] times.
         cond: conditioning of the captions.
-        low_res: the low-resolution picture and its noise level, see `Stage.condition`; or None.
+        low_res: low-resolution pictures and their noise levels, see `Stage.augment`; or None.
         eps: [B, H, W, C] noise in z.
     """
 

@@ -11,22 +11,22 @@ from personalize_jax.families import public
 from personalize_jax.families.public import Spec, Weights
 from personalize_jax.families.stage import Stage
 from personalize_jax.families.text import PixelDenoising, TextConditioned
-from personalize_jax.families.unet_stage import Usual, check_width, unet_stage
+from personalize_jax.families.unet_stage import StageDefaults, unet_stage
 from personalize_jax.formats.caption_cleaning import clean_caption
 from personalize_jax.formats.diffusers_folder import Layout
-from personalize_jax.formats.lora_file import save_lora
-from personalize_jax.formats.scheduler_config import warn_of_another_sampler, with_variance
+from personalize_jax.formats.lora_file import Networks, save_lora
+from personalize_jax.formats.scheduler_config import warn_of_another_sampler
 from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.models.params import Params
 from personalize_jax.models.t5_encoder import T5Encoder
 from personalize_jax.runtime.errors import UserError
 
-# Of the enlarged picture 250 of 1000 levels of noise, as diffusers' pipeline has it.
-USUAL = {
-    "IFPipeline": Usual("base", 100, 7.0),
-    "IFSuperResolutionPipeline": Usual("super_resolution", 50, 4.0, augmentation_level=0.251),
+# The enlarged picture has noise of level 250 of 1000, as in diffusers' pipeline.
+DEFAULTS = {
+    "IFPipeline": StageDefaults("base", 100, 7.0),
+    "IFSuperResolutionPipeline": StageDefaults("super_resolution", 50, 4.0, augmentation_level=0.251),
 }
-LORA_FILE = {"denoiser": ("unet", "unet"), "text_encoder": ("text_encoder", "t5")}  # prefix, and layout of tensors
+LORA_NETWORKS: Networks = {"denoiser": ("unet", "unet"), "text_encoder": ("text_encoder", "t5")}
 _UNUSED = ("safety_checker", "feature_extractor", "watermarker")
 
 
@@ -35,29 +35,30 @@ class DeepFloydIF(TextConditioned, PixelDenoising):
     """The base model, and the super-resolution model after it if there is one; padding is masked out of T5's text.
 
     Attributes:
-        spec: configurations, see `families.public`.
+        spec: the configurations in its folders, see `families.public`.
     """
 
+    text_encoder: T5Encoder
     spec: Spec = dataclasses.field(compare=False)
 
     denoiser: ClassVar[str] = "unet"
-    stage_names: ClassVar[tuple[str, ...]] = tuple(usual.stage for usual in USUAL.values())
+    stage_names: ClassVar[tuple[str, ...]] = tuple(stage.name for stage in DEFAULTS.values())
     layouts: ClassVar[Mapping[str, Layout]] = {
         "IFPipeline": Layout(
-            {
+            needed={
                 "text_encoder": ("T5EncoderModel",),
                 "tokenizer": (),
                 "unet": ("UNet2DConditionModel",),
                 "scheduler": (),
             },
-            {},
-            _UNUSED,
+            optional={},
+            unused=_UNUSED,
         ),
         # It may share the text encoder of the pipeline before it.
         "IFSuperResolutionPipeline": Layout(
-            {"unet": ("UNet2DConditionModel",), "scheduler": (), "image_noising_scheduler": ()},
-            {"text_encoder": ("T5EncoderModel",), "tokenizer": ()},
-            _UNUSED,
+            needed={"unet": ("UNet2DConditionModel",), "scheduler": (), "image_noising_scheduler": ()},
+            optional={"text_encoder": ("T5EncoderModel",), "tokenizer": ()},
+            unused=_UNUSED,
         ),
     }
 
@@ -74,20 +75,15 @@ class DeepFloydIF(TextConditioned, PixelDenoising):
         stages: list[Stage] = []
         for of_stage in spec["stages"]:
             low_resolution = stages[-1].resolution if stages else None
-            stages.append(unet_stage(of_stage, USUAL[of_stage["class"]], None, low_resolution, **compute))
-            check_width(stages[-1], text_encoder.width)
+            defaults = DEFAULTS[of_stage["class"]]
+            stages.append(unet_stage(of_stage, defaults, text_encoder.width, None, low_resolution, **compute))
         return cls(tokenizer, text_encoder, tuple(stages), spec)
 
     @classmethod
-    def mended(cls, configs: Mapping[str, Any]) -> dict[str, Any]:
+    def mend_configs(cls, configs: Mapping[str, Any]) -> dict[str, Any]:
         """Configurations as they are: diffusers' pipelines mend nothing of these models."""
         warn_of_another_sampler(configs["scheduler"])
         return dict(configs)
-
-    @property
-    def compute_dtype(self) -> DTypeLike:
-        """What the networks compute in."""
-        return self.text_encoder.dtype
 
     def read_tokenizer(self, folder: Path) -> Tokenizer:
         """The vocabulary in the first stage's folder; captions are cleaned as those of training were."""
@@ -96,7 +92,7 @@ class DeepFloydIF(TextConditioned, PixelDenoising):
         return tokenizer
 
     def weights(self) -> dict[str, Weights]:
-        """Where each network's weights lie, by the network's name."""
+        """The place of each network's weights, by the network's name."""
         text_encoder = Weights(0, "text_encoder", "model.safetensors", "t5")
         file = "diffusion_pytorch_model.safetensors"
         stages = {stage.name: Weights(i, "unet", file, "unet") for i, stage in enumerate(self.stages)}
@@ -104,7 +100,7 @@ class DeepFloydIF(TextConditioned, PixelDenoising):
 
     def shapes(self) -> Params:
         """Shapes and dtypes of all parameters, as they lie in memory."""
-        return public.rounded(self.network_shapes, self.compute_dtype)
+        return public.rounded(self.network_shapes, self.text_encoder.spec.dtype)
 
     def with_stages(self, stages: Sequence[Stage]) -> "DeepFloydIF":
         """The same model with its first stages only, or with stages that are sampled in another way."""
@@ -113,18 +109,19 @@ class DeepFloydIF(TextConditioned, PixelDenoising):
 
     def write(self, read: Callable[[str], Params], folder: Path, dtype: DTypeLike) -> None:
         """Write a folder for each stage, which diffusers reads."""
-        classes = {"text_encoder": "T5EncoderModel", "tokenizer": "T5Tokenizer", "unet": "UNet2DConditionModel"}
-        public.write(self, read, folder, dtype, classes, _with_scheduler)
+        stages = list(map(_with_variance_in_use, self.stages, self.spec["stages"]))
+        model = dataclasses.replace(self, spec={**self.spec, "stages": stages})
+        public.write(model, read, folder, dtype, "T5Tokenizer")
 
     def write_adapters(self, adapters: Mapping[str, Params], folder: Path) -> None:
         """Write `lora/` beside each stage that has adapters, for diffusers' `load_lora_weights`."""
         for stage, target in zip(self.stages, public.stage_folders(folder, self.stages), strict=True):
             if stage.name in adapters:
-                save_lora(adapters[stage.name], target / "lora", LORA_FILE)
+                save_lora(adapters[stage.name], target / "lora", LORA_NETWORKS)
 
 
-def _with_scheduler(stage: Stage, spec: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A stage's configurations; where its variances were left alone in tuning, they are fixed from then on."""
+def _with_variance_in_use(stage: Stage, spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A stage's configurations; learned variances that tuning left alone are replaced by fixed ones."""
     if stage.learned_variance and stage.sampling.variance == "small":
-        return {**spec, "scheduler": with_variance(spec["scheduler"], "fixed_small")}
+        return {**spec, "scheduler": {**spec["scheduler"], "variance_type": "fixed_small"}}
     return spec

@@ -1,4 +1,4 @@
-r"""The objective: the denoising losses of all groups of examples, weighted and summed.
+"""The loss of diffusion models: the denoising losses of all groups of examples, weighted and summed.
 
     sum_g lambda_g E[ w_t |f(z_t, t, c) - y_g|^2 ],    z_t = alpha_t x + sigma_t eps
 
@@ -26,8 +26,8 @@ from personalize_jax.models.params import Params
 def diffuse(stage: Stage, batch: Batch, cond: Conditioning, key: Array, objective: Objective) -> NoisyBatch:
     """Noise a batch, each picture at a time of its own.
 
-    Times are stratified over the batch, see `Process.sample_times`. That is why each group of a step is noised by
-    itself: strata over two groups would leave one of them with only the low noise.
+    Each group of a step is noised by itself because times are stratified over the batch, see `Process.sample_times`:
+    strata over two groups would leave one of them with only the low noise.
     """
     t_key, eps_key, level_key, augmentation_key, offset_key = jax.random.split(key, 5)
     B = batch.x.shape[0]
@@ -40,68 +40,15 @@ def diffuse(stage: Stage, batch: Batch, cond: Conditioning, key: Array, objectiv
     low_res = None
     if batch.low_res is not None:
         noise = jax.random.normal(augmentation_key, batch.x.shape)
-        low_res = stage.condition(batch.low_res, sample_levels(level_key, B, *objective.augmentation_levels), noise)
+        low_res = stage.augment(batch.low_res, sample_levels(level_key, B, *objective.augmentation_levels), noise)
     return NoisyBatch(z, t_B, cond, low_res, eps)
 
 
-def personalization_loss(
-    stage: Stage,
-    family: Family,
-    objective: Objective,
-    params: Params,
-    frozen_params: Params,
-    batches: Mapping[str, Batch],
-    rng: Array,
-) -> tuple[Array, dict[str, Array]]:
-    """The weighted sum of all groups' losses.
-
-    Args:
-        stage: the stage in training.
-        family: the model's family, which gives captions their conditioning where they carry none.
-        objective: constants of the loss, and the groups.
-        params: {"denoiser": ...} and the family's encoders, each with adapters if it is trained by some.
-        frozen_params: the pretrained ones; only targets that need them read them.
-        batches: a batch of each group by its name, all of one size.
-        rng: random key of this step.
-
-    Returns:
-        The scalar loss, and each group's own by name: "<group>_loss", "<group>_bound".
-    """
-    groups = objective.groups
-    batches = [batches[group.name] for group in groups]
-
-    # 1. Noise: z_t = alpha_t x + sigma_t eps, each group at times and with noise of its own.
-    conds = [_condition(family, params, batch) for batch in batches]
-    keys = jax.random.split(rng, len(groups))
-    noised = [diffuse(stage, *inputs, objective) for inputs in zip(batches, conds, keys, strict=True)]
-
-    # 2. Prediction: f(z_t, t, c) of all groups in one call.
-    outputs = separate(stage.apply(params["denoiser"], *interleave(*map(_inputs, noised))), len(groups))
-
-    # 3. Loss: sum_g lambda_g (E[w_t |f - y_g|^2] + vlb_weight E[bound]).
-    loss, metrics = jnp.zeros(()), {}
-    for group, batch, noisy, output in zip(groups, batches, noised, outputs, strict=True):
-        prediction, variance = stage.split(output)
-        frozen_prediction = partial(_frozen_prediction, stage, family, frozen_params, batch, noisy)
-        error = jnp.square(prediction - group.target.function(stage, batch, noisy, frozen_prediction))
-        if batch.pixel_weight is not None:
-            error *= batch.pixel_weight
-        w_B = loss_weight(stage.prediction, stage.process, noisy.t, objective.weighting)
-        term = jnp.mean(per_picture(w_B, error) * error)
-        metrics[f"{group.name}_loss"] = term
-        if objective.vlb_weight > 0:
-            bound = jnp.mean(_bound(stage, batch, noisy, prediction, variance))
-            metrics[f"{group.name}_bound"] = bound
-            term += objective.vlb_weight * bound
-        loss += group.weight * term
-    return loss, metrics
-
-
 class DiffusionFamily:
-    """The part that all families of diffusion models share."""
+    """The loss that all families of diffusion models share."""
 
     def loss(
-        self,
+        self: Family,
         stage: Stage,
         objective: Objective,
         params: Params,
@@ -109,8 +56,38 @@ class DiffusionFamily:
         batches: Mapping[str, Batch],
         rng: Array,
     ) -> tuple[Array, dict[str, Array]]:
-        """See `personalization_loss`."""
-        return personalization_loss(stage, self, objective, params, frozen_params, batches, rng)
+        """The denoising losses of all groups, weighted and summed; see `Family.loss`.
+
+        Metrics are "<group>_loss" and, where the variance is learned, "<group>_bound".
+        """
+        groups = objective.groups
+        examples = [batches[group.name] for group in groups]
+
+        # 1. Noise: z_t = alpha_t x + sigma_t eps, each group at times and with noise of its own.
+        conds = [_condition(self, params, batch) for batch in examples]
+        keys = jax.random.split(rng, len(groups))
+        noised = [diffuse(stage, *inputs, objective) for inputs in zip(examples, conds, keys, strict=True)]
+
+        # 2. Prediction: f(z_t, t, c) of all groups in one call.
+        outputs = separate(stage.apply(params["denoiser"], *interleave(*map(_inputs, noised))), len(groups))
+
+        # 3. Loss: sum_g lambda_g (E[w_t |f - y_g|^2] + vlb_weight E[bound]).
+        loss, metrics = jnp.zeros(()), {}
+        for group, batch, noisy, output in zip(groups, examples, noised, outputs, strict=True):
+            prediction, variance = stage.split(output)
+            frozen_prediction = partial(_frozen_prediction, stage, self, frozen_params, batch, noisy)
+            error = jnp.square(prediction - group.target.function(stage, batch, noisy, frozen_prediction))
+            if batch.pixel_weight is not None:
+                error *= batch.pixel_weight
+            w_B = loss_weight(stage.prediction, stage.process, noisy.t, objective.weighting)
+            term = jnp.mean(per_picture(w_B, error) * error)
+            metrics[f"{group.name}_loss"] = term
+            if objective.vlb_weight > 0:
+                bound = jnp.mean(_bound(stage, batch, noisy, prediction, variance))
+                metrics[f"{group.name}_bound"] = bound
+                term += objective.vlb_weight * bound
+            loss += group.weight * term
+        return loss, metrics
 
 
 def interleave(*groups: tuple) -> tuple:
@@ -124,7 +101,7 @@ def separate(x: Array, count: int) -> list[Array]:
 
 
 def _condition(family: Family, params: Params, batch: Batch) -> Conditioning:
-    """The captions' conditioning: what was computed once, or what the encoders give."""
+    """The captions' conditioning: computed once before, or by the encoders now."""
     return batch.cond or family.condition(params, batch.tokens)
 
 
@@ -133,14 +110,15 @@ def _inputs(noisy: NoisyBatch) -> tuple:
 
 
 def _frozen_prediction(stage: Stage, family: Family, frozen_params: Params, batch: Batch, noisy: NoisyBatch) -> Array:
-    """What the frozen networks predict from the same noisy pictures, with the frozen encoders' conditioning."""
+    """The prediction of the frozen networks from the same noisy pictures, with the frozen encoders' conditioning."""
     cond = _condition(family, frozen_params, batch)
     output = stage.apply(frozen_params["denoiser"], *_inputs(noisy._replace(cond=cond)))
     return jax.lax.stop_gradient(stage.split(output)[0])
 
 
-def _bound(stage: Stage, batch: Batch, noisy: NoisyBatch, prediction: Array, v: Array) -> Array:
-    """The variational bound's gradient reaches the variance only: the mean learns from the simple loss."""
+def _bound(stage: Stage, batch: Batch, noisy: NoisyBatch, prediction: Array, v: Array | None) -> Array:
+    """The variational bound, whose gradient reaches the variance only: the mean learns from the simple loss."""
+    assert v is not None  # `Objective.vlb_weight` is for networks that learn the variance
     alpha, sigma = stage.process.alpha(noisy.t), stage.process.sigma(noisy.t)
     x0_hat, _ = to_x0_eps(stage.prediction, jax.lax.stop_gradient(prediction), noisy.z, alpha, sigma)
     return variational_bound(stage.process, batch.x, noisy.z, jnp.clip(x0_hat, -1, 1), v, noisy.t)

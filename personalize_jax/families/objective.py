@@ -1,4 +1,4 @@
-"""What a training asks of a family: groups of examples, how much each counts, and constants of the loss.
+"""The objective of a training: groups of examples with their weights, and constants of the loss.
 
 DreamBooth has two groups, instance images and class images; pretraining has one; n subjects in one model are 2 n.
 """
@@ -20,7 +20,7 @@ class Group:
     Attributes:
         name: key of its examples; its metrics begin with it.
         weight: factor of its term in the loss.
-        target: what its predictions are compared with.
+        target: the target of its predictions.
         caption_dropout: probability of the empty caption, in [0, 1].
     """
 
@@ -49,12 +49,12 @@ class Objective:
 
     Attributes:
         groups: groups of examples, whose losses are summed.
-        weighting: w_t as a weight in the space of the network's prediction, see `diffusion.prediction.loss_weight`.
+        weighting: kind of the weight w_t, see `diffusion.prediction.loss_weight`.
         augmentation_levels: range of the low-resolution picture's noise level while training (super-resolution only).
         offset_noise: standard deviation of noise that is the same in all of a picture, added to eps; 0 leaves it out.
         vlb_weight: weight of the variational bound, by which a network learns the variance of its steps; 0 leaves that
-            part of the output alone. Where Nichol & Dhariwal (2021, eq. 16) weigh the sum over N steps with .001, this
-            weighs one of them: 1 is theirs for N = 1000.
+            part of the output alone. It is the weight of one step, where Nichol & Dhariwal (2021, eq. 16) weigh the sum
+            over N steps with .001: 1 is theirs for N = 1000.
     """
 
     groups: tuple[Group, ...]

@@ -1,4 +1,4 @@
-"""What families share whose folders diffusers reads and writes: reading them array by array, and writing them.
+"""The part that families share whose folders diffusers reads and writes: reading them array by array, and writing them.
 
 Such a model is described by plain data, a `Spec`: the configurations that lie in its folders.
 
@@ -7,7 +7,7 @@ Such a model is described by plain data, a `Spec`: the configurations that lie i
      "stages": [{"class": "IFPipeline",      as in model_index.json
                  "unet": config.json,
                  "scheduler": scheduler_config.json,
-                 "sampling": fields of Sampling}, ...]}               where it differs from the usual
+                 "sampling": fields of Sampling}, ...]}               where it differs from the defaults
 """
 
 import json
@@ -27,39 +27,40 @@ from personalize_jax.formats.diffusers_folder import (
     Components,
     Layout,
     is_network,
+    is_scheduler,
     read_json,
     write_component_config,
     write_model_index,
 )
-from personalize_jax.formats.port_weights import Network, load_weights, save_weights
+from personalize_jax.formats.port_weights import Naming, load_weights, save_weights
 from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.models.attention import suited
 from personalize_jax.models.params import Params, flatten, unflatten
 from personalize_jax.runtime.errors import UserError
-from personalize_jax.runtime.files import replacing
+from personalize_jax.runtime.files import write_text
 
 Spec = Mapping[str, Any]
 
 OURS = "personalize_jax.json"  # beside model_index.json: how to sample, of which diffusers' files say less
-# What networks round to the dtype they compute in wherever they use it. Other parameters are used in float32: those of
-# norms, and T5's bias of attention; biases of layers are small.
+# The parameters that networks round to the computation's dtype wherever they use them. Others are used in float32:
+# those of norms, and T5's bias of attention; biases of layers are small.
 _ROUNDED = re.compile(r".*(?<!relative_attention_bias)/(kernel|embedding)")
 
 
 class Weights(NamedTuple):
-    """Where a network's weights lie.
+    """The place of a network's weights.
 
     Attributes:
-        stage: index of the stage whose folder it is.
-        component: the name of its folder there.
+        stage: index of the stage in whose folder they lie.
+        component: the name of their folder there.
         file: the name of the file that is written.
-        network: how its tensors are named and laid out.
+        naming: names and layout of their tensors.
     """
 
     stage: int
     component: str
     file: str
-    network: Network
+    naming: Naming
 
 
 class PublicFamily(Family, Protocol):
@@ -68,65 +69,63 @@ class PublicFamily(Family, Protocol):
     Attributes:
         layouts: components of the pipelines that it reads, by their class.
         denoiser: the component that each stage has of its own; other networks are shared.
-        stage_names: of all stages that there may be, in their order.
-        spec: the configurations in the folders.
-        compute_dtype: of the networks.
+        stage_names: names of all stages that there may be, in their order.
     """
 
     layouts: ClassVar[Mapping[str, Layout]]
     denoiser: ClassVar[str]
     stage_names: ClassVar[tuple[str, ...]]
-    spec: Spec
 
     @property
-    def compute_dtype(self) -> DTypeLike:
-        """What the networks compute in."""
+    def spec(self) -> Spec:
+        """The configurations in the model's folders."""
 
     @classmethod
     def from_spec(cls, spec: Spec, tokenizer: Tokenizer | None, **compute: Any) -> Self:
         """The networks and processes that a spec describes; see `build`."""
 
     @classmethod
-    def mended(cls, configs: Mapping[str, Any]) -> dict[str, Any]:
-        """A stage's configurations as diffusers' pipeline mends those of old models; says so where that warns."""
+    def mend_configs(cls, configs: Mapping[str, Any]) -> dict[str, Any]:
+        """A stage's configurations, mended as diffusers' pipeline mends those of old models; changes are logged."""
 
     def read_tokenizer(self, folder: Path) -> Tokenizer:
         """The vocabulary in the first stage's folder."""
 
     def weights(self) -> dict[str, Weights]:
-        """Where each network's weights lie, by the network's name."""
+        """The place of each network's weights, by the network's name."""
 
 
-def read(family: type[PublicFamily], found: Sequence[Components], place: Place | None = None, **compute: Any) -> Loaded:
+def read(
+    family: type[PublicFamily], components: Sequence[Components], place: Place | None = None, **compute: Any
+) -> Loaded:
     """Read a model without torch, array by array.
 
-    Parameters lie as `shapes` has them; what that rounds is read again wherever it is needed in float32, to be trained
-    or to be saved, so that only one copy is held throughout.
+    Parameters have the dtypes of `Family.shapes`. Rounded ones are read again wherever they are needed in float32, to
+    be trained or to be saved, so that only one copy is held throughout.
 
     Args:
-        family: of the first folder's pipeline.
-        found: what each stage's folder holds.
+        family: family of the first folder's pipeline.
+        components: each stage's folder.
         place: from a tree of shapes to a tree of shardings for the parameters; None for the default device.
-        **compute: of all networks: dtype, remat, attention.
+        **compute: options of all networks: dtype, remat, attention.
 
     Raises:
-        UserError: what is there cannot be used.
+        UserError: a folder cannot be used.
     """
-    model = build(family, spec_of(family, found), None, **compute)
-    abstract = model.shapes()
-    shardings = {} if place is None else place(abstract)
-    tokenizer = model.read_tokenizer(found[0].folder)
-    model = build(family, model.spec, tokenizer, **compute)
+    model = build(family, spec_of(family, components), None, **compute)
+    shapes = model.shapes()
+    shardings = {} if place is None else place(shapes)
+    model = build(family, model.spec, model.read_tokenizer(components[0].folder), **compute)
+    weights = model.weights()
 
     def read_network(name: str, dtype: DTypeLike | None = None) -> Params:
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), abstract[name])
-        where = weights[name]
-        return load_weights(found[where.stage].folder / where.component, shapes, where.network, shardings.get(name))
+        wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), shapes[name])
+        stage, component, _, naming = weights[name]
+        return load_weights(components[stage].folder / component, wanted, naming, shardings.get(name))
 
-    weights = model.weights()
     params = {name: read_network(name) for name in weights}
-    rounded = jnp.dtype(model.compute_dtype) != jnp.float32
-    return Loaded(model, params, {name: partial(read_network, name, jnp.float32) for name in weights if rounded})
+    is_rounded = any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(shapes))
+    return Loaded(model, params, {name: partial(read_network, name, jnp.float32) for name in weights if is_rounded})
 
 
 def build(
@@ -135,14 +134,14 @@ def build(
     """The networks and processes that a spec describes.
 
     Args:
-        family: that the spec is of.
-        spec: see the module.
-        tokenizer: or None, to plan with.
-        platform: whose devices they are for; None for this machine's.
-        **compute: of all networks: dtype, remat, attention.
+        family: family of the spec.
+        spec: the model's spec.
+        tokenizer: the vocabulary, or None in a model for planning only.
+        platform: platform of the devices to run on; None for this machine's.
+        **compute: options of all networks: dtype, remat, attention.
 
     Raises:
-        UserError: what it describes is not supported, or the stages do not follow each other.
+        UserError: the spec describes something that is not supported, or the stages do not follow each other.
     """
     if "attention" in compute:
         compute["attention"] = suited(compute["attention"], platform or jax.default_backend())
@@ -150,11 +149,11 @@ def build(
 
 
 def rounded(shapes: Callable[[], Params], dtype: DTypeLike) -> Params:
-    """Shapes of parameters as they lie in memory, rounded as the networks round them: the same results in half of it.
+    """Shapes of parameters in memory, rounded as the networks round them: the same results in half of the memory.
 
     Args:
-        shapes: gives them in float32.
-        dtype: that the networks compute in.
+        shapes: gives the shapes in float32.
+        dtype: dtype of the networks' computation.
 
     Raises:
         UserError: no networks can be built of such sizes.
@@ -176,10 +175,10 @@ def rounded(shapes: Callable[[], Params], dtype: DTypeLike) -> Params:
     )
 
 
-def spec_of(family: type[PublicFamily], found: Sequence[Components]) -> dict[str, Any]:
-    """The spec of a model, from what each stage's folder holds."""
-    shared = {k: v for k, v in found[0].configs.items() if is_network(k) and k != family.denoiser}
-    return {**shared, "stages": [_stage_spec(family, components, shared) for components in found]}
+def spec_of(family: type[PublicFamily], components: Sequence[Components]) -> dict[str, Any]:
+    """The spec of a model from each stage's folder."""
+    shared = {k: v for k, v in components[0].configs.items() if is_network(k) and k != family.denoiser}
+    return {**shared, "stages": [_stage_spec(family, of_stage, shared) for of_stage in components]}
 
 
 def _stage_spec(family: type[PublicFamily], components: Components, shared: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,48 +189,39 @@ def _stage_spec(family: type[PublicFamily], components: Components, shared: Mapp
         raise UserError(
             f"{ours} has the sampling {sampling!r}; give {', '.join(Sampling._fields)}, or remove the file."
         )
-    spec = {"class": components.pipeline, **family.mended(configs)}
+    spec = {"class": components.pipeline, **family.mend_configs(configs)}
     return spec | ({"sampling": sampling} if sampling else {})
 
 
 def write(
-    family: PublicFamily,
-    read: Callable[[str], Params],
-    folder: Path,
-    dtype: DTypeLike,
-    classes: Mapping[str, str],
-    changes: Callable[[Stage, Mapping[str, Any]], Mapping[str, Any]],
+    family: PublicFamily, read: Callable[[str], Params], folder: Path, dtype: DTypeLike, tokenizer_class: str
 ) -> None:
     """Write a model so that `read` and diffusers read it: a cascade as one folder for each stage.
 
     Args:
         family: the model.
-        read: the float32 parameters of a network, by its name.
+        read: gives the float32 parameters of a network by its name.
         folder: made if missing; files of the same names are replaced.
-        dtype: of the stored parameters.
-        classes: of all networks and vocabularies, by component.
-        changes: a stage's configurations as they are to be written, from those that were read.
+        dtype: dtype of the stored parameters.
+        tokenizer_class: class of the vocabulary in transformers.
     """
-    folders = stage_folders(folder, family.stages)
-    written = [{} for _ in folders]
-    for name, where in family.weights().items():
-        target, stage = folders[where.stage], family.spec["stages"][where.stage]
-        save_weights(read(name), target / where.component, where.file, where.network, dtype)
-        config = family.spec.get(where.component) or stage[where.component]
-        write_component_config(target, where.component, config)
-        written[where.stage][where.component] = classes[where.component]
+    folders, specs = stage_folders(folder, family.stages), family.spec["stages"]
+    classes: list[dict[str, str]] = [{} for _ in folders]
+    for name, (i, component, file, naming) in family.weights().items():
+        save_weights(read(name), folders[i] / component, file, naming, dtype)
+        write_component_config(folders[i], component, family.spec.get(component) or specs[i][component])
+        classes[i][component] = family.layouts[specs[i]["class"]].components[component][0]
+    assert family.tokenizer is not None  # a model for planning only has no parameters
     family.tokenizer.save(folders[0] / "tokenizer")
-    written[0]["tokenizer"] = classes["tokenizer"]
-    for i, (stage, spec, target) in enumerate(zip(family.stages, family.spec["stages"], folders, strict=True)):
-        for name, config in changes(stage, spec).items():
-            if name.endswith("scheduler"):
-                write_component_config(target, name, config)
-                written[i][name] = config["_class_name"]
-        with replacing(target / OURS) as temporary:
-            temporary.write_text(json.dumps({"sampling": stage.sampling._asdict()}, indent=2))
-        write_model_index(target, spec["class"], family.layouts[spec["class"]], written[i])
+    classes[0]["tokenizer"] = tokenizer_class
+    for stage, spec, target, of_stage in zip(family.stages, specs, folders, classes, strict=True):
+        for component in filter(is_scheduler, spec):
+            write_component_config(target, component, spec[component])
+            of_stage[component] = spec[component]["_class_name"]
+        write_text(target / OURS, json.dumps({"sampling": stage.sampling._asdict()}, indent=2))
+        write_model_index(target, spec["class"], family.layouts[spec["class"]], of_stage)
 
 
 def stage_folders(folder: Path, stages: Sequence[Stage]) -> list[Path]:
-    """Where each stage of a saved pipeline lies: in the folder itself if there is but one."""
+    """The folder of each stage of a saved pipeline: the pipeline's own if there is but one stage."""
     return [folder] if len(stages) == 1 else [folder / stage.name for stage in stages]

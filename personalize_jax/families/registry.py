@@ -1,4 +1,4 @@
-"""The families that there are: which of them a source is of."""
+"""All model families, and the choice of one for a source of weights."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +16,8 @@ from personalize_jax.formats.diffusers_folder import INDEX, Layout, read_compone
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.runtime.files import ASSETS
 
-FAMILIES: tuple[type[PublicFamily], ...] = (StableDiffusion, DeepFloydIF)  # whose folders diffusers reads
-OWN: tuple[type[OwnFamily], ...] = (World,)  # with a layout of their own
+FAMILIES: tuple[type[PublicFamily], ...] = (StableDiffusion, DeepFloydIF)  # families whose folders diffusers reads
+OWN: tuple[type[OwnFamily], ...] = (World,)  # families with a layout of their own
 LAYOUTS: Mapping[str, Layout] = {kind: layout for family in FAMILIES for kind, layout in family.layouts.items()}
 
 EMBEDDED = ("world",)
@@ -30,12 +30,12 @@ def load(sources: Sequence[str | Path], place: Place | None = None, **compute: A
         sources: the name of an embedded model; a folder that `Family.write` wrote; or a public model, as a folder that
             diffusers wrote or the name of a repository on the Hugging Face hub, one for each stage.
         place: from a tree of shapes to a tree of shardings for the parameters; None for the default device.
-        **compute: of public networks: dtype, remat, attention.
+        **compute: options of public networks: dtype, remat, attention.
 
     Raises:
-        UserError: nothing of that name, or it cannot be used.
+        UserError: there is no model of that name, or it cannot be used.
     """
-    folder = _folder(sources[0])
+    folder = ASSETS / sources[0] if str(sources[0]) in EMBEDDED else Path(sources[0])
     if len(sources) == 1 and (own := _own_family(folder)):
         return own.read_folder(folder, place)
     if len(sources) == 1 and not saved_folders(folder) and not hub.is_name(str(sources[0]).rstrip("/")):
@@ -44,8 +44,8 @@ def load(sources: Sequence[str | Path], place: Place | None = None, **compute: A
             f"{WORLD_INDEX} or a {INDEX}."
         )
     folders = (len(sources) == 1 and saved_folders(folder)) or sources
-    found = [read_components(resolve(source, LAYOUTS), LAYOUTS) for source in folders]
-    return public.read(family_of(found[0].pipeline), found, place, **compute)
+    components = [read_components(resolve(source, LAYOUTS), LAYOUTS) for source in folders]
+    return public.read(family_of(components[0].pipeline), components, place, **compute)
 
 
 def describe(sources: Sequence[str | Path], platform: str, **compute: Any) -> Family:
@@ -53,18 +53,18 @@ def describe(sources: Sequence[str | Path], platform: str, **compute: Any) -> Fa
 
     Args:
         sources: as for `load`, but no names of repositories.
-        platform: whose devices it is for.
-        **compute: of public networks: dtype, remat, attention.
+        platform: platform of the devices to run on.
+        **compute: options of public networks: dtype, remat, attention.
 
     Raises:
-        UserError: nothing there, or it cannot be used.
+        UserError: there is no model, or it cannot be used.
     """
     folders = [folder for source in sources for folder in saved_folders(Path(source))]
     if not folders:
         return load(sources).family
-    found = [read_components(folder, LAYOUTS) for folder in folders]
-    family = family_of(found[0].pipeline)
-    return public.build(family, public.spec_of(family, found), None, platform, **compute)
+    components = [read_components(folder, LAYOUTS) for folder in folders]
+    family = family_of(components[0].pipeline)
+    return public.build(family, public.spec_of(family, components), None, platform, **compute)
 
 
 def family_of(pipeline: str) -> type[PublicFamily]:
@@ -82,7 +82,3 @@ def saved_folders(folder: Path) -> list[Path]:
 
 def _own_family(folder: Path) -> type[OwnFamily] | None:
     return next((family for family in OWN if family.reads(folder)), None)
-
-
-def _folder(source: str | Path) -> Path:
-    return ASSETS / source if str(source) in EMBEDDED else Path(source)

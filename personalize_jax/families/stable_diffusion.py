@@ -17,9 +17,9 @@ from personalize_jax.families import public
 from personalize_jax.families.public import Spec, Weights
 from personalize_jax.families.stage import Stage
 from personalize_jax.families.text import TextConditioned
-from personalize_jax.families.unet_stage import Latents, Usual, check_width, unet_stage
+from personalize_jax.families.unet_stage import Latents, StageDefaults, unet_stage
 from personalize_jax.formats.diffusers_folder import Layout
-from personalize_jax.formats.lora_file import save_lora
+from personalize_jax.formats.lora_file import Networks, save_lora
 from personalize_jax.formats.scheduler_config import for_latents, warn_of_another_sampler
 from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.models.autoencoder_kl import AutoencoderKL
@@ -29,8 +29,8 @@ from personalize_jax.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-USUAL = Usual("base", 50, 7.5)
-LORA_FILE = {"denoiser": ("unet", "unet"), "text_encoder": ("text_encoder", "clip")}  # prefix, and layout of tensors
+DEFAULTS = StageDefaults("base", 50, 7.5)
+LORA_NETWORKS: Networks = {"denoiser": ("unet", "unet"), "text_encoder": ("text_encoder", "clip")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,25 +41,26 @@ class StableDiffusion(TextConditioned):
 
     Attributes:
         codec: the autoencoder.
-        spec: configurations, see `families.public`.
+        spec: the configurations in its folder, see `families.public`.
     """
 
+    text_encoder: ClipTextEncoder
     codec: AutoencoderKL
     spec: Spec = dataclasses.field(compare=False)
 
     denoiser: ClassVar[str] = "unet"
-    stage_names: ClassVar[tuple[str, ...]] = (USUAL.stage,)
+    stage_names: ClassVar[tuple[str, ...]] = (DEFAULTS.name,)
     layouts: ClassVar[Mapping[str, Layout]] = {
         "StableDiffusionPipeline": Layout(
-            {
+            needed={
                 "vae": ("AutoencoderKL",),
                 "text_encoder": ("CLIPTextModel",),
                 "tokenizer": (),
                 "unet": ("UNet2DConditionModel",),
                 "scheduler": (),
             },
-            {},
-            ("safety_checker", "feature_extractor", "image_encoder"),
+            optional={},
+            unused=("safety_checker", "feature_extractor", "image_encoder"),
         )
     }
 
@@ -72,22 +73,17 @@ class StableDiffusion(TextConditioned):
                 "model by itself."
             )
         codec = AutoencoderKL.from_config(spec["vae"], dtype=compute.get("dtype", jnp.float32))
-        stage = unet_stage(spec["stages"][0], USUAL, Latents(codec.latent_channels, codec.factor), **compute)
         text_encoder = ClipTextEncoder.from_config(spec["text_encoder"], **compute)
-        check_width(stage, text_encoder.width)
+        latents = Latents(codec.latent_channels, codec.factor)
+        stage = unet_stage(spec["stages"][0], DEFAULTS, text_encoder.width, latents, **compute)
         return cls(tokenizer, text_encoder, (stage,), codec, spec)
 
     @classmethod
-    def mended(cls, configs: Mapping[str, Any]) -> dict[str, Any]:
+    def mend_configs(cls, configs: Mapping[str, Any]) -> dict[str, Any]:
         """Configurations as diffusers' `StableDiffusionPipeline` mends those of old models."""
         mended = {**configs, "unet": _mended_unet(configs["unet"]), "scheduler": for_latents(configs["scheduler"])}
         warn_of_another_sampler(mended["scheduler"])
         return mended
-
-    @property
-    def compute_dtype(self) -> DTypeLike:
-        """What the networks compute in."""
-        return self.text_encoder.dtype
 
     def read_tokenizer(self, folder: Path) -> Tokenizer:
         """The vocabulary in the folder."""
@@ -96,7 +92,7 @@ class StableDiffusion(TextConditioned):
         return tokenizer
 
     def weights(self) -> dict[str, Weights]:
-        """Where each network's weights lie, by the network's name."""
+        """The place of each network's weights, by the network's name."""
         return {
             "text_encoder": Weights(0, "text_encoder", "model.safetensors", "clip"),
             "base": Weights(0, "unet", "diffusion_pytorch_model.safetensors", "unet"),
@@ -119,7 +115,7 @@ class StableDiffusion(TextConditioned):
             codec = jax.eval_shape(self.codec.init, jax.random.key(0), x)["params"]
             return {**self.network_shapes(), "codec": codec}
 
-        return public.rounded(shapes, self.compute_dtype)
+        return public.rounded(shapes, self.text_encoder.spec.dtype)
 
     def with_stages(self, stages: Sequence[Stage]) -> "StableDiffusion":
         """The same model, sampled in another way."""
@@ -127,35 +123,30 @@ class StableDiffusion(TextConditioned):
 
     def write(self, read: Callable[[str], Params], folder: Path, dtype: DTypeLike) -> None:
         """Write the folder that diffusers reads."""
-        classes = {
-            "text_encoder": "CLIPTextModel",
-            "tokenizer": "CLIPTokenizer",
-            "unet": "UNet2DConditionModel",
-            "vae": "AutoencoderKL",
-        }
-        public.write(self, read, folder, dtype, classes, lambda stage, spec: spec)
+        public.write(self, read, folder, dtype, "CLIPTokenizer")
 
     def write_adapters(self, adapters: Mapping[str, Params], folder: Path) -> None:
         """Write `lora/`, for diffusers' `load_lora_weights`."""
         for of_stage in adapters.values():
-            save_lora(of_stage, folder / "lora", LORA_FILE)
+            save_lora(of_stage, folder / "lora", LORA_NETWORKS)
 
 
 @partial(jax.jit, static_argnums=0)
-def _decode(codec: AutoencoderKL, params: Params, z_BHWC: Array) -> Array:
+def _decode(codec: AutoencoderKL, params: Params, z_BHWC: Array) -> Any:
     return codec.apply({"params": params}, z_BHWC / codec.scaling_factor, method="decode")
 
 
 @partial(jax.jit, static_argnums=0)
 def _encode(codec: AutoencoderKL, params: Params, x_BHWC: Array) -> tuple[Array, Array]:
-    mean, std = codec.apply({"params": params}, x_BHWC, method="encode")
+    latents: Any = codec.apply({"params": params}, x_BHWC, method="encode")
+    mean, std = latents
     return mean * codec.scaling_factor, std * codec.scaling_factor
 
 
 def _mended_unet(unet: Mapping[str, Any]) -> dict[str, Any]:
     """A U-Net's configuration as diffusers mends those of models of 512 pixels.
 
-    What diffusers before 0.9 converted says 32 of them where it says anything.
+    Files that diffusers before 0.9 converted have 32 of them, where they have any number.
     """
     version = re.match(r"(\d+)\.(\d+)", str(unet.get("_diffusers_version")))
     size = unet.get("sample_size")

@@ -1,7 +1,7 @@
 """One diffusion model of a cascade: a network with the process that it inverts and the way it is sampled."""
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,27 +12,27 @@ from personalize_jax.diffusion.guidance import dynamic_threshold, guide
 from personalize_jax.diffusion.prediction import Prediction, to_x0_eps
 from personalize_jax.diffusion.process import Process
 from personalize_jax.models import adapters
-from personalize_jax.models.adapters import Adapted
+from personalize_jax.models.adapters import Adapted, Network
 from personalize_jax.models.params import Params
 
-# What a network is told of captions: a tuple of arrays with a leading batch axis, of which only the family that made
-# it knows more.
+# A network's input from captions: a tuple of arrays with a leading batch axis, of which only the family that made it
+# knows more.
 Conditioning = tuple[Array, ...]
 
 SAMPLERS = {"ddim": samplers.ddim, "dpm_solver_pp": samplers.dpm_solver_pp}  # and ancestral, which takes a variance
 
 
 class Sampling(NamedTuple):
-    """How pictures are drawn from a stage.
+    """How pictures are sampled from a stage.
 
     Attributes:
-        sampler: a name in `SAMPLERS`.
+        sampler: a name in `SAMPLERS`, or "ancestral".
         num_steps: network evaluations a picture (doubled by guidance).
         guidance_scale: w of classifier-free guidance; 1 switches it off.
-        threshold_percentile: of dynamic thresholding.
+        threshold_percentile: quantile of dynamic thresholding.
         threshold_max: largest threshold; 1 is static thresholding, None leaves predictions as they are.
         augmentation_level: noise level of the low-resolution picture (super-resolution only).
-        variance: of the ancestral sampler's steps, see `diffusion.samplers.ancestral`.
+        variance: variance of the ancestral sampler's steps, see `diffusion.samplers.ancestral`.
     """
 
     sampler: str
@@ -44,21 +44,6 @@ class Sampling(NamedTuple):
     variance: samplers.Variance = "small"
 
 
-class Network(Protocol):
-    """A denoiser: a Flax module, compared and hashed by value.
-
-    It is called with noisy pictures or latents [B, H, W, C], what it is told of time [B], the arrays of the
-    conditioning, and for super-resolution the low-resolution pictures [B, H, W, 3] and what it is told of their levels
-    [B].
-    """
-
-    def init(self, key: Array, *inputs: Any) -> dict[str, Params]:
-        """Random variables, of which "params" are all."""
-
-    def apply(self, variables: dict[str, Params], *inputs: Array) -> Array:
-        """The network's output, [B, H, W, C] or twice as many channels."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """A network with resolution, forward process, kind of prediction and sampling.
@@ -67,18 +52,21 @@ class Stage:
 
     Attributes:
         name: the key of its parameters in the pipeline, such as "base".
-        network: the denoiser, used through `apply` and `init_params` only.
+        network: the denoiser, used through `apply` and `init_params` only. Its inputs are noisy pictures or latents
+            [B, H, W, C], the process's `network_time` [B], the arrays of the conditioning, and for super-resolution the
+            low-resolution pictures [B, H, W, 3] and the augmentation's `network_time` [B]; its output is [B, H, W, C],
+            or has twice the channels.
         resolution: side of its pictures, pixels.
-        low_resolution: side of the pictures it starts from, or None for a base model.
+        low_resolution: side of the low-resolution pictures, or None for a base model.
         process: the forward process that the network inverts.
         augmentation: the process by which the low-resolution picture is noised.
-        prediction: what the network predicts.
-        sampling: the default way to draw pictures.
-        channels: of what is denoised: 3 of a picture, or those of its latents.
-        factor: pixels to a latent's side; 1 where pictures themselves are denoised.
-        spacing: which times of a discrete process sampling visits.
+        prediction: the kind of the network's prediction.
+        sampling: the default way to sample pictures.
+        channels: channels of the pictures or latents that are denoised.
+        factor: pixels along a side of a picture for one of its latents; 1 where pictures themselves are denoised.
+        spacing: the times of a discrete process that sampling visits.
         align_corners: whether low-resolution pictures are enlarged between the centres of their corner pixels.
-        learned_variance: whether the network's output has a second half that tells the steps' variance.
+        learned_variance: whether the second half of the network's output is the variance of the sampling steps.
     """
 
     name: str
@@ -97,7 +85,7 @@ class Stage:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(height, width, channels) of what is denoised."""
+        """(height, width, channels) of a picture or latents to denoise."""
         side = self.resolution // self.factor
         return side, side, self.channels
 
@@ -105,7 +93,7 @@ class Stage:
         """Random parameters.
 
         Args:
-            key: used here alone.
+            key: random key, used here alone.
             cond: conditioning of one caption, or its shapes.
         """
         x, one = jnp.zeros((1, *self.shape)), jnp.zeros((1,))
@@ -124,7 +112,7 @@ class Stage:
         """The network's raw output, float32; see `split`.
 
         Args:
-            params: of this stage.
+            params: parameters of this stage.
             z_t: noisy pictures or latents [B, H, W, C].
             t_B: times in [0, 1].
             cond: conditioning of B captions.
@@ -137,13 +125,16 @@ class Stage:
         return output.astype(jnp.float32)
 
     def split(self, output: Array) -> tuple[Array, Array | None]:
-        """The prediction and what the network says of the steps' variance, or None if it says nothing."""
-        return tuple(jnp.split(output, 2, axis=-1)) if self.learned_variance else (output, None)
+        """The prediction, and the variance in the terms of `samplers.learned_log_variance` or None."""
+        if not self.learned_variance:
+            return output, None
+        prediction, variance = jnp.split(output, 2, axis=-1)
+        return prediction, variance
 
-    def condition(self, low_BHWC: Array, level_B: Array, noise: Array) -> tuple[Array, Array]:
-        """What a super-resolution network is given: the low-resolution picture, upsampled and noised, and its level.
+    def augment(self, low_BHWC: Array, level_B: Array, noise: Array) -> tuple[Array, Array]:
+        """A super-resolution network's inputs: the low-resolution pictures, upsampled and noised, and their levels.
 
-        The same in training and in sampling (specification [0093]).
+        They are made alike in training and in sampling (specification [0093]).
 
         Args:
             low_BHWC: low-resolution pictures in [-1, 1].
@@ -165,10 +156,10 @@ class Stage:
         """Sample pictures, or latents; traceable.
 
         Args:
-            params: of this stage.
+            params: parameters of this stage.
             keys_B: one key a picture; a picture depends on its own key alone.
-            cond: conditioning of the prompts.
-            null_cond: the unconditional one, as often.
+            cond: conditioning of B prompts.
+            null_cond: the unconditional one, B times.
             sampling: sampler, steps, guidance.
             low_BHWC: low-resolution pictures in [-1, 1], for super-resolution.
 
@@ -181,7 +172,7 @@ class Stage:
             noise_key_B = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys_B)
             keys_B = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys_B)
             levels = jnp.full((len(keys_B),), sampling.augmentation_level)
-            low_res = self.condition(low_BHWC, levels, samplers.initial_noise(noise_key_B, self.shape))
+            low_res = self.augment(low_BHWC, levels, samplers.initial_noise(noise_key_B, self.shape))
         denoise = self.denoiser(params, cond, null_cond, sampling, low_res)
         return samplers.sample(denoise, self.sampler(sampling), self.times(sampling), keys_B, self.shape)
 
@@ -207,26 +198,26 @@ class Stage:
         sampling: Sampling,
         low_res: tuple[Array, Array] | None = None,
     ) -> samplers.Denoise:
-        """What a sampler sees of the network: (z_t, scalar t) -> x0_hat, guided and thresholded.
+        """The network as samplers call it: (z_t, scalar t) -> x0_hat, guided and thresholded.
 
-        For the ancestral sampler with learned variances the answer is (x0_hat, what the network says of the variance
-        given the prompt).
+        For the ancestral sampler with learned variances the result is the pair of x0_hat and the variance that the
+        network predicts given the prompt.
 
         Args:
-            params: of this stage.
+            params: parameters of this stage.
             cond: conditioning of B prompts.
             null_cond: the unconditional one, B times.
             sampling: guidance and thresholds.
-            low_res: from `condition`, for super-resolution.
+            low_res: the result of `augment`, for super-resolution.
         """
         guided = sampling.guidance_scale != 1.0
         learned = sampling.sampler == "ancestral" and sampling.variance == "learned_range"
-        batch = len(cond[0])
         if guided:
             cond = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, null_cond)
             low_res = jax.tree.map(lambda a: jnp.concatenate([a, a]), low_res)
 
-        def denoise(z_t: Array, t: Array) -> Array | tuple[Array, Array]:
+        def denoise(z_t: Array, t: Array) -> samplers.Denoised:
+            batch = len(z_t)
             z = jnp.concatenate([z_t, z_t]) if guided else z_t
             prediction, v = self.split(self.apply(params, z, jnp.full((len(z),), t), cond, low_res))
             if guided:
@@ -236,6 +227,9 @@ class Stage:
                 x0_hat = dynamic_threshold(x0_hat, sampling.threshold_percentile, sampling.threshold_max)
             # Thresholds would make pictures of infinite predictions, which are to be noticed.
             x0_hat = jnp.where(jnp.isfinite(prediction), x0_hat, jnp.nan)
-            return (x0_hat, v[:batch]) if learned else x0_hat
+            if not learned:
+                return x0_hat
+            assert v is not None  # "learned_range" is for networks that learn the variance
+            return x0_hat, v[:batch]
 
         return denoise

@@ -1,4 +1,4 @@
-"""Targets: what a group's predictions are compared with, one function each.
+"""Targets of a group's predictions, one function each.
 
 Another form of the prior term is a function of the same arguments and a line in `PRIOR_FORMS`.
 """
@@ -18,11 +18,11 @@ FrozenPrediction = Callable[[], Array]
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What the predictions of a group are compared with.
+    """The target of a group's predictions.
 
     Attributes:
         function: (stage, batch, noisy batch, frozen prediction) -> [B, H, W, C] in the space of the stage's prediction.
-        needs_frozen: whether the function calls for the frozen prediction, so that a training must hold the pretrained
+        needs_frozen: whether the function uses the frozen prediction, so that a training must keep the pretrained
             networks beside those that it changes.
     """
 
@@ -31,17 +31,17 @@ class Target:
 
 
 def picture(stage: Stage, batch: Batch, noisy: NoisyBatch, frozen_prediction: FrozenPrediction) -> Array:
-    """The prediction that would give back the clean picture x of z_t = alpha_t x + sigma_t eps."""
+    """The prediction from which the clean picture x of z_t = alpha_t x + sigma_t eps would follow."""
     alpha, sigma = stage.process.alpha(noisy.t), stage.process.sigma(noisy.t)
     return target(stage.prediction, batch.x, noisy.eps, alpha, sigma)
 
 
-def frozen_answer(stage: Stage, batch: Batch, noisy: NoisyBatch, frozen_prediction: FrozenPrediction) -> Array:
-    """The answer of the frozen network to the same noisy input (specification [0082]-[0086])."""
+def frozen(stage: Stage, batch: Batch, noisy: NoisyBatch, frozen_prediction: FrozenPrediction) -> Array:
+    """The frozen network's prediction for the same noisy input (specification [0082]-[0086])."""
     return frozen_prediction()
 
 
 PICTURE = Target(picture, needs_frozen=False)
 
 # By the values of config.prior.form. "sampled" is the class image that the frozen cascade has sampled.
-PRIOR_FORMS = {"sampled": PICTURE, "frozen_prediction": Target(frozen_answer, needs_frozen=True)}
+PRIOR_FORMS = {"sampled": PICTURE, "frozen_prediction": Target(frozen, needs_frozen=True)}

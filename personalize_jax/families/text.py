@@ -1,9 +1,9 @@
-"""What families share whose denoisers attend to the sequence of one text encoder."""
+"""The part that families share whose denoisers attend to the sequence of one text encoder."""
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,8 @@ from personalize_jax.families.diffusion_loss import DiffusionFamily
 from personalize_jax.families.stage import Stage
 from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.models import adapters
-from personalize_jax.models.adapters import Adapted
-from personalize_jax.models.clip_text import ClipTextEncoder
+from personalize_jax.models.adapters import Adapted, Network
 from personalize_jax.models.params import Params
-from personalize_jax.models.t5_encoder import T5Encoder
-from personalize_jax.models.text_encoder import TextEncoder
 
 
 class Text(NamedTuple):
@@ -28,18 +25,30 @@ class Text(NamedTuple):
     mask: Array
 
 
+class TextEncoder(Network, Protocol):
+    """A network from token ids [B, L] to the arrays of `Text`."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the table of embeddings."""
+
+    @property
+    def max_length(self) -> int:
+        """Number of tokens L of every text, padding included."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TextConditioned(DiffusionFamily):
-    """The part of such a family that is about captions, and its denoisers.
+    """Captions, text encoder and denoisers of such a family.
 
     Attributes:
-        tokenizer: the vocabulary, or None to plan with.
-        text_encoder: shared by all stages.
+        tokenizer: the vocabulary, or None in a model for planning only.
+        text_encoder: the text encoder, shared by all stages.
         stages: the denoisers in the order of sampling.
     """
 
     tokenizer: Tokenizer | None = dataclasses.field(compare=False)
-    text_encoder: TextEncoder | ClipTextEncoder | T5Encoder
+    text_encoder: TextEncoder
     stages: tuple[Stage, ...]
 
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
@@ -51,27 +60,24 @@ class TextConditioned(DiffusionFamily):
 
     def tokenize(self, captions: Sequence[str]) -> np.ndarray:
         """Token ids, int32 [B, L]."""
+        assert self.tokenizer is not None  # a model for planning only meets no captions
         return self.tokenizer(captions)
 
     def token_shapes(self, count: int) -> jax.ShapeDtypeStruct:
-        """Shape of so many captions' token ids."""
+        """Shape of the token ids of `count` captions."""
         return jax.ShapeDtypeStruct((count, self.text_encoder.max_length), jnp.int32)
 
     def condition(self, params: Params, tokens_BL: Array) -> Text:
-        """The text encoder's embeddings and their mask; traceable.
-
-        Args:
-            params: with those of the text encoder.
-            tokens_BL: from `tokenize`.
-        """
+        """The text encoder's embeddings and their mask; traceable."""
         return Text(*_encode(self.text_encoder, params["text_encoder"], tokens_BL))
 
-    def network_shapes(self) -> Params:
+    def network_shapes(self) -> dict[str, Params]:
         """Shapes of the text encoder's and the denoisers' parameters, float32."""
         key, tokens = jax.random.key(0), jnp.zeros(self.token_shapes(1).shape, jnp.int32)
-        text, variables = jax.eval_shape(lambda: self.text_encoder.init_with_output(key, tokens))
+        text_params = jax.eval_shape(self.text_encoder.init, key, tokens)["params"]
+        text = jax.eval_shape(self.condition, {"text_encoder": text_params}, tokens)
         stages = {stage.name: jax.eval_shape(lambda s=stage: s.init_params(key, text)) for stage in self.stages}
-        return {"text_encoder": variables["params"], **stages}
+        return {"text_encoder": text_params, **stages}
 
 
 class PixelDenoising:
@@ -80,13 +86,11 @@ class PixelDenoising:
     def to_latents(self, params: Params, x_BHWC: Array) -> None:
         """There are none."""
 
-    def to_pictures(self, params: Params, x_BHWC: Array) -> Array:
+    def to_pictures(self, params: Params, z_BHWC: Array) -> Array:
         """The pictures that were denoised."""
-        return x_BHWC
+        return z_BHWC
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(
-    text_encoder: TextEncoder | ClipTextEncoder | T5Encoder, params: Params | Adapted, tokens_BL: Array
-) -> tuple[Array, Array]:
+def _encode(text_encoder: TextEncoder, params: Params | Adapted, tokens_BL: Array) -> tuple[Array, Array]:
     return adapters.apply(text_encoder, params, tokens_BL)

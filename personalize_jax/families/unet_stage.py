@@ -9,24 +9,24 @@ from personalize_jax.models.unet_2d_condition import UNet2DCondition
 from personalize_jax.runtime.errors import UserError
 
 
-class Usual(NamedTuple):
-    """How a pipeline class is sampled where nothing says otherwise, and the name of its stage.
+class StageDefaults(NamedTuple):
+    """Name and sampling of a pipeline class's stage where its files give no other.
 
     Attributes:
-        stage: the name of its stage.
+        name: name of the stage.
         num_steps: sampling steps.
-        guidance_scale: guidance.
+        guidance_scale: guidance scale.
         augmentation_level: noise level of the low-resolution picture.
     """
 
-    stage: str
+    name: str
     num_steps: int
     guidance_scale: float
     augmentation_level: float = 0.0
 
 
 class Latents(NamedTuple):
-    """What is denoised in place of pictures: the number of channels, and of pixels to a latent's side."""
+    """Latents to denoise in place of pictures: their channels, and the pixels to a latent's side."""
 
     channels: int
     factor: int
@@ -34,7 +34,8 @@ class Latents(NamedTuple):
 
 def unet_stage(
     spec: Mapping[str, Any],
-    usual: Usual,
+    defaults: StageDefaults,
+    text_width: int,
     latents: Latents | None = None,
     low_resolution: int | None = None,
     **compute: Any,
@@ -43,17 +44,18 @@ def unet_stage(
 
     Args:
         spec: the stage's configurations, see `families.public`.
-        usual: of its pipeline class.
-        latents: that it denoises, if any.
+        defaults: defaults of its pipeline class.
+        text_width: width of the text encoder's embeddings.
+        latents: the latents that it denoises, if any.
         low_resolution: side of the pictures that it enlarges, if it does.
-        **compute: of the network: dtype, remat, attention.
+        **compute: options of the network: dtype, remat, attention.
 
     Raises:
-        UserError: what the spec describes is not supported.
+        UserError: the spec describes a stage that is not supported.
     """
     network, scheduler = UNet2DCondition.from_config(spec["unet"], **compute), read_scheduler(spec["scheduler"])
     enlarges = low_resolution is not None
-    channels = 3 if latents is None else latents.channels
+    channels, factor = (3, 1) if latents is None else latents
     _check_kind(network, spec["class"], channels, enlarges)
     learned_variance = network.out_channels == 2 * channels
     if scheduler.variance == "learned_range" and not learned_variance:
@@ -63,16 +65,21 @@ def unet_stage(
         )
     sampling = Sampling(
         scheduler.sampler,
-        usual.num_steps,
-        usual.guidance_scale,
+        defaults.num_steps,
+        defaults.guidance_scale,
         scheduler.threshold_percentile,
         scheduler.threshold_max,
-        usual.augmentation_level,
+        defaults.augmentation_level,
         scheduler.variance,
     )
-    process, factor = scheduler.process, 1 if latents is None else latents.factor
+    if network.text_width != text_width:
+        raise UserError(
+            f"The text encoder's embeddings are {text_width} wide, and the {defaults.name} U-Net takes "
+            f"{network.text_width}; give the text encoder that it was trained with."
+        )
+    process = scheduler.process
     return Stage(
-        name=usual.stage,
+        name=defaults.name,
         network=network,
         resolution=_side(spec["unet"]) * factor,
         low_resolution=low_resolution,
@@ -88,29 +95,12 @@ def unet_stage(
     )
 
 
-def check_width(stage: Stage, width: int) -> None:
-    """Refuse a text encoder whose embeddings a stage's U-Net cannot take.
-
-    Args:
-        stage: from `unet_stage`.
-        width: of the embeddings.
-
-    Raises:
-        UserError: they are of another width.
-    """
-    if stage.network.text_width != width:
-        raise UserError(
-            f"The text encoder's embeddings are {width} wide, and the {stage.name} U-Net takes "
-            f"{stage.network.text_width}; give the text encoder that it was trained with."
-        )
-
-
 def _check_kind(network: UNet2DCondition, pipeline: str, channels: int, enlarges: bool) -> None:
-    """Refuse a U-Net that is not of the kind that its pipeline's class takes."""
-    given = 2 * channels if enlarges else channels
-    if network.in_channels != given or network.out_channels not in (channels, 2 * channels):
+    """Refuse a U-Net of another kind than its pipeline's class takes."""
+    expected = 2 * channels if enlarges else channels
+    if network.in_channels != expected or network.out_channels not in (channels, 2 * channels):
         raise UserError(
-            f"The U-Net of a {pipeline} takes {given} channels and gives {channels}, or twice that with learned "
+            f"The U-Net of a {pipeline} takes {expected} channels and gives {channels}, or twice that with learned "
             f"variances; this one has in_channels {network.in_channels} and out_channels {network.out_channels}. Give "
             "a text-to-image model: inpainting, depth and upscaling are not supported."
         )
@@ -122,7 +112,7 @@ def _check_kind(network: UNet2DCondition, pipeline: str, channels: int, enlarges
 
 
 def _side(unet: Mapping[str, Any]) -> int:
-    """Side of what a U-Net denoises."""
+    """Side of the pictures or latents that a U-Net denoises."""
     size = unet.get("sample_size")
     sides = set(size) if isinstance(size, list | tuple) and size and all(isinstance(s, int) for s in size) else {size}
     side = sides.pop()

@@ -13,12 +13,13 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from personalize_jax.diffusion import process
-from personalize_jax.diffusion.process import Process
+from personalize_jax.diffusion.process import Function, Process
 from personalize_jax.families.base import Loaded, Place
 from personalize_jax.families.stage import Sampling, Stage
 from personalize_jax.families.text import PixelDenoising, TextConditioned
@@ -29,9 +30,19 @@ from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.models.unet import UNet
 from personalize_jax.runtime.files import write_text
 
+T = TypeVar("T")
+
 INDEX = "pipeline.json"
-SCHEDULES = {"cosine": process.cosine, "linear": process.linear, "rectified_flow": process.rectified_flow}
-TIMES = {"uniform": process.uniform, "logit_normal": process.logit_normal, "shifted": process.shifted}
+SCHEDULES: Mapping[str, Callable[..., Process]] = {
+    "cosine": process.cosine,
+    "linear": process.linear,
+    "rectified_flow": process.rectified_flow,
+}
+TIMES: Mapping[str, Callable[..., Function]] = {
+    "uniform": process.uniform,
+    "logit_normal": process.logit_normal,
+    "shifted": process.shifted,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +53,7 @@ class World(TextConditioned, PixelDenoising):
         specs: each stage as plain data, see `read_stage`.
     """
 
+    text_encoder: TextEncoder
     specs: tuple[Mapping[str, Any], ...] = dataclasses.field(compare=False)
 
     def shapes(self) -> Params:
@@ -50,24 +62,26 @@ class World(TextConditioned, PixelDenoising):
 
     def with_stages(self, stages: Sequence[Stage]) -> "World":
         """The same model with its first stages only, or with stages that are sampled in another way."""
-        specs = zip(self.specs, stages, strict=False)
-        specs = tuple({**spec, "sampling": stage.sampling._asdict()} for spec, stage in specs)
+        pairs = zip(self.specs, stages, strict=False)
+        specs = tuple({**spec, "sampling": stage.sampling._asdict()} for spec, stage in pairs)
         return dataclasses.replace(self, stages=tuple(stages), specs=specs)
 
     def with_stage(self, spec: Mapping[str, Any]) -> "World":
-        """The same model up to the stage of that name, which is as the spec says; a new one comes last."""
+        """The same model up to a stage that a spec describes, which replaces its stage of that name or comes last."""
         i = next((i for i, stage in enumerate(self.stages) if stage.name == spec["name"]), len(self.stages))
         stages, specs = (*self.stages[:i], read_stage(spec)), (*self.specs[:i], spec)
         return dataclasses.replace(self, stages=stages, specs=specs)
 
-    def write(self, read: Callable[[str], Params], folder: Path, dtype: Any) -> None:
+    def write(self, read: Callable[[str], Params], folder: Path, dtype: DTypeLike) -> None:
         """Write a folder that `read_folder` reads."""
+        assert self.tokenizer is not None and self.tokenizer.counts is not None  # as read, or from pretraining
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("text_encoder", *(stage.name for stage in self.stages)):
             save_params(read(name), folder / f"{name}.safetensors", dtype)
         write_text(folder / "tokenizer.json", self.tokenizer.backend.backend_tokenizer.to_str())
         write_text(folder / "token_counts.json", json.dumps(self.tokenizer.counts.tolist()))
-        encoder = {field: getattr(self.text_encoder, field) for field in _TEXT_ENCODER_FIELDS}
+        fields = ("vocab_size", "width", "num_layers", "num_heads", "max_length")
+        encoder = {field: getattr(self.text_encoder, field) for field in fields}
         write_text(folder / INDEX, json.dumps({"text_encoder": encoder, "stages": list(self.specs)}, indent=2))
 
     def write_adapters(self, adapters: Mapping[str, Params], folder: Path) -> None:
@@ -80,15 +94,7 @@ class World(TextConditioned, PixelDenoising):
 
     @classmethod
     def read_folder(cls, folder: Path, place: Place | None = None) -> Loaded:
-        """Read a folder that `write` wrote.
-
-        Args:
-            folder: the folder.
-            place: from a tree of shapes to a tree of shardings for the parameters; None for the default device.
-
-        Raises:
-            UserError: a file cannot be used.
-        """
+        """Read a folder that `write` wrote; see `OwnFamily.read_folder`."""
         spec = json.loads((folder / INDEX).read_text())
         text_encoder = TextEncoder(**spec["text_encoder"])
         counts = np.array(json.loads((folder / "token_counts.json").read_text()), np.int64)
@@ -104,9 +110,6 @@ class World(TextConditioned, PixelDenoising):
         return Loaded(family, {name: read_network(name) for name in names}, {})
 
 
-_TEXT_ENCODER_FIELDS = ("vocab_size", "width", "num_layers", "num_heads", "max_length")
-
-
 def read_stage(spec: Mapping[str, Any]) -> Stage:
     """Build a stage from plain data, as stored in `pipeline.json` and written in configs.
 
@@ -118,7 +121,7 @@ def read_stage(spec: Mapping[str, Any]) -> Stage:
     Raises:
         ValueError: an unknown kind, or arguments out of range.
     """
-    network = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in dict(spec["network"]).items()}
+    network: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in spec["network"].items()}
     return Stage(
         name=spec["name"],
         network=UNet(**network, super_resolution=spec["low_resolution"] is not None),
@@ -134,14 +137,14 @@ def read_stage(spec: Mapping[str, Any]) -> Stage:
 def _process(spec: Mapping[str, Any]) -> Process:
     arguments = dict(spec)
     times = arguments.pop("times", None) or {"kind": "uniform"}
-    made = _made("schedule", arguments, SCHEDULES)
-    return dataclasses.replace(made, times=_made("times", times, TIMES))
+    schedule = _call("schedule", arguments, SCHEDULES)
+    return dataclasses.replace(schedule, times=_call("times", times, TIMES))
 
 
-def _made(what: str, spec: Mapping[str, Any], kinds: Mapping[str, Callable[..., Any]]) -> Any:
-    """What the kind that a spec names makes of the spec's other values."""
+def _call(key: str, spec: Mapping[str, Any], kinds: Mapping[str, Callable[..., T]]) -> T:
+    """The result of the function that a spec's kind names, called with the spec's other values."""
     arguments = dict(spec)
     kind = arguments.pop("kind")
     if kind not in kinds:
-        raise ValueError(f"{what} kind is {kind!r}; give one of {', '.join(kinds)}.")
+        raise ValueError(f"{key} kind is {kind!r}; give one of {', '.join(kinds)}.")
     return kinds[kind](**arguments)

@@ -1,7 +1,7 @@
 r"""Caption cleaning of DeepFloyd IF, whose text-conditioned networks have only seen captions cleaned like this.
 
 The rules are those of diffusers' `IFPipeline` with `clean_caption=True`, quirks included: `\w`, `\d` and `\b` are
-Unicode's, and a caption is cleaned twice, as what one pass takes away may uncover what the next one does.
+Unicode's, and a caption is cleaned twice, as one pass may uncover more for the next.
 """
 
 import html

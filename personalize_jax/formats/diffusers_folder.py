@@ -1,4 +1,4 @@
-"""The folder that diffusers' pipelines are saved in: what lies where, and on the Hugging Face hub.
+"""The folders in which diffusers saves pipelines, on disk or on the Hugging Face hub.
 
 model_index.json                      the pipeline's class, and the class of each component
 unet/config.json                      networks, beside their weights; vae and text_encoder likewise
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from personalize_jax.formats import hub
 from personalize_jax.runtime.errors import UserError
-from personalize_jax.runtime.files import replacing
+from personalize_jax.runtime.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +27,9 @@ class Layout(NamedTuple):
     """Components of a pipeline class.
 
     Attributes:
-        needed: those it must have, and of networks the classes that can be used.
-        optional: likewise those it may lack.
-        unused: those that diffusers knows, and that count for nothing here.
+        needed: components that it must have, each with the classes that can be used; () for any class.
+        optional: likewise components that it may lack.
+        unused: components of diffusers that are ignored here.
     """
 
     needed: Mapping[str, tuple[str, ...]]
@@ -38,7 +38,7 @@ class Layout(NamedTuple):
 
     @property
     def components(self) -> dict[str, tuple[str, ...]]:
-        """Those that are read."""
+        """All components that are read."""
         return {**self.needed, **self.optional}
 
 
@@ -51,10 +51,10 @@ class Components:
     """A pipeline's folder.
 
     Attributes:
-        folder: where it lies.
+        folder: the folder.
         pipeline: the pipeline's class.
-        layout: that of the class.
-        classes: of each component that is present, among those that are read.
+        layout: layout of the class.
+        classes: class of each component that is present and read.
         configs: content of the configuration of each network and scheduler that is present, with the class that the
             index names.
     """
@@ -70,10 +70,10 @@ def resolve(source: str | Path, layouts: Layouts) -> Path:
     """Return the folder that a source means, after downloading it if need be.
 
     Args:
-        source: a folder, or "organisation/repository" on the Hugging Face hub, perhaps with "@revision". Of this the
-            configurations, the tokenizer and the safetensors are downloaded, the latter in the variant `fp16` if there
-            is no other; but for the text encoder of a pipeline that shares that of the one before it.
-        layouts: of the classes of pipelines that can be used.
+        source: a folder, or "organisation/repository" on the Hugging Face hub, perhaps with "@revision". The
+            configurations, the tokenizer and the safetensors of needed components are downloaded, the latter in the
+            variant `fp16` if there is no other.
+        layouts: layouts of the pipeline classes that can be used.
 
     Raises:
         UserError: neither a folder nor a repository that can be read, or one without safetensors.
@@ -110,11 +110,11 @@ def resolve(source: str | Path, layouts: Layouts) -> Path:
 
 
 def read_components(folder: Path, layouts: Layouts) -> Components:
-    """Read a pipeline's index and the configurations of its components; other components count for nothing.
+    """Read a pipeline's index and the configurations of its components.
 
     Args:
-        folder: with a `model_index.json`.
-        layouts: of the classes of pipelines that can be used.
+        folder: a folder with a `model_index.json`.
+        layouts: layouts of the pipeline classes that can be used.
 
     Raises:
         UserError: no such folder, a pipeline or component that cannot be used, a file missing or damaged.
@@ -136,9 +136,8 @@ def read_components(folder: Path, layouts: Layouts) -> Components:
             classes[name] = _checked_class(folder, name, named[name][-1], usable)
         elif name in layout.needed:
             raise UserError(f"{folder} has no {name}, which a {pipeline} needs; save the pipeline with it.")
-    vocabularies = [name for name in classes if _is_tokenizer(name)]
-    configs = {name: _read_config(folder, name, classes[name]) for name in classes if name not in vocabularies}
-    for name in vocabularies:
+    configs = {name: _read_config(folder, name, classes[name]) for name in classes if not _is_tokenizer(name)}
+    for name in filter(_is_tokenizer, classes):
         if not (folder / name).is_dir():
             raise UserError(f"{folder} has no folder {name}; give a complete pipeline.")
     return Components(folder, pipeline, layout, classes, configs)
@@ -165,7 +164,7 @@ def _checked_class(folder: Path, name: str, class_name: Any, usable: tuple[str, 
 
 
 def _read_config(folder: Path, name: str, class_name: str) -> dict[str, Any]:
-    """A component's configuration as its class in the index reads it, whatever class has written it."""
+    """A component's configuration as its class in the index reads it, whichever class has written it."""
     config = read_json(_config_file(folder, name))
     if is_scheduler(name):
         return config | {"_class_name": class_name}
@@ -177,13 +176,13 @@ def _read_config(folder: Path, name: str, class_name: str) -> dict[str, Any]:
 
 
 def write_model_index(folder: Path, pipeline: str, layout: Layout, classes: Mapping[str, str]) -> None:
-    """Write `model_index.json`, from which diffusers knows what to load; to be written last.
+    """Write `model_index.json`, the file by which diffusers loads a pipeline; to be written last.
 
     Args:
-        folder: of the pipeline; made if missing.
-        pipeline: its class.
-        layout: that of the class.
-        classes: of its components; others of the pipeline are told to be absent.
+        folder: the pipeline's folder; made if missing.
+        pipeline: the pipeline's class.
+        layout: layout of the class.
+        classes: class of each component; the layout's other components are marked as absent.
     """
     components = {name: (_library(class_name), class_name) for name, class_name in classes.items()}
     absent = {name: (None, None) for name in (*layout.optional, *layout.unused) if name not in classes}
@@ -198,8 +197,8 @@ def write_component_config(folder: Path, name: str, config: Mapping[str, Any]) -
     """Write the configuration of a network or scheduler.
 
     Args:
-        folder: of the pipeline; made if missing.
-        name: of the component.
+        folder: the pipeline's folder; made if missing.
+        name: name of the component.
         config: content of the file.
     """
     _write_json(_config_file(folder, name), config)
@@ -212,7 +211,7 @@ def _config_file(folder: Path, name: str) -> Path:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object that a file of a pipeline holds.
+    """The object in a file of a pipeline.
 
     Raises:
         UserError: the file is missing, damaged, or holds something else.
@@ -230,5 +229,4 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps(content, indent=2))
+    write_text(file, json.dumps(content, indent=2))

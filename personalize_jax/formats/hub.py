@@ -1,7 +1,7 @@
-"""The Hugging Face hub: names of its repositories, downloads of chosen files, and sentences for what is not there.
+"""The Hugging Face hub: names of repositories, downloads of chosen files, and errors for missing ones.
 
-What configurations, planning and evaluation name there, as public reports have it in November 2026. Only safetensors
-are read, of a pipeline's component in the variant `fp16` if it has no other:
+The repositories that configurations, planning and evaluation name, as reported publicly in November 2026. Only
+safetensors are read, of a pipeline's component in the variant `fp16` if it has no other:
 
 | name | as | weights | access |
 |---|---|---|---|
@@ -15,8 +15,8 @@ are read, of a pipeline's component in the variant `fp16` if it has no other:
 | timm/vit_small_patch16_224.dino | ViT of timm | safetensors; facebook/dino-vits16 has pickles only | open |
 
 LPIPS is not there: see `metrics.encoders`. Where a repository is gone or misspelt, asks for a licence, is out of reach,
-or has only pickles, one sentence each says what can be done (`download`, `no_safetensors`). What has been downloaded
-once is read from the cache without a network.
+or has only pickles, the error says what to do (`download`, `no_safetensors`). Downloaded files are read from the cache
+without a network.
 """
 
 import re
@@ -43,7 +43,7 @@ def is_name(source: str | Path) -> bool:
 
 
 def hint(source: str | Path) -> str:
-    """What to say of a source that is neither a folder nor a name, where it is nearly one; or nothing."""
+    """A hint for messages about a source that is nearly a repository's name; "" for other sources."""
     bare = str(source).rstrip("/")
     return f" (a repository of the hub is named without a slash at its end: {bare!r})" if is_name(bare) else ""
 
@@ -54,10 +54,10 @@ def download(name: str, wanted: Sequence[str], unwanted: Sequence[str] = ()) -> 
     Args:
         name: "organisation/repository", or "organisation/repository@revision".
         wanted: patterns of file names.
-        unwanted: patterns of those to leave out.
+        unwanted: patterns of file names to leave out.
 
     Returns:
-        The folder in which they lie.
+        The folder of the files.
 
     Raises:
         UserError: there is no such repository or revision, it asks for a licence, or it is out of reach.
@@ -66,9 +66,15 @@ def download(name: str, wanted: Sequence[str], unwanted: Sequence[str] = ()) -> 
     from huggingface_hub import snapshot_download  # slow to import, and seldom needed
 
     repository, _, revision = name.partition("@")
-    patterns = {"allow_patterns": list(wanted), "ignore_patterns": list(unwanted)}
     try:
-        return Path(snapshot_download(repository, revision=revision or None, **patterns))
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision or None,
+                allow_patterns=list(wanted),
+                ignore_patterns=list(unwanted),
+            )
+        )
     except Exception as error:  # of several libraries
         if isinstance(error, OSError) and error.errno in FULL:
             raise
@@ -79,8 +85,8 @@ def no_safetensors(source: str, convert: str) -> UserError:
     """The error of a folder or repository whose weights cannot be read.
 
     Args:
-        source: its name.
-        convert: Python that writes it as safetensors to a folder.
+        source: the folder or the repository's name.
+        convert: Python code that writes the weights as safetensors to a folder.
     """
     repository = source.partition("@")[0]
     known, revision = "", ""
@@ -97,19 +103,19 @@ def no_file(name: str, file: str, kind: str) -> UserError:
     """The error of a repository that lacks the file by which it is read.
 
     Args:
-        name: of the repository.
-        file: that it lacks.
-        kind: what it would be with it.
+        name: name of the repository.
+        file: the missing file.
+        kind: kind of repository that has the file.
     """
     return UserError(f"{name!r} has no {file}{_as_far_as_is_known()}; give the name or the folder of {kind}.")
 
 
 def refuse_pointers(folder: Path, patterns: Sequence[str]) -> None:
-    """See that what lies in a folder are the files, not what Git LFS keeps in their place until they are fetched.
+    """Refuse pointers of Git LFS, which stand in place of files that were not fetched.
 
     Args:
-        folder: to look in.
-        patterns: of the files.
+        folder: the folder to search.
+        patterns: patterns of the files' names.
 
     Raises:
         UserError: one of them is a pointer.
@@ -123,17 +129,17 @@ def refuse_pointers(folder: Path, patterns: Sequence[str]) -> None:
 
 
 def _failure(name: str, error: Exception) -> str:
-    """What became of a download, and what to do."""
+    """Why a download failed, and what to do."""
     repository = name.partition("@")[0]
     if copy := _WITHDRAWN.get(repository):
         return f"{repository} has left the Hugging Face hub; give its copy {copy!r}, or a folder that holds it"
-    # The library's own word for what is not in the cache hides why it was not downloaded.
+    # The library's error for files missing from the cache hides why they were not downloaded.
     cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
     return _refusal(name, cause) or _out_of_reach(cause)
 
 
 def _refusal(name: str, error: BaseException) -> str | None:
-    """The hub's own answers."""
+    """The sentence for an error that the hub itself returned, if it did."""
     from huggingface_hub import errors
 
     repository, _, revision = name.partition("@")
@@ -160,7 +166,7 @@ def _refusal(name: str, error: BaseException) -> str | None:
 
 
 def _out_of_reach(error: BaseException) -> str:
-    """What kept the hub from answering."""
+    """The sentence for a hub that did not answer."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -58,7 +59,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def save_params(
-    params: Params, file: Path, dtype: Any = jnp.float32, metadata: Mapping[str, str] | None = None
+    params: Params, file: Path, dtype: DTypeLike = jnp.float32, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write parameters under their slash-separated paths, and text beside them.
 

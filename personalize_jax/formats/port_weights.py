@@ -25,7 +25,7 @@ from personalize_jax.runtime import hosts
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.runtime.files import replacing
 
-Network = Literal["unet", "autoencoder", "clip", "t5", "vit", "lpips"]
+Naming = Literal["unet", "autoencoder", "clip", "t5", "vit", "lpips"]
 Shape = tuple[int, ...]
 
 MAX_SHARD_BYTES = 10 * 10**9  # as diffusers
@@ -36,8 +36,8 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 # A number is an index into a list, except in the names linear_1, linear_2, wi_0 and wi_1.
 _INDEX = re.compile(r"(?<!\blinear)(?<!\bwi)_(\d+)(?=/|$)")
 
-# Names that differ from the paths here by more than punctuation: patterns, and what replaces them.
-_RENAMED: Mapping[Network, tuple[tuple[str, str], ...]] = {
+# Names that differ from the paths here by more than punctuation: patterns and replacements.
+_RENAMED: Mapping[Naming, tuple[tuple[str, str], ...]] = {
     "vit": (
         (r"^(cls_token|position_embeddings|patch_embeddings)", r"embeddings.\1"),
         (r"^layers\.(\d+)\.(query|key|value)\.", r"encoder.layer.\1.attention.attention.\2."),
@@ -47,8 +47,8 @@ _RENAMED: Mapping[Network, tuple[tuple[str, str], ...]] = {
         (r"^layers\.(\d+)\.layernorm", r"encoder.layer.\1.layernorm"),
     ),
 }
-# Other names that files have for the same tensor: patterns over the name that is written, and what replaces them.
-_ALTERNATIVES: Mapping[Network, tuple[tuple[str, str], ...]] = {
+# Other names that files have for the same tensor: patterns over the name that is written, and replacements.
+_ALTERNATIVES: Mapping[Naming, tuple[tuple[str, str], ...]] = {
     "unet": (),
     "autoencoder": (  # before diffusers 0.15
         (r"\.to_q\.", ".query."),
@@ -61,8 +61,8 @@ _ALTERNATIVES: Mapping[Network, tuple[tuple[str, str], ...]] = {
     "vit": (),
     "lpips": ((r"^lin(\d)\.", r"lins.\1."),),
 }
-# Tensors that are no parameters, buffers of older files among them, and parameters of what is left out here.
-_IGNORED: Mapping[Network, str] = {
+# Tensors that are no parameters, buffers of older files among them, and parameters of layers that are left out here.
+_IGNORED: Mapping[Naming, str] = {
     "unet": "(?!)",
     "autoencoder": "(?!)",
     "clip": r".*\.position_ids",
@@ -72,31 +72,31 @@ _IGNORED: Mapping[Network, str] = {
 }
 
 
-def torch_names(path: str, network: Network) -> list[str]:
+def torch_names(path: str, naming: Naming) -> list[str]:
     """PyTorch's names for a parameter: the one that is written, then others that files may have for it.
 
     Args:
-        path: of the parameter, slash-separated.
-        network: whose parameter it is.
+        path: slash-separated path of the parameter.
+        naming: naming of its network.
     """
     modules, _, leaf = path.rpartition("/")
     name = ".".join([*_INDEX.sub(r".\1", modules).split("/"), _LEAVES.get(leaf, leaf)]).lstrip(".")
-    for pattern, other in _RENAMED.get(network, ()):
+    for pattern, other in _RENAMED.get(naming, ()):
         name = re.sub(pattern, other, name)
-    others = [re.sub(pattern, other, name) for pattern, other in _ALTERNATIVES[network] if re.search(pattern, name)]
+    others = [re.sub(pattern, other, name) for pattern, other in _ALTERNATIVES[naming] if re.search(pattern, name)]
     return [name, *others]
 
 
-def load_weights(folder: Path, abstract: Params, network: Network, sharding: Params | None = None) -> Params:
+def load_weights(folder: Path, abstract: Params, naming: Naming, sharding: Params | None = None) -> Params:
     """Read the parameters of one network from a component's folder.
 
     Arrays go one by one to their dtype and sharding, so that the host never holds much more than the result.
 
     Args:
-        folder: of the component; it holds `diffusion_pytorch_model.safetensors` or `model.safetensors`, whole or
-            sharded; of these the variant `fp16` if there is no other.
+        folder: the component's folder, with `diffusion_pytorch_model.safetensors` or `model.safetensors`, whole or
+            sharded; the variant `fp16` is read if there is no other.
         abstract: tree of the parameters' shapes and dtypes.
-        network: whose naming the file follows.
+        naming: names and layout of the tensors in the file.
         sharding: tree as `abstract` with a sharding for each parameter; None for the default device.
 
     Raises:
@@ -106,9 +106,9 @@ def load_weights(folder: Path, abstract: Params, network: Network, sharding: Par
     shapes = {path: tuple(leaf.shape) for path, leaf in wanted.items()}
     shardings = {} if sharding is None else flatten(sharding)
     stored = {tensor.name: tensor for file in _weight_files(folder) for tensor in _read_header(file)}
-    tensors = _match(shapes, stored, network, folder)
+    tensors = _match(shapes, stored, naming, folder)
     params = {}
-    # Largest first: what is being converted stands beside the result, and must be small once the result is large.
+    # Largest first: the array in conversion lies beside the result, and must be small once the result is large.
     for path in sorted(shapes, key=lambda path: math.prod(shapes[path]), reverse=True):
         array = _from_torch(tensors[path].read(), len(shapes[path]), path)
         array = hosts.device_put(np.asarray(array, wanted[path].dtype, order="C"), shardings.get(path))
@@ -120,7 +120,7 @@ def save_weights(
     params: Params,
     folder: Path,
     file_name: str,
-    network: Network,
+    naming: Naming,
     dtype: DTypeLike,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -129,45 +129,48 @@ def save_weights(
     A reader sees a file's old content or the new, never a part. Other files of an earlier save are removed.
 
     Args:
-        params: what to write.
-        folder: of the component; made if missing.
+        params: the parameters.
+        folder: the component's folder; made if missing.
         file_name: `diffusion_pytorch_model.safetensors` for diffusers, `model.safetensors` for transformers.
-        network: whose naming the file follows.
-        dtype: of the stored tensors.
+        naming: names and layout of the tensors in the file.
+        dtype: dtype of the stored tensors.
         max_shard_bytes: larger networks are written as several files of at most that size, and their index.
 
     Raises:
         UserError: the files cannot be written.
     """
-    flat = flatten(params)
-    shards = _split({path: leaf.size * jnp.dtype(dtype).itemsize for path, leaf in flat.items()}, max_shard_bytes)
-    stem = file_name.removesuffix(".safetensors")
-    files = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    files = files if len(shards) > 1 else [file_name]
-    names = {path: torch_names(path, network)[0] for path in flat}
+    from huggingface_hub import split_state_dict_into_shards_factory  # slow to import, and seldom needed
+
+    flat, stem = flatten(params), file_name.removesuffix(".safetensors")
+    paths = {torch_names(path, naming)[0]: path for path in flat}
+    split = split_state_dict_into_shards_factory(
+        {name: flat[path] for name, path in paths.items()},
+        get_storage_size=lambda leaf: leaf.size * jnp.dtype(dtype).itemsize,
+        filename_pattern=f"{stem}{{suffix}}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    files = list(split.filename_to_tensors)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:  # files get their names at its end
-            for file, paths in zip(files, shards, strict=True):
-                arrays = {names[path]: _to_torch(np.asarray(flat[path]), path, dtype) for path in paths}
+            for file, names in split.filename_to_tensors.items():
+                arrays = {name: _to_torch(np.asarray(flat[paths[name]]), paths[name], dtype) for name in names}
                 save_file(arrays, stack.enter_context(replacing(folder / file, apart=True)), {"format": "pt"})
-            if len(shards) > 1:
-                placed = {names[path]: file for file, paths in zip(files, shards, strict=True) for path in paths}
-                total = sum(leaf.size for leaf in flat.values()) * jnp.dtype(dtype).itemsize
-                index = {"metadata": {"total_size": total}, "weight_map": placed}
+            if split.is_sharded:
+                index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
                 files.append(f"{file_name}.index.json")
                 stack.enter_context(replacing(folder / files[-1])).write_text(json.dumps(index, indent=2))
         for pattern in (file_name, f"{file_name}.index.json", f"{stem}-*-of-*.safetensors"):
-            for file in folder.glob(pattern):
-                if file.name not in files:
-                    file.unlink()
+            for old in folder.glob(pattern):
+                if old.name not in files:
+                    old.unlink()
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be written ({error}); check free space and permissions.") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """Where a tensor is stored."""
+    """A tensor's place in a file."""
 
     name: str
     file: Path
@@ -176,7 +179,7 @@ class _Tensor:
     offset: int
 
     def read(self) -> np.ndarray:
-        # Mapping the file into memory instead would count its pages as ours, besides the result.
+        # Mapping the file into memory instead would count its pages as ours, beside the result.
         try:
             array = np.fromfile(self.file, _DTYPES[self.dtype], math.prod(self.shape), offset=self.offset)
             return array.reshape(self.shape)
@@ -226,7 +229,7 @@ def _shards(index: Path) -> list[Path]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} cannot be read as an index of shards ({error!r}); restore the file.") from error
     for name in names:
-        # The index comes with the model: what it names must not lead out of the folder.
+        # The index comes with the model: the files that it names must lie in its folder.
         if not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise UserError(f"{index} names {name!r} where the name of a safetensors file in its folder is expected.")
         if not (index.parent / name).is_file():
@@ -235,12 +238,12 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _match(
-    shapes: Mapping[str, Shape], stored: Mapping[str, _Tensor], network: Network, folder: Path
+    shapes: Mapping[str, Shape], stored: Mapping[str, _Tensor], naming: Naming, folder: Path
 ) -> dict[str, _Tensor]:
     """The tensor for each path, after checking that they fit each other."""
     matched, known = {}, set()
     for path, shape in shapes.items():
-        names = torch_names(path, network)
+        names = torch_names(path, naming)
         known.update(names)
         name = next((name for name in names if name in stored), None)
         if name is None:
@@ -253,7 +256,7 @@ def _match(
             raise UserError(f"{folder} has {name} of type {tensor.dtype}; the types {', '.join(_DTYPES)} can be read.")
         matched[path] = tensor
     for name in sorted(stored.keys() - known):
-        if not re.fullmatch(_IGNORED[network], name):
+        if not re.fullmatch(_IGNORED[naming], name):
             raise UserError(f"{folder} has a tensor {name} that the network of its config.json does not have.")
     return matched
 
@@ -277,15 +280,3 @@ def _to_torch(array: np.ndarray, path: str, dtype: DTypeLike) -> np.ndarray:
     if path.endswith("kernel"):
         array = np.moveaxis(array, (-1, -2), (0, 1))
     return np.asarray(array, dtype, order="C")
-
-
-def _split(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    """Paths in groups of at most `max_bytes`, in order; a larger array is a group of its own."""
-    groups, filled = [[]], 0
-    for path, size in sizes.items():
-        if groups[-1] and filled + size > max_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(path)
-        filled += size
-    return groups

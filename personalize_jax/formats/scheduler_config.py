@@ -1,8 +1,8 @@
-"""What a public model's scheduler file says: the forward process, the prediction, and how pictures are drawn.
+"""A public model's scheduler file: the forward process, the prediction, and the way to sample.
 
-The format is that of diffusers' `scheduler/scheduler_config.json`. Keys that its class does not know count for
-nothing, as there. Nor do facts of solvers that are not ours, such as `solver_order` or `use_karras_sigmas`: the class
-only tells which of our samplers comes nearest.
+The format is that of diffusers' `scheduler/scheduler_config.json`. Keys that its class does not know are ignored, as
+there, and so are options of solvers that are not ours, such as `solver_order` or `use_karras_sigmas`: the class only
+decides which of our samplers comes nearest.
 """
 
 import logging
@@ -39,11 +39,11 @@ class SchedulerSpec(NamedTuple):
 
     Attributes:
         process: the forward process, discrete.
-        prediction: what the network predicts.
-        spacing: which times sampling visits.
-        threshold_percentile: of dynamic thresholding.
+        prediction: the kind of the network's prediction.
+        spacing: the times that sampling visits.
+        threshold_percentile: quantile of dynamic thresholding.
         threshold_max: largest threshold; 1 is static thresholding, None leaves predictions as they are.
-        variance: of the ancestral sampler's steps; "small" where the class is not DDPM's.
+        variance: variance of the ancestral sampler's steps; "small" where the class is not DDPM's.
         sampler: "ancestral", "ddim" or "dpm_solver_pp", the nearest to the file's class.
     """
 
@@ -60,15 +60,15 @@ class _Class(NamedTuple):
     """A scheduler class of diffusers.
 
     Attributes:
-        sampler: which of ours comes nearest.
-        defaults: what its keys mean where the file leaves them out, beside `_COMMON`.
+        sampler: the nearest of our samplers.
+        defaults: values of keys that the file leaves out, beside `_COMMON`.
     """
 
     sampler: str
     defaults: dict[str, Any]
 
 
-# What a key means where the file leaves it out: for every class, then for those classes alone that know the key.
+# Values of keys that the file leaves out: for every class, then for the classes that know the key.
 _COMMON = {
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,
@@ -111,10 +111,15 @@ _CLASSES = {
     "DEISMultistepScheduler": _Class("dpm_solver_pp", _LINSPACE | _THRESHOLDING | _FLOW),
     "SASolverScheduler": _Class("dpm_solver_pp", _LINSPACE | _THRESHOLDING | _FLOW),
 }
-# Whose steps ours are; of the other classes the sampler is another method's.
+# The classes whose steps are the sampler's; the others have another method's.
 _SAME_STEPS = ("DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler")
-# What a class does that does not know the key.
-_ABSENT = {"clip_sample": False, "set_alpha_to_one": True, "variance_type": "fixed_small", "timestep_type": "discrete"}
+# Values for the classes that do not know the key.
+_ABSENT: dict[str, Any] = {
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+    "variance_type": "fixed_small",
+    "timestep_type": "discrete",
+}
 _ABSENT |= _THRESHOLDING | _ZERO_SNR | _FINAL_SIGMA | _FLOW | _LINSPACE
 
 
@@ -179,7 +184,7 @@ def for_latents(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def warn_of_another_sampler(config: Mapping[str, Any]) -> None:
-    """Say so where pictures will be drawn by another method than the scheduler file names.
+    """Log a warning where pictures are sampled by another method than the scheduler file names.
 
     Args:
         config: the content of `scheduler_config.json`.
@@ -189,7 +194,7 @@ def warn_of_another_sampler(config: Mapping[str, Any]) -> None:
     """
     name, sampler = config.get("_class_name"), _class_of(config).sampler
     if name not in _SAME_STEPS:
-        logger.warning("Pictures are drawn by %s, of our samplers the nearest to the pipeline's %s.", sampler, name)
+        logger.warning("Pictures are sampled by %s, of our samplers the nearest to the pipeline's %s.", sampler, name)
 
 
 def _class_of(config: Mapping[str, Any]) -> _Class:
@@ -203,7 +208,7 @@ def _class_of(config: Mapping[str, Any]) -> _Class:
 
 
 def _known(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the file says, or means by saying nothing, of the keys that its class knows."""
+    """The file's values, or defaults, of the keys that its class knows."""
     known = _COMMON | _class_of(config).defaults
     for key, default in known.items():
         value = config.get(key, default)
@@ -215,20 +220,6 @@ def _known(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _alike(value: Any, default: Any) -> bool:
     return isinstance(value, int | float) if isinstance(default, float) else isinstance(value, type(default))
-
-
-def with_variance(config: Mapping[str, Any], variance_type: str) -> dict[str, Any]:
-    """A scheduler file's dict with another variance, such as "fixed_small" for a network whose own was not trained.
-
-    Args:
-        config: the content of `scheduler_config.json`.
-        variance_type: in diffusers' words.
-
-    Raises:
-        UserError: unknown variance.
-    """
-    _choose("variance_type", variance_type, VARIANCES)
-    return {**config, "variance_type": variance_type}
 
 
 def _process(facts: Mapping[str, Any]) -> Process:

@@ -1,4 +1,4 @@
-"""Captions to token ids, and how often each token was processed in pretraining."""
+"""Captions to token ids, and the frequencies of tokens in pretraining."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 
 PUBLIC_MAX_LENGTH = 77  # of CLIP's position embeddings, and of IF's training captions
 
-# The ways in which a folder holds each vocabulary, any one of them. transformers takes a missing file for an empty
-# vocabulary, so that they are looked for first.
-_CLASSES = {
+# The files of each vocabulary, in any one of several forms. transformers takes a missing file for an empty vocabulary,
+# so that their presence is checked first.
+_CLASSES: Mapping[str, tuple[type[PreTrainedTokenizerFast], tuple[tuple[str, ...], ...]]] = {
     "T5Tokenizer": (T5Tokenizer, (("tokenizer.json",), ("spiece.model",))),
     "CLIPTokenizer": (CLIPTokenizer, (("tokenizer.json",), ("vocab.json", "merges.txt"))),
     "PreTrainedTokenizer": (PreTrainedTokenizerFast, (("tokenizer.json",),)),  # such as the world's
@@ -35,11 +35,11 @@ class Tokenizer:
 
     Attributes:
         backend: the `transformers` tokenizer.
-        max_length: longest sequence, the special tokens that are added included.
-        counts: int64 [V], how often the text encoder processed each token in pretraining: the predetermined
-            frequencies of the specification ([0057]). None for public vocabularies, of which nobody recorded them;
-            `subject.frequency` has what to take instead.
-        clean: what texts go through before they are encoded, if anything.
+        max_length: longest sequence, with the special tokens that are added.
+        counts: int64 [V], the number of times that the text encoder processed each token in pretraining: the
+            predetermined frequencies of the specification ([0057]). None for public vocabularies, for which nobody
+            recorded them; see `subject.frequency`.
+        clean: cleans texts before they are encoded, if need be.
     """
 
     backend: PreTrainedTokenizerFast
@@ -64,10 +64,10 @@ class Tokenizer:
         """Read a tokenizer in the files that `transformers` writes: T5's, CLIP's, or any that is a `tokenizer.json`.
 
         Args:
-            folder: with `tokenizer_config.json`, and `tokenizer.json`, `spiece.model` (T5), or `vocab.json` and
-                `merges.txt` (CLIP).
+            folder: a folder with `tokenizer_config.json`, and `tokenizer.json`, `spiece.model` (T5), or `vocab.json`
+                and `merges.txt` (CLIP).
             max_length: longest sequence.
-            clean: what texts go through before they are encoded, such as `caption_cleaning.clean_caption`.
+            clean: cleans texts before they are encoded, such as `caption_cleaning.clean_caption`.
 
         Raises:
             UserError: the folder holds no such tokenizer.
@@ -94,7 +94,7 @@ class Tokenizer:
 
     @property
     def text_length(self) -> int:
-        """How many tokens of a text are read: `max_length` less the special tokens that are added."""
+        """Number of tokens of a text that are read: `max_length` less the special tokens that are added."""
         return self.max_length - 1 - len(self._opening)
 
     @functools.cached_property
@@ -117,7 +117,7 @@ class Tokenizer:
         """Refuse a text encoder whose table has no row for some of the tokens; it may well have more.
 
         Args:
-            rows: of the text encoder's table of embeddings.
+            rows: rows of the text encoder's table of embeddings.
 
         Raises:
             UserError: there are ids beyond the table.
@@ -141,14 +141,16 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids."""
-        return self.backend.decode(list(token_ids), clean_up_tokenization_spaces=False)
+        text = self.backend.decode(list(token_ids), clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)  # of one list of ids
+        return text
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Encode for the text encoder.
 
         Args:
-            texts: captions; of longer ones only the first `text_length` tokens are read, and a warning says once for
-                each text what is left out.
+            texts: captions; of longer ones only the first `text_length` tokens are read, and a warning, once for each
+                text, gives the rest.
 
         Returns:
             int32 [B, max_length], each row opened by the beginning-of-sequence token if the vocabulary has one, closed
@@ -175,7 +177,7 @@ class Tokenizer:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.backend.save_pretrained(str(folder))
-            # What transformers before version 5 reads; T5's can only be copied, if that is what this one came from.
+            # Transformers before version 5 reads these; T5's can only be copied, if the tokenizer was read from it.
             if isinstance(model, BPE):
                 model.save(str(folder))
             elif self.is_t5 and self.backend.can_save_slow_tokenizer:

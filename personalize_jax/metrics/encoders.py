@@ -136,7 +136,7 @@ def find_dino(source: str | Path) -> Callable[[], ImageEncoder]:
     else:
         network = VisionTransformer.from_config(config)
         prepare = Preprocessing.read(folder)
-        read = functools.partial(load_weights, network="vit")
+        read = functools.partial(load_weights, naming="vit")
 
     def load() -> ImageEncoder:
         params = read(folder, abstract=_shapes(network, _picture(network.resolution)))

@@ -5,8 +5,8 @@ product): neither W + down up nor a gradient of that size is ever formed. The ad
 {"to_q": {"kernel": W}} are {"to_q": {"kernel": {"down": ..., "up": ...}}}, a collection of variables beside "params".
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -17,6 +17,16 @@ from personalize_jax.models.params import Params, flatten
 from personalize_jax.runtime.errors import UserError
 
 _COLLECTION = "adapters"
+
+
+class Network(Protocol):
+    """A network: a Flax module, compared and hashed by value."""
+
+    def init(self, key: Array, /, *inputs: Any) -> Mapping[str, Params]:
+        """Random variables, with the parameters as "params"."""
+
+    def apply(self, variables: Mapping[str, Params], /, *inputs: Any) -> Any:
+        """The network's outputs."""
 
 
 class Adapted(NamedTuple):
@@ -32,20 +42,20 @@ class Adapted(NamedTuple):
     adapters: Params
 
 
-def apply(network: nn.Module, params: Params | Adapted, *inputs: Array) -> Any:
+def apply(network: Network, params: Params | Adapted, *inputs: Array) -> Any:
     """Run a network; traceable.
 
     Args:
-        network: a Flax module.
+        network: the network.
         params: its parameters, with or without adapters.
-        *inputs: of the network.
+        *inputs: the network's inputs.
 
     Returns:
         The network's outputs.
 
     Raises:
-        UserError: an adapter's kernel is that of no layer that the network runs, or the layer's outputs have other
-            dimensions than the adapter's.
+        UserError: an adapter belongs to no layer that the network runs, or its layer's outputs have other dimensions
+            than the adapter's.
     """
     if not isinstance(params, Adapted):
         return network.apply({"params": params}, *inputs)
@@ -70,7 +80,7 @@ def apply(network: nn.Module, params: Params | Adapted, *inputs: Array) -> Any:
 
 
 def _low_rank(layer: nn.Module, path: str, factors: Params, *inputs: Array, **options: Any) -> Array:
-    """(x down) up, where x down is what a layer like the given one makes of x with down as its kernel."""
+    """(x down) up, where x down is the output of a layer like the given one with down as its kernel."""
     down, up = factors["down"], factors["up"]
     rank, *outputs = up.shape
     features = np.atleast_1d(getattr(layer, "features", ())).tolist()

@@ -1,8 +1,6 @@
-"""Softmax attention behind one function: which kernel computes it is a key of the configuration."""
+"""Softmax attention behind one function, computed by the kernel that the configuration names."""
 
 import re
-from collections.abc import Callable
-from functools import partial
 from typing import Literal, get_args
 
 import jax
@@ -16,7 +14,7 @@ from personalize_jax.runtime.errors import UserError
 
 Implementation = Literal["xla", "cudnn", "flash", "heads"]
 BLOCK = 128  # sequences of the flash kernel come in multiples of this
-# In a compiled program's text: a kernel's queries and keys, [B, N, L, D] each; and how many products.
+# The text of a compiled program gives a kernel's queries and keys, [B, N, L, D] each; then products by kernel.
 _OPERANDS = r"operand_layout_constraints=\{\w+\[(\d+,\d+,\d+,\d+)\]\S+ \w+\[(\d+,\d+,\d+,\d+)\]"
 _KERNEL = re.compile(rf'tpu_custom_call".*{_OPERANDS}.*op_name="([^"]*)"')
 _FORWARD, _BACKWARD = {"flash_attention": 2}, {"flash_mha_bwd_dq": 3, "flash_mha_bwd_dkv": 4}
@@ -25,10 +23,10 @@ TENSOR = "tensor"  # the axis of a mesh that splits features, and with them head
 
 
 def suited(implementation: str, platform: str) -> str:
-    """What "auto" stands for: "flash" on TPUs, as scores of large pictures exceed a chip's memory, "xla" elsewhere.
+    """An implementation for "auto": "flash" on TPUs, as scores of large pictures exceed a chip's memory, else "xla".
 
     Args:
-        implementation: "auto", or what `attend` takes, which is returned as it is.
+        implementation: "auto", or an implementation of `attend`, which is returned as it is.
         platform: "tpu", "gpu" or "cpu".
     """
     if implementation != "auto":
@@ -36,16 +34,8 @@ def suited(implementation: str, platform: str) -> str:
     return "flash" if platform == "tpu" else "xla"
 
 
-def attend(
-    q_BLND: Array,
-    k_BSND: Array,
-    v_BSND: Array,
-    implementation: Implementation = "xla",
-    mask_BS: Array | None = None,
-    scale: float | None = None,
-    is_causal: bool = False,
-) -> Array:
-    """softmax(q k^T scale) v for N heads of D dimensions each; the softmax is in float32.
+def attend(q_BLND: Array, k_BSND: Array, v_BSND: Array, implementation: Implementation = "xla") -> Array:
+    """softmax(q k^T / sqrt(D)) v for N heads of D dimensions each; the softmax is in float32.
 
     Args:
         q_BLND: queries.
@@ -54,9 +44,6 @@ def attend(
         implementation: "xla" runs everywhere and writes the L x S scores to memory; "cudnn" (GPU, bfloat16 or float16)
             and "flash" (TPU, a Pallas kernel) never do. "heads" (CPU) holds those of one head at a time. On several
             devices "flash" needs their mesh, see `over`.
-        mask_BS: True at keys that may be attended to; None for all.
-        scale: of the scores; 1 / sqrt(D) if None.
-        is_causal: whether a query attends only to the keys up to its own position.
 
     Returns:
         [B, L, N, D].
@@ -67,30 +54,24 @@ def attend(
     if implementation not in get_args(Implementation):
         raise UserError(f"attention is {implementation!r}; give one of auto, {', '.join(get_args(Implementation))}.")
     if implementation == "flash":
-        scale = q_BLND.shape[-1] ** -0.5 if scale is None else scale
-        kept_BS = jnp.ones(k_BSND.shape[:2], bool) if mask_BS is None else mask_BS
-        return _in_parts(partial(_flash, scale=scale, is_causal=is_causal), q_BLND, k_BSND, v_BSND, kept_BS)
+        return _flash(q_BLND, k_BSND, v_BSND)
     if implementation == "heads":
-        if mask_BS is None and not is_causal:
-            return _by_heads(q_BLND, k_BSND, v_BSND, q_BLND.shape[-1] ** -0.5 if scale is None else scale)
-        implementation = "xla"  # masked sequences are short
-    mask_B11S = None if mask_BS is None else mask_BS[:, None, None, :]
-    return jax.nn.dot_product_attention(
-        q_BLND, k_BSND, v_BSND, mask=mask_B11S, scale=scale, is_causal=is_causal, implementation=implementation
-    )
+        return _by_heads(q_BLND, k_BSND, v_BSND)
+    return jax.nn.dot_product_attention(q_BLND, k_BSND, v_BSND, implementation=implementation)
 
 
 def over(mesh: Mesh) -> jax.sharding.use_abstract_mesh:
-    """Trace networks for a mesh: XLA splits whatever it knows, but not a kernel, which `attend` then splits itself.
+    """Trace networks for a mesh: XLA splits everything except a kernel, which `attend` then splits itself.
 
     Args:
-        mesh: its axis `TENSOR`, if there is one, splits heads; the others together split the batch, and divide it.
+        mesh: its axis `TENSOR`, if there is one, splits heads; the others together split the batch, whose size is a
+            multiple of theirs.
     """
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def flash_flops(program: str, forward: bool = True) -> float:
-    """Operations of "flash" in a program for TPUs, of which XLA counts the forward kernel's at most.
+    """Operations of "flash" in a program for TPUs; XLA counts those of the forward kernel at most.
 
     Args:
         program: `compiled.as_text()`.
@@ -106,24 +87,22 @@ def flash_flops(program: str, forward: bool = True) -> float:
     return total
 
 
-def _in_parts(
-    kernel: Callable[[Array, Array, Array, Array], Array], q_BLND: Array, k_BSND: Array, v_BSND: Array, kept_BS: Array
-) -> Array:
-    """The kernel on each device with its pictures and heads: attention never looks from one to another."""
+def _flash(q_BLND: Array, k_BSND: Array, v_BSND: Array) -> Array:
+    """The flash kernel on each device with its pictures and heads, which attention never mixes."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:  # 0 without a mesh
-        return kernel(q_BLND, k_BSND, v_BSND, kept_BS)
+        return _flash_kernel(q_BLND, k_BSND, v_BSND)
     batch = tuple(axis for axis in mesh.axis_names if axis != TENSOR)
     heads = TENSOR if TENSOR in mesh.shape and q_BLND.shape[2] % mesh.shape[TENSOR] == 0 else None
     each = P(batch, None, heads, None)
-    # A kernel does not say over which axes its results vary, which is what would be checked.
-    split = jax.shard_map(kernel, in_specs=(each, each, each, P(batch, None)), out_specs=each, check_vma=False)
-    return split(q_BLND, k_BSND, v_BSND, kept_BS)
+    # The check would need the axes over which a kernel's results vary, which kernels do not declare.
+    split = jax.shard_map(_flash_kernel, in_specs=(each, each, each), out_specs=each, check_vma=False)
+    return split(q_BLND, k_BSND, v_BSND)
 
 
-def _by_heads(q_BLND: Array, k_BSND: Array, v_BSND: Array, scale: float) -> Array:
+def _by_heads(q_BLND: Array, k_BSND: Array, v_BSND: Array) -> Array:
     B, L, N, D = q_BLND.shape
-    q = jnp.swapaxes(q_BLND * scale, 1, 2).reshape(B * N, L, D)
+    q = jnp.swapaxes(q_BLND * D**-0.5, 1, 2).reshape(B * N, L, D)
     k, v = (jnp.moveaxis(x, 1, -1).reshape(B * N, D, -1) for x in (k_BSND, v_BSND))
     if L * k.shape[-1] > CACHED:
         out = jax.lax.map(lambda head: _one_head(*head), (q, k, v))
@@ -167,23 +146,23 @@ def _product(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def _flash(q_BLND: Array, k_BSND: Array, v_BSND: Array, kept_BS: Array, scale: float, is_causal: bool) -> Array:
-    B, L, S = *q_BLND.shape[:2], k_BSND.shape[1]
+def _flash_kernel(q_BLND: Array, k_BSND: Array, v_BSND: Array) -> Array:
+    B, L, S, D = q_BLND.shape[0], q_BLND.shape[1], k_BSND.shape[1], q_BLND.shape[3]
 
     def prepare(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK), (0, 0), (0, 0)))
         return jnp.swapaxes(x, 1, 2)
 
     q, k, v = prepare(q_BLND), prepare(k_BSND), prepare(v_BSND)
-    # A query attends to the keys of its own segment: 0 holds what counts, 1 padding and masked keys.
-    keys = jnp.pad(~kept_BS, ((0, 0), (0, k.shape[2] - S)), constant_values=True).astype(jnp.int32)
+    # A query attends to the keys of its own segment, 0: 1 is that of padding.
+    keys = jnp.pad(jnp.zeros((B, S), jnp.int32), ((0, 0), (0, k.shape[2] - S)), constant_values=1)
     segments = flash.SegmentIds(q=jnp.zeros((B, q.shape[2]), jnp.int32), kv=keys)
-    blocks = _blocks(B, q.shape[2], k.shape[2])
-    out = flash.flash_attention(q, k, v, segment_ids=segments, causal=is_causal, sm_scale=scale, block_sizes=blocks)
+    blocks = _blocks(q.shape[2], k.shape[2])
+    out = flash.flash_attention(q, k, v, segment_ids=segments, sm_scale=D**-0.5, block_sizes=blocks)
     return jnp.swapaxes(out, 1, 2)[:, :L]
 
 
-def _blocks(batch: int, length: int, keys: int) -> flash.BlockSizes:
+def _blocks(length: int, keys: int) -> flash.BlockSizes:
     q, k = (next(size for size in (512, 256, BLOCK) if n % size == 0) for n in (length, keys))
     return flash.BlockSizes(
         block_q=q,

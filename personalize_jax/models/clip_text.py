@@ -1,4 +1,4 @@
-"""The text transformer of CLIP, the text encoder of Stable Diffusion 1.x and 2.x; `clip` has both of CLIP's towers.
+"""The text transformer of CLIP, the text encoder of Stable Diffusion 1.x and 2.x.
 
 Radford et al. 2021 (Learning Transferable Visual Models From Natural Language Supervision), section 2.4. Parameter
 paths are the names in public checkpoints, those of transformers' `CLIPTextModel` before its version 5.
@@ -15,11 +15,11 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from personalize_jax.models.activation import gelu
-from personalize_jax.models.attention import Implementation, attend
+from personalize_jax.models.attention import Implementation
 from personalize_jax.models.published_config import check_kinds
 from personalize_jax.runtime.errors import UserError
 
-# What stands for a key of a text tower that its config.json leaves out: transformers' `CLIPTextConfig`.
+# Values of the keys that the config.json of a text tower leaves out: transformers' `CLIPTextConfig`.
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 49408,
     "hidden_size": 512,
@@ -40,10 +40,17 @@ _ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """The transformer's sizes and ways of computing; attributes of `ClipTextEncoder` but for `is_causal`.
+    """Sizes and options of the transformer's layers.
 
     Attributes:
-        is_causal: whether a position sees only itself and what precedes it, as in texts; in pictures all see all.
+        num_layers: number of layers.
+        num_heads: attention heads; they divide the width.
+        mlp_width: hidden units of the MLPs.
+        activation: activation of the MLPs, "quick_gelu" or "gelu".
+        epsilon: added to the variance by layer norms.
+        dtype: dtype of the computation; parameters are float32.
+        remat: whether the backward pass computes a layer again instead of storing its intermediate results.
+        is_causal: whether a position attends only to itself and those before it, as in texts; in pictures to all.
     """
 
     num_layers: int
@@ -51,7 +58,6 @@ class Spec:
     mlp_width: int
     activation: str
     epsilon: float
-    skip_layers: int = 0
     dtype: DTypeLike = jnp.float32
     remat: bool = False
     is_causal: bool = True
@@ -61,8 +67,8 @@ class Spec:
         """The layers that a checkpoint's `config.json` describes.
 
         Args:
-            config: as transformers writes it for a tower of CLIP, with its defaults.
-            **others: what such a file does not tell.
+            config: its content, as transformers writes it for a tower of CLIP, with its defaults.
+            **others: the attributes that such a file does not have.
 
         Raises:
             UserError: a value of another kind, or an activation that is not supported.
@@ -91,11 +97,8 @@ class Spec:
         return nn.LayerNorm(self.epsilon, dtype=self.dtype, use_fast_variance=False, name=name)
 
 
-_SHARED = tuple(field.name for field in dataclasses.fields(Spec) if field.name != "is_causal")
-
-
 class SelfAttention(nn.Module):
-    """Attention of every position to itself and to what it may see."""
+    """Attention of every position to those that it may see."""
 
     spec: Spec
 
@@ -107,7 +110,9 @@ class SelfAttention(nn.Module):
         def heads(name: str) -> Array:
             return nn.Dense(D, dtype=self.spec.dtype, name=name)(x_BLD).reshape(B, L, self.spec.num_heads, -1)
 
-        out = attend(heads("q_proj"), heads("k_proj"), heads("v_proj"), is_causal=self.spec.is_causal)
+        q, k, v = heads("q_proj"), heads("k_proj"), heads("v_proj")
+        # Not `attend`: texts are short, and its kernels would gain nothing.
+        out = jax.nn.dot_product_attention(q, k, v, is_causal=self.spec.is_causal, implementation="xla")
         return nn.Dense(D, dtype=self.spec.dtype, name="out_proj")(out.reshape(B, L, D))
 
 
@@ -137,7 +142,7 @@ class Layer(nn.Module):
 
 
 class Layers(nn.Module):
-    """The layers in turn; the output is that of the one `skip_layers` before the last."""
+    """The layers in turn."""
 
     spec: Spec
 
@@ -145,12 +150,9 @@ class Layers(nn.Module):
     def __call__(self, x_BLD: Array) -> Array:
         """Return [B, L, D]."""
         layer = nn.remat(Layer) if self.spec.remat else Layer
-        outputs = []
         for i in range(self.spec.num_layers):
             x_BLD = layer(self.spec, name=f"layers_{i}")(x_BLD)
-            outputs.append(x_BLD)
-        # Skipped layers keep their parameters, so that a checkpoint goes in and out whole; compiled, they cost nothing.
-        return outputs[-1 - self.spec.skip_layers]
+        return x_BLD
 
 
 class Embeddings(nn.Module):
@@ -192,56 +194,31 @@ class ClipTextEncoder(nn.Module):
 
     Attributes:
         vocab_size: rows of the token embedding.
-        width: of the embeddings.
+        width: width of the embeddings.
         max_length: tokens in a text, padding included, at most.
-        num_layers: of the transformer.
-        num_heads: attention heads; they divide the width.
-        mlp_width: hidden units of the MLPs.
-        activation: of the MLPs, "quick_gelu" or "gelu".
-        epsilon: added to the variance by layer norms.
-        skip_layers: how many last layers are left out before the last norm; 1 takes the penultimate layer's output.
-        dtype: of the computation; parameters are float32.
-        remat: whether the backward pass computes a layer again instead of storing what is in it.
-        attention: taken as by every network and without effect: texts are short.
+        spec: the layers.
     """
 
     vocab_size: int
     width: int
     max_length: int
-    num_layers: int
-    num_heads: int
-    mlp_width: int
-    activation: str = "quick_gelu"
-    epsilon: float = 1e-5
-    skip_layers: int = 0
-    dtype: DTypeLike = jnp.float32
-    remat: bool = False
-    attention: Implementation = "xla"
+    spec: Spec
 
     @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any], skip_layers: int = 0, attention: Implementation = "xla", **compute: Any
-    ) -> Self:
+    def from_config(cls, config: Mapping[str, Any], attention: Implementation = "xla", **compute: Any) -> Self:
         """Build the encoder that a checkpoint's `config.json` describes.
 
         Args:
-            config: as transformers writes it for a `CLIPTextModel`; keys left out have its defaults.
-            skip_layers: see the class. The encoder of Stable Diffusion 2.x was cut before it was published and takes 0.
-            attention: see the class.
+            config: its content, as transformers writes it for a `CLIPTextModel`; missing keys have its defaults.
+            attention: an option of every network, without effect here: texts are short.
             **compute: `dtype`, `remat`.
 
         Raises:
-            UserError: a value that is not supported, or no layer is left.
+            UserError: a value that is not supported.
         """
         config = DEFAULTS | dict(config)
-        spec = Spec.from_config(config, skip_layers=skip_layers, **compute)
-        if not 0 <= skip_layers < spec.num_layers:
-            raise UserError(
-                f"skip_layers is {skip_layers}; give 0 to {spec.num_layers - 1}, as the encoder has {spec.num_layers}."
-            )
-        shared = {name: getattr(spec, name) for name in _SHARED}
         sizes = config["vocab_size"], config["hidden_size"], config["max_position_embeddings"]
-        return cls(*sizes, **shared, attention=attention)
+        return cls(*sizes, Spec.from_config(config, **compute))
 
     @nn.compact
     def __call__(self, tokens_BL: Array) -> tuple[Array, Array]:
@@ -253,6 +230,5 @@ class ClipTextEncoder(nn.Module):
         Returns:
             text_BLD, and mask_BL which is True everywhere: the public U-Nets attend to padding as well.
         """
-        spec = Spec(**{name: getattr(self, name) for name in _SHARED})
-        text_BLD = TextModel(self.vocab_size, self.width, self.max_length, spec, name="text_model")(tokens_BL)
+        text_BLD = TextModel(self.vocab_size, self.width, self.max_length, self.spec, name="text_model")(tokens_BL)
         return text_BLD, jnp.ones(tokens_BL.shape, bool)

@@ -21,7 +21,7 @@ from personalize_jax.runtime.errors import UserError
 
 PAD_ID = 0  # in every vocabulary of T5
 _FEED_FORWARDS = ("relu", "gated-gelu")
-# What stands for a key that a config.json leaves out: transformers' `T5Config`.
+# Values of the keys that a config.json leaves out: transformers' `T5Config`.
 _DEFAULTS: dict[str, Any] = {
     "vocab_size": 32128,
     "d_model": 512,
@@ -38,7 +38,20 @@ _DEFAULTS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """The transformer's sizes and ways of computing; the attributes of `T5Encoder` under the same names."""
+    """Sizes and options of the transformer's blocks.
+
+    Attributes:
+        num_layers: number of blocks.
+        num_heads: attention heads.
+        head_dim: channels of a head; all heads together need not be as wide as the embeddings.
+        mlp_width: hidden units of the MLPs.
+        feed_forward: kind of the MLPs, "gated-gelu" (v1.1) or "relu".
+        num_buckets: buckets of relative positions.
+        max_distance: offsets from here on share the last bucket.
+        epsilon: added to the mean square by norms.
+        dtype: dtype of the computation; parameters are float32, and so is the bias of attention.
+        remat: whether the backward pass computes a block again instead of storing its intermediate results.
+    """
 
     num_layers: int
     num_heads: int
@@ -48,8 +61,8 @@ class Spec:
     num_buckets: int
     max_distance: int
     epsilon: float
-    dtype: DTypeLike
-    remat: bool
+    dtype: DTypeLike = jnp.float32
+    remat: bool = False
 
     def dense(self, features: int, name: str) -> nn.Dense:
         """Return a linear layer, which never has a bias here."""
@@ -88,7 +101,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: Array, mask_BL: Array, bias_1NLL: Array | None) -> tuple[Array, Array]:
-        """Return [B, L, D] and the bias, which the first layer makes and the others are given."""
+        """Return [B, L, D] and the bias, which is None for the first layer: that one makes it for all."""
         B, L, D = x_BLD.shape
         s = self.spec
         if bias_1NLL is None:
@@ -180,44 +193,24 @@ class T5Encoder(nn.Module):
 
     Attributes:
         vocab_size: rows of the token embedding.
-        width: of the embeddings.
-        num_layers: of the transformer.
-        num_heads: attention heads.
-        head_dim: of a head; all heads together need not be as wide as the embeddings.
-        mlp_width: hidden units of the MLPs.
-        feed_forward: the MLPs, "gated-gelu" (v1.1) or "relu".
-        num_buckets: of relative positions.
-        max_distance: offsets from here on are alike.
-        epsilon: added to the mean square by norms.
+        width: width of the embeddings.
+        spec: the blocks.
         max_length: tokens that texts are padded or cut to; the network itself, with relative positions, has no limit.
-        dtype: of the computation; parameters are float32, and so is the bias of attention.
-        remat: whether the backward pass computes a block again instead of storing what is in it.
-        attention: taken as by every network and without effect: the position bias leaves "xla" only.
     """
 
     vocab_size: int
     width: int
-    num_layers: int
-    num_heads: int
-    head_dim: int
-    mlp_width: int
-    feed_forward: str = "gated-gelu"
-    num_buckets: int = 32
-    max_distance: int = 128
-    epsilon: float = 1e-6
+    spec: Spec
     max_length: int = 77
-    dtype: DTypeLike = jnp.float32
-    remat: bool = False
-    attention: Implementation = "xla"
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], max_length: int = 77, **compute: Any) -> Self:
-        """Build the encoder that a checkpoint's `config.json` describes.
+    def from_config(cls, config: Mapping[str, Any], attention: Implementation = "xla", **compute: Any) -> Self:
+        """Build the encoder that a checkpoint's `config.json` describes, for texts of 77 tokens as in IF.
 
         Args:
-            config: as transformers writes it for a `T5EncoderModel`; keys left out have its defaults.
-            max_length: see the class; IF uses 77.
-            **compute: `dtype`, `remat`, `attention`.
+            config: its content, as transformers writes it for a `T5EncoderModel`; missing keys have its defaults.
+            attention: an option of every network, without effect here: the bias of attention leaves "xla" only.
+            **compute: `dtype`, `remat`.
 
         Raises:
             UserError: a value that is not supported.
@@ -230,9 +223,7 @@ class T5Encoder(nn.Module):
                 f"feed_forward_proj is {feed_forward!r} in the text encoder's config.json; "
                 f"supported are {', '.join(_FEED_FORWARDS)}."
             )
-        return cls(
-            vocab_size=config["vocab_size"],
-            width=config["d_model"],
+        spec = Spec(
             num_layers=config["num_layers"],
             num_heads=config["num_heads"],
             head_dim=config["d_kv"],
@@ -241,9 +232,9 @@ class T5Encoder(nn.Module):
             num_buckets=config["relative_attention_num_buckets"],
             max_distance=config["relative_attention_max_distance"],
             epsilon=config["layer_norm_epsilon"],
-            max_length=max_length,
             **compute,
         )
+        return cls(config["vocab_size"], config["d_model"], spec)
 
     @nn.compact
     def __call__(self, tokens_BL: Array) -> tuple[Array, Array]:
@@ -255,7 +246,6 @@ class T5Encoder(nn.Module):
         Returns:
             text_BLD, and mask_BL which is True everywhere: the public U-Nets attend to padding as well.
         """
-        spec = Spec(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Spec)})
-        x_BLD = nn.Embed(self.vocab_size, self.width, dtype=self.dtype, name="shared")(tokens_BL)
-        text_BLD = Blocks(spec, name="encoder")(x_BLD, tokens_BL != PAD_ID)
+        x_BLD = nn.Embed(self.vocab_size, self.width, dtype=self.spec.dtype, name="shared")(tokens_BL)
+        text_BLD = Blocks(self.spec, name="encoder")(x_BLD, tokens_BL != PAD_ID)
         return text_BLD, jnp.ones(tokens_BL.shape, bool)

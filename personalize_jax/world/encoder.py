@@ -27,7 +27,7 @@ from absl import flags
 from jax import Array
 from ml_collections import ConfigDict
 
-from personalize_jax.formats.port_weights import Network, save_weights
+from personalize_jax.formats.port_weights import Naming, save_weights
 from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.metrics.encoders import load_clip, load_dino
 from personalize_jax.metrics.preprocessing import FILE, Preprocessing
@@ -211,7 +211,7 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.read(ASSETS / "world" / "tokenizer.json", CLIP["text_config"]["max_position_embeddings"])
 
 
-def save(params: Params, network: Network, folder: Path) -> None:
+def save(params: Params, network: Naming, folder: Path) -> None:
     """Write an encoder in half precision as a folder of the hub.
 
     Args:

@@ -11,7 +11,7 @@ from personalize_jax.diffusion.augmentation import upsample
 from personalize_jax.diffusion.process import discrete, squaredcos_betas
 from personalize_jax.diffusion.variational import variational_bound
 from personalize_jax.families.batch import Batch
-from personalize_jax.families.diffusion_loss import diffuse, interleave, personalization_loss, separate
+from personalize_jax.families.diffusion_loss import DiffusionFamily, diffuse, interleave, separate
 from personalize_jax.families.objective import Group, Objective
 from personalize_jax.families.targets import Target, picture
 from personalize_jax.families.text import Text
@@ -33,7 +33,7 @@ class Network:
         return self.answer(variables["params"], *inputs)
 
 
-class Family:
+class Family(DiffusionFamily):
     """Embeds every caption as one number, its text encoder's parameter."""
 
     def condition(self, params, tokens):
@@ -56,9 +56,7 @@ def batch(value, embedding=0.0, side=SIDE, **fields):
 
 def loss_of(network_stage, objective, batches, params=None, frozen=None, seed=0):
     params = params or {"denoiser": {}}
-    return personalization_loss(
-        network_stage, Family(), objective, params, frozen or params, batches, jax.random.key(seed)
-    )
+    return Family().loss(network_stage, objective, params, frozen or params, batches, jax.random.key(seed))
 
 
 @pytest.mark.parametrize("prior_weight", [0.7, 2.0])
@@ -197,7 +195,7 @@ def test_frozen_prediction_costs_and_teaches_nothing_before_the_first_update():
     batches = {"instance": batch(0.5, cond=None), "prior": batch(-1.0, cond=None)}
 
     def loss(params, frozen, objective, batches):
-        return personalization_loss(network, Family(), objective, params, frozen, batches, jax.random.key(3))
+        return Family().loss(network, objective, params, frozen, batches, jax.random.key(3))
 
     (value, terms), gradient = jax.value_and_grad(loss, has_aux=True)(FROZEN, FROZEN, objective, batches)
     assert terms["prior_loss"] == 0
@@ -215,7 +213,7 @@ def test_frozen_prediction_is_the_distance_to_the_frozen_network_and_never_moves
     batches = {"instance": batch(0.5, cond=None), "prior": batch(-1.0, cond=None)}
 
     def loss(params, frozen):
-        return personalization_loss(network, Family(), objective, params, frozen, batches, jax.random.key(3))
+        return Family().loss(network, objective, params, frozen, batches, jax.random.key(3))
 
     _, terms = loss(tuned, FROZEN)
     z_prior = separate(network.network.calls[-2][0], 2)[1]

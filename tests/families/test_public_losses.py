@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from personalize_jax.families.batch import Batch
-from personalize_jax.families.diffusion_loss import diffuse, personalization_loss
+from personalize_jax.families.diffusion_loss import diffuse
 from personalize_jax.models.params import flatten
 from personalize_jax.pipeline import load_pipeline
 from tests import tiny, tiny_public
@@ -102,9 +102,7 @@ def test_loss_and_gradients(tmp_path, name, min_snr):
     @jax.jit
     def value_and_gradient(denoiser):
         return jax.value_and_grad(
-            lambda p: personalization_loss(
-                stage, pipeline.family, objective, {**frozen, "denoiser": p}, frozen, batch, rng
-            )[0]
+            lambda p: pipeline.family.loss(stage, objective, {**frozen, "denoiser": p}, frozen, batch, rng)[0]
         )(denoiser)
 
     loss, gradient = value_and_gradient(frozen["denoiser"])

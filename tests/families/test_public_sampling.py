@@ -160,7 +160,7 @@ def test_guided_steps_take_the_variance_that_the_prompt_gives():
 @pytest.mark.parametrize("corners", [False, True])
 def test_low_resolution_pictures_are_enlarged_as_in_diffusers(corners):
     low = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
-    enlarged, _ = stage_of(None, align_corners=corners).condition(low, jnp.zeros(2), jnp.zeros((2, 16, 16, 3)))
+    enlarged, _ = stage_of(None, align_corners=corners).augment(low, jnp.zeros(2), jnp.zeros((2, 16, 16, 3)))
     low_BCHW = torch.from_numpy(np.moveaxis(low, -1, 1).copy())
     reference = torch.nn.functional.interpolate(low_BCHW, (16, 16), mode="bilinear", align_corners=corners)
     np.testing.assert_allclose(enlarged, np.moveaxis(reference.numpy(), 1, -1), atol=1e-3)

@@ -58,7 +58,7 @@ def test_a_published_folder_loads_as_in_diffusers(name, folders, caplog):
     # DDIM in place of PNDM is said; nothing else is odd about these folders.
     said = [record.message for record in caplog.records if record.name.startswith("personalize_jax")]
     assert said == (
-        ["Pictures are drawn by ddim, of our samplers the nearest to the pipeline's PNDMScheduler."]
+        ["Pictures are sampled by ddim, of our samplers the nearest to the pipeline's PNDMScheduler."]
         if name in ("sd-1.5", "sd-2.1-base")
         else []
     )

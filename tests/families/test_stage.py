@@ -172,7 +172,7 @@ def test_super_resolution_starts_from_other_noise_than_its_condition_has():
 def test_low_resolution_pictures_are_enlarged_as_the_stage_says(corners):
     enlarging = dataclasses.replace(read_stage(tiny.SUPER_RESOLUTION), align_corners=corners)
     low = jax.random.uniform(jax.random.key(3), (B, 8, 8, 3), minval=-1)
-    found, _ = enlarging.condition(low, jnp.zeros(B), jnp.zeros((B, 16, 16, 3)))
+    found, _ = enlarging.augment(low, jnp.zeros(B), jnp.zeros((B, 16, 16, 3)))
     np.testing.assert_allclose(found, upsample(low, 16, corners), atol=1e-5)
     assert np.abs(found - upsample(low, 16, not corners)).max() > 0.1
 
@@ -183,8 +183,8 @@ def test_each_schedule_is_the_one_of_its_name():
     t = jnp.array([0.2, 0.5])
     for found, expected in ((made.process, process.cosine(1.0)), (made.augmentation, process.linear())):
         np.testing.assert_allclose(found.alpha(t), expected.alpha(t), rtol=1e-6)
-    _, level = made.condition(jnp.zeros((2, 8, 8, 3)), t, jnp.ones((2, 16, 16, 3)))
-    noised, _ = made.condition(jnp.zeros((2, 8, 8, 3)), t, jnp.ones((2, 16, 16, 3)))
+    _, level = made.augment(jnp.zeros((2, 8, 8, 3)), t, jnp.ones((2, 16, 16, 3)))
+    noised, _ = made.augment(jnp.zeros((2, 8, 8, 3)), t, jnp.ones((2, 16, 16, 3)))
     np.testing.assert_array_equal(level, t)
     np.testing.assert_allclose(noised[:, 0, 0, 0], process.linear().sigma(t), rtol=1e-5)
 

@@ -8,7 +8,6 @@ from safetensors.numpy import load_file
 
 from configs import common
 from personalize_jax.families.batch import Batch
-from personalize_jax.families.diffusion_loss import personalization_loss
 from personalize_jax.method.personalized import with_trained
 from personalize_jax.models.params import flatten
 from personalize_jax.pipeline import load_pipeline, save_pipeline
@@ -87,7 +86,7 @@ def test_the_loss_is_that_of_parameters_in_full(sources):
     @jax.jit
     def terms(params, frozen):
         key = jax.random.key(1)
-        return personalization_loss(stage, rounded.family, objective, params, frozen, batch, key)[1]
+        return rounded.family.loss(stage, objective, params, frozen, batch, key)[1]
 
     full, lying = stage_params(exact, stage), stage_params(rounded, stage)
     expected = float(terms(full, full)["instance_loss"])

@@ -12,7 +12,6 @@ from configs import deepfloyd_if, stable_diffusion, world
 from personalize_jax import plan
 from personalize_jax.families import public
 from personalize_jax.families.batch import Batch
-from personalize_jax.families.diffusion_loss import personalization_loss
 from personalize_jax.method.configuration import changed
 from personalize_jax.planning import slices
 from personalize_jax.planning.estimate import Run, Usage, fits, roofline, seconds
@@ -135,7 +134,7 @@ def test_planned_operations_are_those_of_the_products():
     params = {"denoiser": pipeline.params["base"]}
 
     def loss(denoiser, batch):
-        return personalization_loss(stage, None, objective, {"denoiser": denoiser}, {}, batch, jax.random.key(0))[0]
+        return pipeline.family.loss(stage, objective, {"denoiser": denoiser}, {}, batch, jax.random.key(0))[0]
 
     step = jax.grad(loss)
     batch = {"instance": group, "prior": group}

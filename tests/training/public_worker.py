@@ -86,18 +86,17 @@ def parts(params):
 
 
 def queries(seed=0):
-    """Queries, keys and values, and which keys count."""
+    """Queries, keys and values."""
     rng = np.random.default_rng(seed)
-    qkv = [jnp.asarray(rng.normal(size=(8, length, 4, 8)), jnp.float32) for length in (20, 24, 24)]
-    return *qkv, jnp.asarray(rng.uniform(size=(8, 24)) < 0.7).at[:, 0].set(True)
+    return tuple(jnp.asarray(rng.normal(size=(8, length, 4, 8)), jnp.float32) for length in (20, 24, 24))
 
 
 def attended(implementation, mesh, *inputs):
     """What the queries attend to, and the gradients of a function of it."""
 
-    def function(q, k, v, kept):
+    def function(q, k, v):
         with attention.over(mesh):
-            out = attention.attend(q, k, v, implementation, kept)
+            out = attention.attend(q, k, v, implementation)
         return jnp.sum(jnp.sin(out)), out
 
     (_, out), gradients = jax.jit(jax.value_and_grad(function, (0, 1, 2), has_aux=True))(*inputs)
@@ -107,9 +106,9 @@ def attended(implementation, mesh, *inputs):
 def attend_in_parts(directory):
     """The flash kernel split over a mesh, with JAX's own definition of it in place of the kernel, which needs TPUs."""
 
-    def kernel(q, k, v, segment_ids, causal, sm_scale, block_sizes):
+    def kernel(q, k, v, segment_ids, sm_scale, block_sizes):
         definition = attention.flash.mha_reference_no_custom_vjp
-        return definition(q, k, v, None, segment_ids, causal=causal, sm_scale=sm_scale)
+        return definition(q, k, v, None, segment_ids, sm_scale=sm_scale)
 
     attention.flash.flash_attention = kernel
     for name, sizes in MESHES.items():

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import common
 from personalize_jax.diffusion.process import discrete, squaredcos_betas
-from personalize_jax.families import diffusion_loss
+from personalize_jax.families.diffusion_loss import DiffusionFamily
 from personalize_jax.families.world import read_stage
 from personalize_jax.method import personalization
 from personalize_jax.models.params import flatten
@@ -61,13 +61,13 @@ def dispatched(run=lambda step, *inputs: step(*inputs), **changes):
     groups = jax.tree.map(jnp.asarray, {name: group._replace(object_mask=mask) for name, group in groups.items()})
     batches = []
 
-    def spy(stage, family, objective, params, frozen_params, batch, rng):
+    def spy(family, stage, objective, params, frozen_params, batch, rng):
         batches.append(batch)
-        return real(stage, family, objective, params, frozen_params, batch, rng)
+        return real(family, stage, objective, params, frozen_params, batch, rng)
 
-    real = diffusion_loss.personalization_loss
+    real = DiffusionFamily.loss
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diffusion_loss, "personalization_loss", spy)
+        patch.setattr(DiffusionFamily, "loss", spy)
         made = program.stage_program(stage, tiny.LinearFamily(), parameters(), groups, config, 0, IDENTIFIER)
         before = made.init()
         state, metrics = run(made.advance.__wrapped__, before, made.frozen_params, made.examples)

@@ -109,7 +109,8 @@ def case(name):
     rng = np.random.default_rng(0)
     t, text, mask = np.float32([0.1, 0.7]), rng.normal(size=(2, 7, tiny_public.WIDTH)), np.ones((2, 7), bool)
     tokens = rng.integers(1, 30, (2, 7))
-    sizes = {"vocab_size": 30, "num_layers": 2, "num_heads": 2, "mlp_width": 32}
+    clip = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    t5 = {"vocab_size": 30, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
 
     def pictures(channels, side=8):
         return jnp.asarray(rng.normal(size=(2, side, side, channels)), jnp.float32)
@@ -131,10 +132,11 @@ def case(name):
         case "world text":
             return tiny.text_encoder(), (tokens,), (*heads, (".*mlp_in/kernel", 1))
         case "clip":
-            network = ClipTextEncoder(**sizes, width=16, max_length=7, remat=True)
+            config = {**clip, "intermediate_size": 32, "max_position_embeddings": 7}
+            network = ClipTextEncoder.from_config(config, remat=True)
             return network, (tokens,), ((".*(q_proj|out_proj|fc1)/kernel", 1),)
         case "t5":
-            network = T5Encoder(**sizes, width=16, head_dim=8, remat=True)
+            network = T5Encoder.from_config({**t5, "feed_forward_proj": "gated-gelu"}, remat=True)
             return network, (tokens,), ((".*/(q|v|o|wi_1|wo)/kernel", 1),)
 
 
