@@ -1,13 +1,13 @@
-"""Tell what a personalisation takes of TPUs that are not at hand: memory, time, traffic, and what to change.
+"""Plan a personalisation on TPUs that are not at hand: memory, time, traffic, and changes that make it fit.
 
     python -m personalize_jax.plan --config=configs/stable_diffusion.py:2.1 --topology=v5e-8 --topology=v5p-8
 
 The real train step and the real sampling step of each stage are compiled ahead of time, on any machine with libtpu
-(`pip install libtpu`) and without weights: a published model's shapes are known, a folder's are read. The compiler is
-stopped before it writes machine code (`planning/compiler.py`), after a few minutes of a core for a step of a large
-model, once. `--out=plan.json` keeps all numbers.
+(`pip install libtpu`) and without weights: the shapes of published models are known, those of a folder are read from
+it. The compiler is stopped before it generates machine code (`planning/compiler.py`). For a step of a large model that
+takes a few minutes on one core, once. `--out=plan.json` keeps all numbers.
 
-Times are a roofline's, the least that a step can take; real steps take longer.
+Times are those of a roofline, the least that a step can take; real steps take longer.
 """
 
 import json
@@ -21,6 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from personalize_jax.families import public, registry
+from personalize_jax.families.base import Family
 from personalize_jax.method.class_images import prior_sampling
 from personalize_jax.method.configuration import (
     changed,
@@ -31,8 +32,8 @@ from personalize_jax.method.configuration import (
 )
 from personalize_jax.pipeline import Pipeline
 from personalize_jax.planning import published, slices
-from personalize_jax.planning.compiler import apart
-from personalize_jax.planning.estimate import Run, fits, roofline, seconds
+from personalize_jax.planning.compiler import run_in_subprocess
+from personalize_jax.planning.estimate import Run, fits, part_seconds, roofline
 from personalize_jax.planning.programs import Usage, sampling_step, train_step
 from personalize_jax.planning.slices import Topology
 from personalize_jax.runtime import command
@@ -46,9 +47,9 @@ SUBJECTS, CLASSES, PROMPTS = 30, 15, 25  # of the paper's protocol
 def define_flags() -> None:
     """The command line."""
     config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/deepfloyd_if.py:XL.")
-    flags.DEFINE_multi_string("topology", None, "A slice, such as v5e:4x4 or v5e-16; as often as wanted.")
-    flags.DEFINE_bool("sampling", True, "Whether to plan drawing, too, and with it whole runs.")
-    flags.DEFINE_bool("advise", True, "Where tuning does not fit, try which changes make it fit.")
+    flags.DEFINE_multi_string("topology", None, "A slice, such as v5e:4x4 or v5e-16; may be repeated.")
+    flags.DEFINE_bool("sampling", True, "Whether to plan sampling, too, and with it whole runs.")
+    flags.DEFINE_bool("advise", True, "Whether to look for changes that make tuning fit where it does not.")
     flags.DEFINE_string("out", None, "A JSON file for all numbers.")
 
 
@@ -68,13 +69,12 @@ def main(_: list[str]) -> None:
 
 
 def abstract_pipeline(config: ConfigDict) -> Pipeline:
-    """The pretrained cascade that a configuration names, with shapes in place of parameters and without vocabulary."""
-    named = config.pretrained
-    sources = [named] if isinstance(named, str) else list(named)
+    """The pretrained cascade of a configuration, with shapes in place of parameters and without a vocabulary."""
+    sources = [config.pretrained] if isinstance(config.pretrained, str) else list(config.pretrained)
     compute = {"platform": "tpu", **config.get("compute", {})}
+    model: Family
     if spec := published.spec(sources):
-        family = registry.family_of(spec["stages"][0]["class"])
-        model = public.build(family, spec, None, **compute)
+        model = public.build(registry.family_of(spec["stages"][0]["class"]), spec, None, **compute)
     else:
         model = registry.describe(sources, **compute)
     return Pipeline(model, model.shapes())
@@ -83,13 +83,13 @@ def abstract_pipeline(config: ConfigDict) -> Pipeline:
 def plan(
     pipeline: Pipeline, config: ConfigDict, topology: Topology, sampling: bool = True, advise: bool = True
 ) -> dict[str, Any]:
-    """What a configuration takes of one slice, as plain data.
+    """The plan of a configuration on one slice, as plain data.
 
     Args:
         pipeline: from `abstract_pipeline`.
-        config: of the run.
+        config: the run's configuration.
         topology: the slice.
-        sampling: whether to plan drawing, too.
+        sampling: whether to plan sampling, too.
         advise: whether to look for changes where tuning does not fit.
 
     Raises:
@@ -99,90 +99,89 @@ def plan(
     trainings = stage_trainings(config)
     for name in config.tune:  # before the first of them is compiled
         check_sizes(trainings[name], mesh_of(trainings[name], devices))
-    steps, draws, programs = {}, {}, []
+    train_seconds, sampling_seconds, programs = {}, {}, []
     for name in config.tune:
-        usage = tuning(pipeline, config, name, topology)
-        programs.append(described(f"tuning {name}", usage, topology))
-        steps[name] = roofline(usage, topology).seconds
+        usage = tuning_usage(pipeline, config, name, topology)
+        programs.append(usage_dict(f"tuning {name}", usage, topology))
+        train_seconds[name] = roofline(usage, topology).seconds
         if advise and not fits(usage, topology):
             programs[-1]["changes"] = changes_that_fit(pipeline, config, name, topology)
     if sampling:
         for stage in pipeline.stages:
             batch = config.class_images.batch_size
-            usage = apart(sampling_step, pipeline, stage, stage.sampling, batch, config.training, topology)
-            programs.append(described(f"drawing {stage.name}", usage, topology))
-            draws[stage.name] = roofline(usage, topology).seconds
+            usage = run_in_subprocess(sampling_step, pipeline, stage, stage.sampling, batch, config.training, topology)
+            programs.append(usage_dict(f"sampling {stage.name}", usage, topology))
+            sampling_seconds[stage.name] = roofline(usage, topology).seconds
     result = {"topology": str(topology), "chips": topology.size, "mesh": list(config.training.mesh)}
     result |= {"hbm": topology.chip.hbm_bytes, "programs": programs}
     if sampling:
         with_prior = any(trainings[name].prior.weight > 0 for name in config.tune)
-        result["seconds"] = run_seconds(pipeline, config, topology, with_prior, steps, draws)
+        result["seconds"] = run_seconds(pipeline, config, topology, with_prior, train_seconds, sampling_seconds)
     return result
 
 
-def tuning(pipeline: Pipeline, config: ConfigDict, name: str, topology: Topology) -> Usage:
-    """What the tuning of a stage takes."""
+def tuning_usage(pipeline: Pipeline, config: ConfigDict, name: str, topology: Topology) -> Usage:
+    """The usage of one step of a stage's tuning."""
     training = stage_trainings(config)[name]
     trains_text = trains_encoders(pipeline, name, training)
     count, stage = config.class_images.count, pipeline.stage(name)
-    return apart(train_step, pipeline, stage, training, count, trains_text, topology)
+    return run_in_subprocess(train_step, pipeline, stage, training, count, trains_text, topology)
 
 
 def changes_that_fit(pipeline: Pipeline, config: ConfigDict, name: str, topology: Topology) -> list[str] | None:
     """Changes with which a stage's tuning fits; None if it never does.
 
-    They are made one on top of the other until it fits, in the order of what they cost: how parameters lie, an
-    attention kernel and a rounded moment cost next to nothing, computing activations again a third more time, and
-    small batches the use of the chip. Then those are taken back without which it fits as well, the dearest first.
+    Changes are added until it fits, the cheapest first: another sharding, an attention kernel and a rounded moment cost
+    next to nothing, computing activations again a third more time, and small batches leave the chip idle. Then every
+    change without which it still fits is taken back, the dearest first.
     """
 
     def fits_with(changes: dict[str, Any]) -> bool:
         other = changed(config, **{key.replace(".", "__"): value for key, value in changes.items()})
-        of_other = abstract_pipeline(other) if any(key.startswith("compute.") for key in changes) else pipeline
-        return fits(tuning(of_other, other, name, topology), topology)
+        rebuilt = abstract_pipeline(other) if any(key.startswith("compute.") for key in changes) else pipeline
+        return fits(tuning_usage(rebuilt, other, name, topology), topology)
 
-    made: dict[str, Any] = {}
-    for key, value in _candidates(config, name):
-        made[key] = value
-        if fits_with(made):
+    changes: dict[str, Any] = {}
+    for key, value in _memory_savings(config, name):
+        changes[key] = value
+        if fits_with(changes):
             break
     else:
         return None
-    *others, _ = made
+    *others, _ = changes
     for key in reversed(others):
-        fewer = {other: value for other, value in made.items() if other != key}
+        fewer = {other: value for other, value in changes.items() if other != key}
         if fits_with(fewer):
-            made = fewer
-    return [f"{key}={value}" for key, value in made.items()]
+            changes = fewer
+    return [f"{key}={value}" for key, value in changes.items()]
 
 
-def _candidates(config: ConfigDict, name: str) -> Iterator[tuple[str, Any]]:
-    """Dotted keys with values that take less memory than those that the configuration has."""
-    part, training = training_sections(config)[name], stage_trainings(config)[name]
+def _memory_savings(config: ConfigDict, name: str) -> Iterator[tuple[str, Any]]:
+    """Dotted keys with values that take less memory than the configuration's own, the cheapest first."""
+    section, training = training_sections(config)[name], stage_trainings(config)[name]
     if tuple(training.mesh) != (1, -1, -1):
-        yield f"{part}.mesh", (1, -1, -1)
-    if "compute" in config and config.compute.attention not in ("auto", "flash"):  # which is what "auto" is on TPUs
+        yield f"{section}.mesh", (1, -1, -1)
+    if "compute" in config and config.compute.attention not in ("auto", "flash"):  # "auto" is flash on TPUs
         yield "compute.attention", "flash"
     if training.optimizer.moment_dtype != "bfloat16":
-        yield f"{part}.optimizer.moment_dtype", "bfloat16"
+        yield f"{section}.optimizer.moment_dtype", "bfloat16"
     if "compute" in config and not config.compute.remat:
         yield "compute.remat", True
     for count in (2, 4, 8):
         if count > training.microbatches and training.batch_size % count == 0:
-            yield f"{part}.microbatches", count
+            yield f"{section}.microbatches", count
 
 
-def described(program: str, usage: Usage, topology: Topology) -> dict[str, Any]:
-    """A program's usage as plain data."""
+def usage_dict(program: str, usage: Usage, topology: Topology) -> dict[str, Any]:
+    """The usage of a program as plain data, with its times."""
     least = roofline(usage, topology)
-    by_kind = {kind: usage.received(kind) for kind in dict.fromkeys(e.kind for e in usage.exchanges)}
     return {
         "program": program,
         "fits": fits(usage, topology),
         "memory": usage.memory,
         "flops": usage.rounds * usage.flops,
         "bytes": usage.rounds * usage.bytes,
-        "received": by_kind,
+        "received": {kind: usage.received(kind) for kind in dict.fromkeys(e.kind for e in usage.exchanges)},
         "seconds": least.seconds,
         "bound": least.bound if usage.compiled else None,
         "roofline": least._asdict(),
@@ -195,10 +194,10 @@ def run_seconds(
     config: ConfigDict,
     topology: Topology,
     with_prior: bool,
-    steps: dict[str, float],
-    draws: dict[str, float],
+    train_step_seconds: dict[str, float],
+    sampling_step_seconds: dict[str, float],
 ) -> dict[str, float]:
-    """Seconds of the parts of a personalisation, of all of it, and of the paper's protocol of 30 subjects.
+    """Seconds of the parts of a personalisation, of the whole, and of the paper's protocol of 30 subjects.
 
     Subjects of one class share its class images.
     """
@@ -208,21 +207,22 @@ def run_seconds(
     def batches(pictures: int, batch_size: int) -> int:
         return math.ceil(pictures / (batch_size + -batch_size % topology.size))
 
-    drawn = batches(settings.count, settings.batch_size) * with_prior
-    shown = batches(PROMPTS * evaluation.images_per_prompt + evaluation.class_samples, settings.batch_size)
+    class_batches = batches(settings.count, settings.batch_size) * with_prior
+    evaluated = PROMPTS * evaluation.images_per_prompt + evaluation.class_samples
+    picture_batches = batches(evaluated, settings.batch_size)
     run = Run(
         {name: trainings[name].num_steps for name in config.tune},
-        {stage.name: (drawn, prior_sampling(stage, settings).num_steps) for stage in pipeline.stages},
-        {stage.name: (shown, stage.sampling.num_steps) for stage in pipeline.stages},
+        {stage.name: (class_batches, prior_sampling(stage, settings).num_steps) for stage in pipeline.stages},
+        {stage.name: (picture_batches, stage.sampling.num_steps) for stage in pipeline.stages},
     )
-    parts = seconds(run, steps, draws)
-    whole = parts["class images"] + parts["tuning"]
+    parts = part_seconds(run, train_step_seconds, sampling_step_seconds)
+    personalisation = parts["class images"] + parts["tuning"]
     protocol = CLASSES * parts["class images"] + SUBJECTS * (parts["tuning"] + parts["evaluation"])
-    return parts | {"personalisation": whole, "protocol": protocol}
+    return parts | {"personalisation": personalisation, "protocol": protocol}
 
 
 def table(plans: list[dict[str, Any]]) -> str:
-    """Plans as Markdown: memory a chip in GiB, time in ms a step, exchanges in MB a step, and whole runs."""
+    """Plans as Markdown: memory of a chip in GiB, time of a step in ms, exchanges in MB a step, and whole runs."""
     kinds = ("parameters", "optimizer", "average", "pretrained", "examples", "activations")
     lines = ["| slice | program | fits | " + " | ".join(kinds) + " | of GiB | ms | bound | TFLOP | received MB |"]
     lines.append("|---" * (8 + len(kinds)) + "|")
@@ -231,12 +231,13 @@ def table(plans: list[dict[str, Any]]) -> str:
         for program in plan["programs"]:
             memory = program["memory"]
             cells = [f"{memory.get(kind, 0) / GIB:.2f}" for kind in kinds]
-            fitting = "yes" if program["fits"] else "no"
-            time = [f"{1e3 * program['seconds']:.1f}", program["bound"] or ""]
-            work = [f"{program['flops'] / 1e12:.2f}", f"{sum(program['received'].values()) / 1e6:.0f}"]
+            cells.append(f"{plan['hbm'] / GIB:.0f}")
             if program["bound"] is None:
-                time, work = ["", ""], ["", ""]
-            row = [plan["topology"], program["program"], fitting, *cells, f"{plan['hbm'] / GIB:.0f}", *time, *work]
+                cells += [""] * 4
+            else:
+                cells += [f"{1e3 * program['seconds']:.1f}", program["bound"]]
+                cells += [f"{program['flops'] / 1e12:.2f}", f"{sum(program['received'].values()) / 1e6:.0f}"]
+            row = [plan["topology"], program["program"], "yes" if program["fits"] else "no", *cells]
             lines.append("| " + " | ".join(row) + " |")
             if "changes" in program:
                 change = ", ".join(program["changes"]) if program["changes"] else "no change that was tried"

@@ -102,7 +102,7 @@ def separate(x: Array, count: int) -> list[Array]:
 
 def _condition(family: Family, params: Params, batch: Batch) -> Conditioning:
     """The captions' conditioning: computed once before, or by the encoders now."""
-    return batch.cond or family.condition(params, batch.tokens)
+    return family.condition(params, batch.tokens) if batch.cond is None else batch.cond
 
 
 def _inputs(noisy: NoisyBatch) -> tuple:

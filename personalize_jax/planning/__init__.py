@@ -1,1 +1,1 @@
-"""What a run would take of a machine that is not at hand: memory, time and traffic, from the compiled programs."""
+"""Planning of runs on machines that are not at hand: memory, time and traffic, from the compiled programs."""

@@ -1,10 +1,9 @@
-"""What the compiler says of a program, without waiting for its machine code.
+"""The compiler's analysis of a program, without waiting for its machine code.
 
-XLA first optimises a program, places its exchanges and gives every array its place in memory, which takes a large
-program minutes, and then writes machine code, which it had not done after forty minutes of a core. What a plan needs is
-known in between, where XLA writes it down; so it is read there, and the compiler is stopped by ending its process. This
-is kept too, so that nothing is asked twice: JAX's cache keeps programs for devices that are not there, but cannot read
-them again.
+XLA first optimises a program, places its exchanges and gives every array its place in memory, which takes minutes for a
+large program. Then it generates machine code, which had not ended after forty minutes on one core. A plan only needs
+the results of the first part, which XLA dumps to files: they are read there, and the compiler is stopped by killing its
+process. The analysis is cached, because JAX's own cache cannot read back programs for devices that are not there.
 """
 
 import hashlib
@@ -35,27 +34,27 @@ from personalize_jax.runtime import interruption
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.runtime.files import write_text
 
-_FOLDER = "plans"  # beside the compiled programs that JAX keeps
+_FOLDER = "plans"  # in the folder of JAX's compilation cache
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 T = TypeVar("T")
 _CACHE_FOLDER = "jax_compilation_cache_dir"
 _SETTINGS = ("jax_platforms", _CACHE_FOLDER)
 _PROGRAM, _MEMORY = "after_optimizations.txt", "after_optimizations-memory-usage-report.txt"
-_WRITTEN = "after_optimizations_after_buffer_assignment.txt"  # what follows the other two
+_LAST_DUMP = "after_optimizations_after_buffer_assignment.txt"  # written after the other two
 _TOTAL = re.compile(r"Memory Space: default.*\nTotal bytes: (\d+)")
 _PAUSE = 0.2  # seconds
 
 
-class Verdict(NamedTuple):
-    """The compiler's figures for one device, or why it refuses the program.
+class Analysis(NamedTuple):
+    """The compiler's figures for one device, or the reason why it refuses the program.
 
     Attributes:
-        memory: bytes that the program needs at once, with its arguments and results, without its own code.
-        flops: operations.
-        traffic: bytes read from memory and written to it, without those that fill up tiles.
-        exchanges: what is sent between devices.
-        refusal: the compiler's words, or "".
-        seconds: of compiling, up to this.
+        memory: peak memory in bytes, arguments and results included, the program's code excluded.
+        flops: number of operations.
+        traffic: bytes read from memory and written to it, padding of tiles excluded.
+        exchanges: the collectives between devices.
+        refusal: the compiler's error message, or "".
+        seconds: time spent compiling.
     """
 
     memory: int = 0
@@ -66,43 +65,45 @@ class Verdict(NamedTuple):
     seconds: float = 0.0
 
 
-def apart(function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function in a process of its own, with which compilers end that `ask` no longer waits for.
+def run_in_subprocess(function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function in a new process, which is killed afterwards together with the compilers that `analyse` left.
 
     Args:
-        function: of a module.
-        arguments: for it; they and what it returns are sent between the processes.
+        function: a module-level function.
+        arguments: its arguments; they and the result must be picklable.
 
     Raises:
-        UserError: the function does, or its process was killed.
-        Stopped: this one was asked to stop.
+        UserError: the function raised it, or its process was killed.
+        Stopped: this process was asked to stop.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     settings = {name: getattr(jax.config, name) for name in _SETTINGS}
-    process = context.Process(target=_answer, args=(theirs, settings, function, arguments), daemon=True)
+    process = context.Process(target=_send_result, args=(theirs, settings, function, arguments), daemon=True)
     process.start()
     theirs.close()
     try:
         while not ours.poll(_PAUSE):
             interruption.check()
-        answer = ours.recv()
+        result = ours.recv()
     except EOFError:
         process.join()
-        how = f"ended with status {process.exitcode}"
-        raise UserError(f"The compiler {how}; -9 means too little memory here: large programs take it 10 GB.") from None
+        raise UserError(
+            f"The compiler ended with status {process.exitcode}; -9 means too little memory here: large programs take "
+            "it 10 GB."
+        ) from None
     finally:
         process.kill()
         process.join()
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
-def _answer(
+def _send_result(
     connection: Connection, settings: dict[str, Any], function: Callable[..., Any], arguments: Sequence[Any]
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both, and is for the asking one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes, and the parent handles it
     for name, value in settings.items():
         jax.config.update(name, value)
     try:
@@ -112,54 +113,56 @@ def _answer(
     os._exit(0)  # without waiting for compilers
 
 
-def ask(lowered: jax.stages.Lowered, devices: Sequence[jax.Device]) -> Verdict:
-    """Compile a program as far as figures need, or read what was kept of the same one for devices and versions.
+def analyse(lowered: jax.stages.Lowered, devices: Sequence[jax.Device]) -> Analysis:
+    """Compile a program until its figures are known, or read them from the cache.
 
-    The compiler goes on behind, until the process ends (see `apart`). A refusal is not kept: it comes early, and may be
-    for another reason than the program.
+    The compiler goes on in a thread until its process ends (see `run_in_subprocess`). A refusal is not cached: it comes
+    early, and may have another cause than the program.
 
     Args:
         lowered: the program.
-        devices: that it is for.
+        devices: the devices that it is lowered for.
     """
-    file = _file(lowered, devices)
+    file = _cache_file(lowered, devices)
     if file is not None and file.exists():
-        kept = json.loads(file.read_text())
-        return Verdict(**kept | {"exchanges": tuple(Collective(*e) for e in kept["exchanges"])})
-    verdict = _compile(lowered, len(devices))
-    if file is not None and not verdict.refusal:
+        cached = json.loads(file.read_text())
+        return Analysis(**cached | {"exchanges": tuple(Collective(*e) for e in cached["exchanges"])})
+    analysis = _compile(lowered, len(devices))
+    if file is not None and not analysis.refusal:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(verdict._asdict()))
-    return verdict
+        write_text(file, json.dumps(analysis._asdict()))
+    return analysis
 
 
-def _compile(lowered: jax.stages.Lowered, num_devices: int) -> Verdict:
-    start, refused = time.monotonic(), []
+def _compile(lowered: jax.stages.Lowered, num_devices: int) -> Analysis:
+    start, refusals = time.monotonic(), []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # the compiler may write there later
 
-        def to_the_end() -> None:
+        def compile_fully() -> None:
             try:
                 lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
             except jax.errors.JaxRuntimeError as error:
-                refused.append(str(error))
+                refusals.append(str(error))
 
-        compiler = threading.Thread(target=to_the_end, daemon=True)
+        compiler = threading.Thread(target=compile_fully, daemon=True)
         compiler.start()
-        while compiler.is_alive() and not _written(folder, _WRITTEN):
+        while compiler.is_alive() and not _dump(folder, _LAST_DUMP):
             compiler.join(_PAUSE)
         seconds = time.monotonic() - start
-        if refused:
-            return Verdict(refusal=refused[0], seconds=seconds)
-        files = [_written(folder, name) for name in (_PROGRAM, _MEMORY)]
+        if refusals:
+            return Analysis(refusal=refusals[0], seconds=seconds)
+        files = [_dump(folder, name) for name in (_PROGRAM, _MEMORY)]
         program, memory = (file.read_text() if file else None for file in files)
     total = _TOTAL.search(memory or "")
     if program is None or total is None:
-        known = "take the version of libtpu in tests/requirements.txt"
-        raise UserError(f"The compiler of {', '.join(_compilers())} writes no {_PROGRAM}, or no {_MEMORY}; {known}.")
+        raise UserError(
+            f"The compiler of {', '.join(_versions())} writes no {_PROGRAM}, or no {_MEMORY}; take the version of "
+            "libtpu in tests/requirements.txt."
+        )
     counts = _jax.hlo_module_cost_analysis(
         jax.local_devices(backend="cpu")[0].client, _hlo.hlo_module_from_text(program)
     )
-    return Verdict(
+    return Analysis(
         memory=int(total[1]),
         flops=counts["flops"] + flash_flops(program),
         traffic=counts["bytes accessed"],
@@ -168,20 +171,20 @@ def _compile(lowered: jax.stages.Lowered, num_devices: int) -> Verdict:
     )
 
 
-def _written(folder: str, name: str) -> Path | None:
+def _dump(folder: str, name: str) -> Path | None:
     return next(Path(folder).glob(f"*{name}"), None)
 
 
-def _file(lowered: jax.stages.Lowered, devices: Sequence[jax.Device]) -> Path | None:
-    """Where the verdict is kept; None where JAX keeps no programs."""
+def _cache_file(lowered: jax.stages.Lowered, devices: Sequence[jax.Device]) -> Path | None:
+    """The file that caches a program's analysis; None where JAX's compilation cache is off."""
     if not (cache := getattr(jax.config, _CACHE_FOLDER)):
         return None
-    named = [f"{device.device_kind} {device!r}" for device in devices]  # a v4 and a v5p look alike otherwise
-    made_of = [lowered.as_text(), *named, *(os.environ.get(flag, "") for flag in _FLAGS)]
-    made_of += [*_compilers(), *(inspect.getsource(reads) for reads in (_compile, flash_flops, hlo))]
-    return Path(cache) / _FOLDER / f"{hashlib.sha256('|'.join(made_of).encode()).hexdigest()}.json"
+    kinds = [f"{device.device_kind} {device!r}" for device in devices]  # the repr alone is the same for v4 and v5p
+    key = [lowered.as_text(), *kinds, *(os.environ.get(flag, "") for flag in _FLAGS)]
+    key += [*_versions(), *(inspect.getsource(code) for code in (_compile, flash_flops, hlo))]
+    return Path(cache) / _FOLDER / f"{hashlib.sha256('|'.join(key).encode()).hexdigest()}.json"
 
 
-def _compilers() -> list[str]:
-    found = [d for name in ("jax", "jaxlib", "libtpu") for d in importlib.metadata.distributions(name=name)]
-    return [f"{d.metadata['Name']}=={d.version}" for d in found]
+def _versions() -> list[str]:
+    packages = [d for name in ("jax", "jaxlib", "libtpu") for d in importlib.metadata.distributions(name=name)]
+    return [f"{d.metadata['Name']}=={d.version}" for d in packages]

@@ -1,4 +1,4 @@
-"""From what programs take to times: the roofline of a step, and of whole runs."""
+"""Least times by a roofline, of a step and of whole runs."""
 
 import math
 from typing import NamedTuple
@@ -6,16 +6,16 @@ from typing import NamedTuple
 from personalize_jax.planning.programs import Usage
 from personalize_jax.planning.slices import Topology
 
-USABLE = 0.98  # share of a chip's memory that is left by what the runtime keeps for itself
+USABLE = 0.98  # share of a chip's memory that the runtime leaves to programs
 
 
 class Roofline(NamedTuple):
-    """The least time that a step can take: seconds that each resource is needed for, if nothing waits.
+    """Seconds for which a step occupies each resource; it takes at least the largest of them.
 
     Attributes:
-        compute: at the chip's rate of bfloat16 operations.
-        memory: at its memory's bandwidth.
-        network: at the bandwidth of the links along one dimension of the slice: two where it is a ring, one where a
+        compute: time at the chip's rate of bfloat16 operations.
+        memory: time at the bandwidth of its memory.
+        network: time at the bandwidth of the links along one dimension of the slice: two links in a ring, one in a
             line.
     """
 
@@ -25,22 +25,22 @@ class Roofline(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Of the resource that is needed longest."""
+        """The least time of the step."""
         return max(self)
 
     @property
     def bound(self) -> str:
-        """The name of that resource."""
+        """The name of the resource that sets the least time."""
         return max(zip(self, self._fields, strict=True))[1]
 
 
 def roofline(usage: Usage, topology: Topology) -> Roofline:
-    """The least time of a step on a slice; not a number where the program does not fit.
+    """The least time of a step on a slice; NaN where the program does not fit.
 
     A step is slower in practice: operations wait for each other, and matrices do not fill the units.
     """
     chip = topology.chip
-    links = 2 if any(side % chip.ring == 0 for side in topology.shape) else 1  # the ends of a line have but one
+    links = 2 if any(side % chip.ring == 0 for side in topology.shape) else 1  # the ends of a line have one
     return Roofline(
         usage.rounds * usage.flops / chip.flops,
         usage.rounds * usage.bytes / chip.hbm_bandwidth,
@@ -49,7 +49,7 @@ def roofline(usage: Usage, topology: Topology) -> Roofline:
 
 
 def fits(usage: Usage, topology: Topology) -> bool:
-    """Whether a chip can hold what the program takes, and the compiler has accepted it."""
+    """Whether the compiler accepts the program and a chip has enough memory for it."""
     return usage.compiled and usage.total <= USABLE * topology.chip.hbm_bytes
 
 
@@ -57,9 +57,9 @@ class Run(NamedTuple):
     """How often each program of a personalisation runs.
 
     Attributes:
-        tuning: steps by stage.
-        class_batches: batches of class images, and sampling steps a batch, by stage.
-        picture_batches: the same of what an evaluation draws for a subject.
+        tuning: training steps by stage.
+        class_batches: (number of batches, sampling steps a batch) of class images, by stage.
+        picture_batches: the same for the pictures that are evaluated, of one subject.
     """
 
     tuning: dict[str, int]
@@ -67,20 +67,20 @@ class Run(NamedTuple):
     picture_batches: dict[str, tuple[int, int]]
 
 
-def seconds(run: Run, steps: dict[str, float], draws: dict[str, float]) -> dict[str, float]:
+def part_seconds(run: Run, train_step: dict[str, float], sampling_step: dict[str, float]) -> dict[str, float]:
     """The least time of each part of a run.
 
     Args:
-        run: how often.
-        steps: seconds of a training step by stage.
-        draws: seconds of a sampling step by stage.
+        run: how often each program runs.
+        train_step: seconds of a training step by stage.
+        sampling_step: seconds of a sampling step by stage.
     """
 
-    def drawing(batches: dict[str, tuple[int, int]]) -> float:
-        return sum(count * num_steps * draws[stage] for stage, (count, num_steps) in batches.items())
+    def sampling(batches: dict[str, tuple[int, int]]) -> float:
+        return sum(count * num_steps * sampling_step[stage] for stage, (count, num_steps) in batches.items())
 
     return {
-        "class images": drawing(run.class_batches),
-        "tuning": sum(count * steps[stage] for stage, count in run.tuning.items()),
-        "evaluation": drawing(run.picture_batches),
+        "class images": sampling(run.class_batches),
+        "tuning": sum(count * train_step[stage] for stage, count in run.tuning.items()),
+        "evaluation": sampling(run.picture_batches),
     }

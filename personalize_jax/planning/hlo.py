@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its text: XLA's cost analysis leaves that out."""
+"""The exchanges between devices of a compiled program, read from its text: XLA's cost analysis leaves them out."""
 
 import math
 import re
@@ -19,8 +19,8 @@ class Collective(NamedTuple):
 
     Attributes:
         kind: one of `KINDS`.
-        bytes: of what is gathered, reduced or sent, whole, on one device.
-        group: number of devices that take part together.
+        bytes: size of the whole array that is gathered, reduced or sent, on one device.
+        group: number of devices that exchange with each other.
         in_loop: whether it is in the body of a loop.
     """
 
@@ -31,7 +31,7 @@ class Collective(NamedTuple):
 
     @property
     def received(self) -> float:
-        """Bytes that each device must receive, by an algorithm around a ring: reducing takes two rounds."""
+        """Bytes that each device receives by the ring algorithm, in which an all-reduce takes two rounds."""
         if self.kind == "collective-permute":
             return self.bytes
         return self.bytes * (self.group - 1) / self.group * (2 if self.kind == "all-reduce" else 1)
@@ -50,9 +50,9 @@ def collectives(text: str) -> list[Collective]:
         for result, operation, rest in bodies.get(name, []):
             kind = operation.removesuffix("-start")
             if kind in KINDS:
-                if name.startswith("all-reduce-scatter"):  # what TPUs fuse with taking a part
+                if name.startswith("all-reduce-scatter"):  # an all-reduce that TPUs fuse with slicing its result
                     kind = "reduce-scatter"
-                # One that runs beside other work is written down where it starts, on its way and where it ends.
+                # An asynchronous exchange occurs several times: where it starts, on its way and where it ends.
                 channel = _CHANNEL.search(rest)
                 group = _group_size(rest)
                 size = _result_bytes(result, operation) * (group if operation == "reduce-scatter" else 1)
@@ -65,10 +65,10 @@ def collectives(text: str) -> list[Collective]:
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
-    """Names of computations, the entry's after "ENTRY ", and (result, operation, rest) of what matters in each."""
+    """Names of computations, the entry's after "ENTRY ", and (result, operation, rest) of their exchanges and calls."""
     name: str | None = None
     body: list[tuple[str, str, str]] = []
-    telling = (*KINDS, "calls=", "to_apply=", "body=", "_computation=")
+    relevant = (*KINDS, "calls=", "to_apply=", "body=", "_computation=")
     for line in text.splitlines():
         if name is None:
             if header := _COMPUTATION.match(line):
@@ -76,13 +76,13 @@ def _computations(text: str) -> Iterator[tuple[str, list[tuple[str, str, str]]]]
         elif line == "}":
             yield name, body
             name = None
-        elif any(word in line for word in telling) and (match := _INSTRUCTION.match(line)):
+        elif any(word in line for word in relevant) and (match := _INSTRUCTION.match(line)):
             body.append((match[1], match[2], match[3]))
 
 
 def _result_bytes(result: str, operation: str) -> int:
     sizes = [_size(*shape) for shape in _SHAPE.findall(result)]
-    # What only starts an exchange yields its operands beside its results.
+    # The start of an asynchronous exchange yields its operands beside its results.
     return max(sizes) if operation.endswith("-start") else sum(sizes)
 
 

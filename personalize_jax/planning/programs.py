@@ -1,13 +1,14 @@
-"""The real programs of a run, compiled for devices that need not be there, and what they take of each."""
+"""The real programs of a run, compiled for devices that need not exist, and the memory and work of each device."""
 
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -17,7 +18,7 @@ from personalize_jax.families.stage import Conditioning
 from personalize_jax.pipeline import Pipeline, Sampling, Stage
 from personalize_jax.pipeline.cascade import sample_pictures
 from personalize_jax.planning import slices
-from personalize_jax.planning.compiler import ask
+from personalize_jax.planning.compiler import analyse
 from personalize_jax.planning.hlo import Collective
 from personalize_jax.planning.slices import Topology
 from personalize_jax.runtime import sharding
@@ -26,24 +27,23 @@ from personalize_jax.training.examples import Examples
 from personalize_jax.training.parameterizations.base import Identifier
 from personalize_jax.training.program import mesh_of, stage_program
 
-PHOTOS, CAPTIONS = 5, 3  # of a subject, and its captions with the empty one: too little to matter
-# The compiler tells what the whole program takes, or early on what it needs beside its arguments.
-_ALL_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMGT]?) of")
+PHOTOS, CAPTIONS = 5, 3  # of a subject, the empty caption included; they are too small for their number to matter
+# The compiler refuses either by the memory of the whole program, or earlier by that of its temporary arrays.
+_WHOLE_PROGRAM = re.compile(r"Used ([\d.]+)([KMGT]?) of")
 _TEMPORARIES = re.compile(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds")
-Shape = jax.ShapeDtypeStruct
 
 
 class Usage(NamedTuple):
-    """What a program takes of each device, for one step.
+    """Memory and work of each device in one step of a program.
 
     Attributes:
         memory: bytes by kind.
-        flops: operations.
-        bytes: read from memory and written to it.
-        exchanges: what is sent between devices.
-        rounds: how often the body of the program's loop runs in a step; what is counted above is once.
-        compiled: whether there is a program: the compiler refuses what does not fit.
-        seconds: of compiling, as far as this is known.
+        flops: number of operations in one round.
+        bytes: bytes read from memory and written to it in one round.
+        exchanges: the collectives between devices.
+        rounds: how often the body of the program's loop runs in a step.
+        compiled: whether the compiler accepts the program; it refuses what does not fit.
+        seconds: time spent compiling.
     """
 
     memory: dict[str, int]
@@ -56,11 +56,11 @@ class Usage(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Bytes of memory altogether."""
+        """Bytes of memory of all kinds."""
         return sum(self.memory.values())
 
     def received(self, kind: str | None = None) -> float:
-        """Bytes that a device receives from others in a step, of one kind of exchange or all."""
+        """Bytes that a device receives from others in a step, by one kind of exchange or by all."""
         return sum(
             e.received * (self.rounds if e.in_loop else 1) for e in self.exchanges if kind is None or e.kind == kind
         )
@@ -69,138 +69,140 @@ class Usage(NamedTuple):
 def train_step(
     pipeline: Pipeline, stage: Stage, config: ConfigDict, class_images: int, trains_text: bool, topology: Topology
 ) -> Usage:
-    """One step of a stage's tuning, on its mesh.
+    """The usage of one step of a stage's tuning, on its mesh.
 
     Args:
-        pipeline: whose parameters are shapes.
-        stage: one of its stages.
-        config: of the training; one step is planned, however many are dispatched at once.
-        class_images: their number.
-        trains_text: whether captions are encoded in the step, rather than once.
+        pipeline: a pipeline with shapes in place of parameters.
+        stage: the stage that is tuned.
+        config: the stage's training configuration; one step is planned, however many a dispatch has.
+        class_images: number of class images.
+        trains_text: whether the text encoder is trained, so that captions are encoded in every step.
         topology: the slice.
 
     Raises:
         UserError: the configuration does not fit the number of chips.
     """
     devices = slices.devices(topology)
-    one = config.copy_and_resolve_references().unlock()
-    one.steps_per_dispatch, one.num_steps = 1, max(1, config.num_steps)
+    single = config.copy_and_resolve_references().unlock()
+    single.steps_per_dispatch, single.num_steps = 1, max(1, config.num_steps)
     pretrained = pipeline.networks(stage.name)
-    identifier = Identifier(np.ones((1,), np.int32), np.ones((1, 1), np.int32))  # which rules may ask for
+    identifier = Identifier(_abstract((1,), jnp.int32), _abstract((1, 1), jnp.int32))  # some rules need one
     counts = {INSTANCE: PHOTOS, PRIOR: class_images}
     examples = {
-        group.name: examples_of(pipeline, stage, counts[group.name], not trains_text) for group in groups_of(config)
+        group.name: example_shapes(pipeline, stage, counts[group.name], not trains_text) for group in groups_of(config)
     }
-    program = stage_program(stage, pipeline.family, pretrained, examples, one, 0, identifier, devices=devices)
+    program = stage_program(stage, pipeline.family, pretrained, examples, single, 0, identifier, devices=devices)
     memory = {
         "parameters": bytes_per_device(program.state.params),
         "optimizer": bytes_per_device(program.state.opt_state),
         "average": bytes_per_device(program.state.ema),
-        "pretrained": bytes_per_device(resident(pipeline, one, program.mesh)),
+        "pretrained": bytes_per_device(pretrained_shapes(pipeline, single, program.mesh)),
         "examples": bytes_per_device(program.examples),
     }
     arguments = memory["parameters"] + memory["optimizer"] + memory["average"] + memory["examples"]
     arguments += bytes_per_device(program.frozen_params)
-    return measured(program.lower(), memory, arguments, one.microbatches, devices)
+    return program_usage(program.lower(), memory, arguments, single.microbatches, devices)
 
 
 def sampling_step(
     pipeline: Pipeline, stage: Stage, sampling: Sampling, batch_size: int, config: ConfigDict, topology: Topology
 ) -> Usage:
-    """One step of drawing a batch of pictures from a stage, of `sampling.num_steps`.
+    """The usage of one of the `sampling.num_steps` steps in which a stage samples a batch of pictures.
 
     Args:
-        pipeline: whose parameters are shapes.
-        stage: one of its stages.
-        sampling: how it is drawn.
-        batch_size: pictures at once; filled up to a multiple of the devices.
-        config: of a training, which says how parameters lie.
+        pipeline: a pipeline with shapes in place of parameters.
+        stage: the stage that samples.
+        sampling: its sampling settings.
+        batch_size: pictures in a batch; filled up to a multiple of the devices.
+        config: a training configuration, whose mesh and sharding the parameters have.
         topology: the slice.
     """
     devices = slices.devices(topology)
     B = batch_size + -batch_size % len(devices)
     mesh = Mesh(np.array(devices).ravel(), ("data",))
     over_devices = NamedSharding(mesh, P("data"))
-    cond = conditioning(pipeline, B)
+    cond = conditioning_shapes(pipeline, B)
     side = stage.low_resolution
-    low_res = None if side is None else Shape((B, side, side, 3), jnp.uint8)
+    low_res = None if side is None else _abstract((B, side, side, 3), jnp.uint8)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
-    inputs = jax.tree.map(lambda a: Shape(a.shape, a.dtype, sharding=over_devices), (keys, cond, cond, low_res))
-    held = resident(pipeline, config, mesh_of(config, devices))
-    memory = {"pretrained": bytes_per_device(held), "batch": bytes_per_device(inputs)}
-    lowered = sample_pictures.lower(stage, sampling, mesh, held[stage.name], *inputs)
-    arguments = memory["batch"] + bytes_per_device(held[stage.name])
-    return measured(lowered, memory, arguments, 1, devices)
+    inputs = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=over_devices), (keys, cond, cond, low_res)
+    )
+    params = pretrained_shapes(pipeline, config, mesh_of(config, devices))
+    memory = {"pretrained": bytes_per_device(params), "batch": bytes_per_device(inputs)}
+    lowered = sample_pictures.lower(stage, sampling, mesh, params[stage.name], *inputs)
+    arguments = memory["batch"] + bytes_per_device(params[stage.name])
+    return program_usage(lowered, memory, arguments, 1, devices)
 
 
-def measured(
+def program_usage(
     lowered: jax.stages.Lowered, memory: dict[str, int], arguments: int, rounds: int, devices: Sequence[Any]
 ) -> Usage:
-    """Compile a program and read what it takes.
+    """Compile a program and return its usage.
 
     Args:
         lowered: the program.
-        memory: bytes of what is held by kind, to which its own is added.
-        arguments: how many bytes of these the program is given.
+        memory: bytes by kind that the run holds on a device; the program's activations are added to them.
+        arguments: the number of these bytes that are arguments of the program.
         rounds: see `Usage`.
-        devices: that it is for.
+        devices: the devices that it is lowered for.
     """
-    found = ask(lowered, devices)
-    if found.refusal:
-        own = {"activations": _refused(found.refusal, arguments)}
-        return Usage(memory | own, math.nan, math.nan, [], rounds, False, found.seconds)
-    own = {"activations": max(0, found.memory - arguments)}  # with tiles that arguments do not fill
-    return Usage(memory | own, found.flops, found.traffic, list(found.exchanges), rounds, True, found.seconds)
+    analysis = analyse(lowered, devices)
+    if analysis.refusal:
+        memory = memory | {"activations": _refused_bytes(analysis.refusal, arguments)}
+        return Usage(memory, math.nan, math.nan, [], rounds, False, analysis.seconds)
+    memory = memory | {"activations": max(0, analysis.memory - arguments)}  # with the padding of the arguments' tiles
+    return Usage(memory, analysis.flops, analysis.traffic, list(analysis.exchanges), rounds, True, analysis.seconds)
 
 
-def _refused(message: str, arguments: int) -> int:
-    """Bytes beside its arguments for which a program is refused.
+def _refused_bytes(message: str, arguments: int) -> int:
+    """The memory that a refused program needs beside its arguments, in bytes.
 
     Raises:
-        UserError: memory is not why it cannot be compiled.
+        UserError: the program is refused for another reason than memory.
     """
-    for pattern, given in ((_ALL_OF_MEMORY, arguments), (_TEMPORARIES, 0)):
-        if found := pattern.search(message):
-            return max(0, int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) - given)
+    for pattern, counted in ((_WHOLE_PROGRAM, arguments), (_TEMPORARIES, 0)):
+        if match := pattern.search(message):
+            return max(0, int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")) - counted)
     raise UserError(f"The program cannot be compiled: {message.splitlines()[0]}")
 
 
-def examples_of(pipeline: Pipeline, stage: Stage, count: int, with_cond: bool) -> Examples:
-    """Shapes of a training set."""
+def example_shapes(pipeline: Pipeline, stage: Stage, count: int, with_cond: bool) -> Examples:
+    """A training set of `count` pictures, with shapes in place of arrays."""
     low, side = stage.low_resolution, stage.resolution
-    pictures = Shape((count, side, side, 3), jnp.float32)
+    pictures = _abstract((count, side, side, 3), jnp.float32)
     latents = jax.eval_shape(pipeline.family.to_latents, pipeline.params, pictures)
     return Examples(
-        Shape(pictures.shape, jnp.uint8) if latents is None else None,
-        Shape((count, 1), jnp.int32),
+        _abstract(pictures.shape, jnp.uint8) if latents is None else None,
+        _abstract((count, 1), jnp.int32),
         pipeline.family.token_shapes(CAPTIONS),
-        conditioning(pipeline, CAPTIONS) if with_cond else None,
-        None if low is None else Shape((count, low, low, 3), jnp.uint8),
+        conditioning_shapes(pipeline, CAPTIONS) if with_cond else None,
+        None if low is None else _abstract((count, low, low, 3), jnp.uint8),
         None,
         latents,
     )
 
 
-def conditioning(pipeline: Pipeline, count: int) -> Conditioning:
-    """Shapes of the conditioning of so many captions."""
+def conditioning_shapes(pipeline: Pipeline, count: int) -> Conditioning:
+    """The conditioning of `count` captions, with shapes in place of arrays."""
     return jax.eval_shape(pipeline.family.condition, pipeline.params, pipeline.family.token_shapes(count))
 
 
-def resident(pipeline: Pipeline, config: ConfigDict, mesh: Mesh) -> Any:
-    """The pretrained cascade as it is held throughout a run: in parts."""
+def pretrained_shapes(pipeline: Pipeline, config: ConfigDict, mesh: Mesh) -> Any:
+    """Shapes of the pretrained parameters, sharded as they are throughout a run."""
     return sharding.placed(pipeline.params, config.sharding, mesh)
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes on each device of arrays that have shardings."""
+    """Bytes on each device of arrays, or shapes, that have shardings."""
 
-    def size(leaf: Shape) -> int:
-        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * _itemsize(leaf)
+    def size(leaf: jax.ShapeDtypeStruct) -> int:
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * (8 if is_key else leaf.dtype.itemsize)
 
     return sum(map(size, jax.tree.leaves(tree)))
 
 
-def _itemsize(leaf: Shape) -> int:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return 8
-    return leaf.dtype.itemsize
+def _abstract(shape: Sequence[int], dtype: Any) -> Array:
+    # Programs are lowered for shapes as for arrays, and what takes arrays is not annotated for both.
+    return cast(Array, jax.ShapeDtypeStruct(shape, dtype))

@@ -1,8 +1,8 @@
-"""Architectures and noise schedules of public checkpoints, as the `config.json` of their parts hold them.
+"""Architectures and noise schedules of public checkpoints, as in the `config.json` files of their parts.
 
-They are for what does without the weights: counting parameters, planning memory and tests. A pipeline that is loaded
-brings its own. What a comment does not call recalled was compared with published files or with the script that wrote
-them. A size or version that was never published raises UserError.
+They serve where no weights are needed: to count parameters, to plan memory, and in tests. A pipeline that is loaded
+brings its own. Values were compared with the published files, or with the script that wrote them, unless a comment
+calls them recalled. A size or version that was never published raises UserError.
 """
 
 import re
@@ -24,10 +24,10 @@ _REPOSITORIES = {
 
 
 def spec(repositories: Sequence[str]) -> dict[str, Any] | None:
-    """What `families.public.build` builds of published repositories; None if they are not all known here.
+    """The specification of published repositories for `families.public.build`; None if one of them is unknown here.
 
     Args:
-        repositories: on the hub, one a stage, such as "DeepFloyd/IF-I-XL-v1.0".
+        repositories: names on the hub, one a stage, such as "DeepFloyd/IF-I-XL-v1.0".
     """
     stages = []
     for name in repositories:

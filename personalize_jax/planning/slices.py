@@ -1,4 +1,4 @@
-"""Slices of TPUs: their shapes and names, and compile-only devices in their place."""
+"""Slices of TPUs: their shapes and names, and the devices that stand in for them when a program is compiled."""
 
 import math
 import os
@@ -12,14 +12,14 @@ from jax.experimental import topologies
 from personalize_jax.runtime.chips import CHIPS, Chip
 from personalize_jax.runtime.errors import UserError
 
-HOST = (2, 2, 1)  # chips of one host, but where a slice is of one chip
-# What a slice's size is called where it is rented, which counts the two cores of v4's and v5p's chips.
+HOST = (2, 2, 1)  # chips of one host, except in a slice of one chip
+# Google Cloud's accelerator types count cores, of which the chips of v4 and v5p have two.
 _CORES = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1}
 _SHAPES: dict[int, dict[int, tuple[int, ...]]] = {
     2: {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)},
     3: {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8)},
 }
-# Lets libtpu be used where there is no TPU.
+# Settings by which libtpu works where there is no TPU.
 _WITHOUT_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",  # or it asks for a metadata server, which only a cloud has
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any, or it complains
@@ -32,7 +32,7 @@ class Topology(NamedTuple):
     """A slice.
 
     Attributes:
-        name: of the generation.
+        name: the generation, such as v5e.
         shape: chips along each dimension of the torus.
     """
 
@@ -41,7 +41,7 @@ class Topology(NamedTuple):
 
     @property
     def chip(self) -> Chip:
-        """One of its chips."""
+        """The chip that the slice consists of."""
         return CHIPS[self.name]
 
     @property
@@ -51,7 +51,7 @@ class Topology(NamedTuple):
 
     @property
     def accelerator_type(self) -> str:
-        """What the slice is called where it is rented, such as v5e-16."""
+        """Google Cloud's name of the slice, such as v5e-16."""
         return f"{self.name}-{self.size * _CORES[self.name]}"
 
     def __str__(self) -> str:
@@ -59,10 +59,10 @@ class Topology(NamedTuple):
 
 
 def parse(text: str) -> Topology:
-    """A slice by its shape, "v5e:4x4", or by what it is called where it is rented, "v5e-16".
+    """Read the shape of a slice, "v5e:4x4", or its name at Google Cloud, "v5e-16".
 
     Raises:
-        UserError: it is neither.
+        UserError: the text is neither.
     """
     name, shape = None, None
     if match := re.fullmatch(r"(v\d\w*):(\d+(?:x\d+)+)", text):
@@ -80,7 +80,7 @@ def parse(text: str) -> Topology:
 
 
 def devices(topology: Topology) -> Sequence[jax.Device]:
-    """Devices of a slice that programs can be compiled for and that cannot run them; they need libtpu, and no TPU.
+    """Devices of a slice to compile programs for, which cannot run them; they need libtpu, but no TPU.
 
     Raises:
         UserError: libtpu is not installed, or does not know such a slice.

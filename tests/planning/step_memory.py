@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 
 from personalize_jax.families.world import read_stage
-from personalize_jax.planning.programs import measured
+from personalize_jax.planning.programs import program_usage
 from personalize_jax.training.program import stage_program
 from tests import tiny
 
@@ -36,7 +36,7 @@ def main():
     examples = {group: tiny.examples(seed=i, resolution=64) for i, group in enumerate(("instance", "prior"))}
     program = stage_program(STAGE, tiny.family(), pretrained, examples, config, 0)
     lowered = program.lower()
-    plan = measured(lowered, {}, 0, 1, jax.devices())
+    plan = program_usage(lowered, {}, 0, 1, jax.devices())
 
     state = jax.block_until_ready(program.init())
     run = lowered.compile()

@@ -1,4 +1,4 @@
-"""Asking the compiler: its figures early, once, and in a process that ends with the question."""
+"""The compiler's analysis: early, cached, and in a subprocess."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ def test_early_figures_are_those_of_the_compiled_program():
         return jnp.mean(jnp.sin(jax.nn.softmax(x @ w) @ w) ** 2)
 
     lowered = jax.jit(jax.grad(loss), out_shardings=whole).lower(w, x)
-    early, compiled = compiler.ask(lowered, devices), lowered.compile()
+    early, compiled = compiler.analyse(lowered, devices), lowered.compile()
     assert early.flops == compiled.cost_analysis()["flops"] > 2 * 2 * 256 * 512**2
     assert list(early.exchanges) == collectives(compiled.as_text())
     assert [e.bytes for e in early.exchanges] == [4 * 512**2]  # the gradient
@@ -47,32 +47,32 @@ def test_operations_of_the_flash_kernels_are_counted():
     one = jax.sharding.SingleDeviceSharding(devices[0])
     q, k = (jax.ShapeDtypeStruct((B, length, N, D), jnp.bfloat16, sharding=one) for length in (L, S))
     attention = jax.jit(jax.grad(lambda q, k, v: jnp.sum(attend(q, k, v, "flash")).astype(jnp.float32), (0, 1, 2)))
-    flops = compiler.ask(attention.lower(q, k, k), devices).flops
+    flops = compiler.analyse(attention.lower(q, k, k), devices).flops
     assert flops == pytest.approx(9 * 2 * B * N * L * S * D, rel=0.05)
 
 
 def test_a_program_is_compiled_once(monkeypatch):
     """And what the compiler says of it kept, where the tests' programs are kept."""
     compiled = []
-    monkeypatch.setattr(compiler, "_compile", lambda lowered, count: compiled.append(count) or told)
-    told = compiler.Verdict(flops=2.0, exchanges=(Collective("all-gather", 80, 8, True),), seconds=1.5)
+    monkeypatch.setattr(compiler, "_compile", lambda lowered, count: compiled.append(count) or analysis)
+    analysis = compiler.Analysis(flops=2.0, exchanges=(Collective("all-gather", 80, 8, True),), seconds=1.5)
     programs = [jax.jit(lambda x, k=k: k * x).lower(jnp.ones(3)) for k in (2, 2, 3)]
     older, newer = (slices.devices(slices.parse(slice_))[:1] for slice_ in ("v4-8", "v5p-8"))
     assert repr(older) == repr(newer)  # which must not be taken for the same
-    assert [compiler.ask(program, older) for program in programs] == [told] * 3
+    assert [compiler.analyse(program, older) for program in programs] == [analysis] * 3
     assert len(compiled) == 2  # the second is the first
-    compiler.ask(programs[0], newer)
-    compiler.ask(programs[0], older * 2)
+    compiler.analyse(programs[0], newer)
+    compiler.analyse(programs[0], older * 2)
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--other")
-    compiler.ask(programs[0], older)
+    compiler.analyse(programs[0], older)
     assert len(compiled) == 5
 
 
 def test_a_refusal_is_asked_again(monkeypatch):
     monkeypatch.setattr(compiler, "_compile", lambda lowered, count: answers.pop())
-    answers = [compiler.Verdict(flops=1.0), compiler.Verdict(refusal="out of patience")]
+    answers = [compiler.Analysis(flops=1.0), compiler.Analysis(refusal="out of patience")]
     program = jax.jit(lambda x: 5 * x).lower(jnp.ones(3))
-    assert [bool(compiler.ask(program, jax.devices()).refusal) for _ in range(3)] == [True, False, False]
+    assert [bool(compiler.analyse(program, jax.devices()).refusal) for _ in range(3)] == [True, False, False]
 
 
 def backend_of(value):
@@ -84,15 +84,15 @@ def backend_of(value):
 
 
 def test_a_process_of_its_own_answers_or_says_why_it_cannot():
-    value, backend, process = compiler.apart(backend_of, 3)
+    value, backend, process = compiler.run_in_subprocess(backend_of, 3)
     assert (value, backend) == (3, "cpu") and process != os.getpid()
     with pytest.raises(UserError, match="give another"):
-        compiler.apart(backend_of, "wrong")
+        compiler.run_in_subprocess(backend_of, "wrong")
     with pytest.raises(UserError, match="status -9"):
-        compiler.apart(backend_of, "killed")
+        compiler.run_in_subprocess(backend_of, "killed")
 
 
 def test_asked_to_stop_it_does_not_wait_for_the_compiler(monkeypatch):
     monkeypatch.setattr(interruption, "requested", lambda: True)
     with pytest.raises(interruption.Stopped):
-        compiler.apart(time.sleep, 10**6)
+        compiler.run_in_subprocess(time.sleep, 10**6)

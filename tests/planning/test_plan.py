@@ -25,7 +25,7 @@ def test_the_command_prints_a_table_and_writes_all_numbers(pretrained, tmp_path)
     (found,) = json.loads((tmp_path / "plan.json").read_text())
     assert found["topology"] == SLICE and found["chips"] == 4
     stages = ("base", "super_resolution")
-    programs = [f"{what} {stage}" for what in ("tuning", "drawing") for stage in stages]
+    programs = [f"{what} {stage}" for what in ("tuning", "sampling") for stage in stages]
     assert [program["program"] for program in found["programs"]] == programs
     for program in found["programs"]:
         assert program["fits"] and program["flops"] > 0 and program["seconds"] > 0
@@ -36,7 +36,7 @@ def test_the_command_prints_a_table_and_writes_all_numbers(pretrained, tmp_path)
 
 
 def test_changes_are_tried_until_tuning_fits(pretrained, monkeypatch):
-    def tuning(pipeline, config, name, topology):
+    def tuning_usage(pipeline, config, name, topology):
         """Each change takes something off: the mesh parameters, the dtype moments, microbatches activations."""
         training = config.training
         whole = {
@@ -46,7 +46,7 @@ def test_changes_are_tried_until_tuning_fits(pretrained, monkeypatch):
         }
         return Usage(whole, 1e12, 1e9, [], training.microbatches, True, 0.0)
 
-    monkeypatch.setattr(plan, "tuning", tuning)
+    monkeypatch.setattr(plan, "tuning_usage", tuning_usage)
     config = changed(tiny_world.get_config(pretrained), training__batch_size=8, super_resolution_training__batch_size=4)
     pipeline, topology = plan.abstract_pipeline(config), slices.parse(SLICE)
     found = plan.plan(pipeline, config, topology, sampling=False)

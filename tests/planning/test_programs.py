@@ -14,9 +14,15 @@ from personalize_jax.families import public
 from personalize_jax.families.batch import Batch
 from personalize_jax.method.configuration import changed
 from personalize_jax.planning import slices
-from personalize_jax.planning.estimate import Run, Usage, fits, roofline, seconds
+from personalize_jax.planning.estimate import Run, Usage, fits, part_seconds, roofline
 from personalize_jax.planning.hlo import Collective
-from personalize_jax.planning.programs import bytes_per_device, conditioning, examples_of, measured, resident
+from personalize_jax.planning.programs import (
+    bytes_per_device,
+    conditioning_shapes,
+    example_shapes,
+    pretrained_shapes,
+    program_usage,
+)
 from personalize_jax.training.program import mesh_of, stage_program
 from tests import tiny
 
@@ -65,14 +71,14 @@ def test_a_program_that_is_too_large_is_measured_all_the_same():
     one = jax.sharding.SingleDeviceSharding(devices[0])
     x = jax.ShapeDtypeStruct((side, side), jnp.bfloat16, sharding=one)  # 8 GiB, and its square 16 GiB
     lowered = jax.jit(lambda x: jnp.sum(jnp.sort(x @ x, axis=0), axis=1)).lower(x)
-    found = measured(lowered, {"parameters": 2 * side**2}, 2 * side**2, 1, devices)
+    found = program_usage(lowered, {"parameters": 2 * side**2}, 2 * side**2, 1, devices)
     assert not found.compiled and not fits(found, slices.parse("v5e-1"))
     assert found.memory["activations"] > 6 * 2**30
 
 
 def test_a_run_is_its_steps_and_batches():
     run = Run({"base": 100}, {"base": (3, 10)}, {"base": (2, 5)})
-    assert seconds(run, {"base": 0.5}, {"base": 0.25}) == {"class images": 7.5, "tuning": 50.0, "evaluation": 2.5}
+    assert part_seconds(run, {"base": 0.5}, {"base": 0.25}) == {"class images": 7.5, "tuning": 50.0, "evaluation": 2.5}
 
 
 @pytest.mark.parametrize(
@@ -112,9 +118,12 @@ def test_pretrained_parameters_are_planned_as_they_lie():
     for dtype in ("float32", "bfloat16"):
         config = changed(stable_diffusion.get_config("1.5"), compute__dtype=dtype)
         pipeline, mesh = plan.abstract_pipeline(config), mesh_of(config.training, jax.devices()[:1])
-        held[dtype] = bytes_per_device(resident(pipeline, config.training, mesh))
+        held[dtype] = bytes_per_device(pretrained_shapes(pipeline, config.training, mesh))
         pretrained = {"denoiser": pipeline.params["base"], "text_encoder": pipeline.params["text_encoder"]}
-        stage, examples = pipeline.stages[0], {"instance": examples_of(pipeline, pipeline.stages[0], 4, with_cond=True)}
+        stage, examples = (
+            pipeline.stages[0],
+            {"instance": example_shapes(pipeline, pipeline.stages[0], 4, with_cond=True)},
+        )
         program = stage_program(
             stage, pipeline.family, pretrained, examples, config.training, 0, devices=jax.devices()[:1]
         )
@@ -154,7 +163,7 @@ def test_a_step_takes_the_memory_that_is_planned():
 
 def tiny_batch(pipeline, stage, size):
     tokens = jnp.zeros(pipeline.family.token_shapes(size).shape, jnp.int32)
-    cond = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), conditioning(pipeline, size))
+    cond = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), conditioning_shapes(pipeline, size))
     return Batch(jnp.zeros((size, *stage.shape)), tokens, cond, None, None)
 
 
