@@ -80,7 +80,7 @@ def tables(table: Table, paper: Mapping[str, Mapping[str, float]], num_subjects:
     compared = {"real pictures": real, **table, **quoted}
     text = f"Means over {num_subjects} subjects, with 95 % bootstrap intervals over them.\n"
     for name, rows in (("similarity", compared), ("subject", table), ("class", table)):
-        if columns := metric_registry.columns_of(name, measured):
+        if columns := metric_registry.table_columns(name, measured):
             text += "\n" + markdown(rows, columns)
     return text
 

@@ -223,7 +223,7 @@ def check_metric(metric: str, config: ConfigDict) -> None:
     Raises:
         UserError: there is no such metric.
     """
-    measured = metric_registry.measured(encoder_names(config.evaluation))
+    measured = metric_registry.metrics_for(encoder_names(config.evaluation))
     known = [of_all.name for of_all in measured if of_all.better is not None]
     if metric not in known:
         raise UserError(f"--metric is {metric!r}; give one of {', '.join(known)}.")

@@ -126,7 +126,7 @@ def draw(results: Sequence[Result], metric: str) -> Figure:
 
 
 def _lower_is_better(column: str) -> bool:
-    metric = metric_registry.metric_of(column)
+    metric = metric_registry.column_metric(column)
     return metric is not None and metric.better == "lower"
 
 

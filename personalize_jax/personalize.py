@@ -62,9 +62,9 @@ def main(_: list[str]) -> None:
                 without = configuration.changed(config, training__prior__weight=0.0)
                 directory = workdir / f"{base}_without_prior"
                 compared = retune_stage(pipeline, personalized, base, without, workdir, directory, tracked).pipeline
-            showcase.show(pipeline, personalized, compared, config, workdir, tracked)
+            showcase.make_report(pipeline, personalized, compared, config, workdir, tracked)
     told = showcase.usage(read_dataset(workdir / "subject"), workdir, config.report.contexts[0])
-    print(f'The subject is "{told["name"]}". Its identifier is {told["identifier"]}, as in\n  {told["to draw it"]}')
+    print(f'The subject is "{told["name"]}". Its identifier is {told["identifier"]}, as in\n  {told["to sample it"]}')
     print(f"Pictures: {workdir / 'gallery.png'}\nReport:   {workdir / 'report.html'}")
 
 

@@ -93,7 +93,7 @@ def test_encoders_of_all_runs_are_found_before_any_picture_is_drawn(run, monkeyp
     for key, value in (("dino", "nowhere"), ("clips", ("world", "nowhere")), ("lpips", "nowhere")):
         bad = changed(good, **{f"evaluation__{key}": value})
         with pytest.raises(UserError, match="'nowhere' is no"):
-            command.of_runs({run: good, run.parent / "other": bad}, None)
+            command.score_runs({run: good, run.parent / "other": bad}, None)
 
 
 def test_a_run_from_before_a_key_is_evaluated_without_what_the_key_asks_for(run, tmp_path, caplog):
@@ -102,17 +102,17 @@ def test_a_run_from_before_a_key_is_evaluated_without_what_the_key_asks_for(run,
     old.evaluation.update(class_samples=1, images_per_prompt=1, judge="somebody")
     del old.evaluation.probe, old.evaluation.clips
     command = importlib.import_module("personalize_jax.evaluate")
-    rows = command.of_runs({run: old}, None)
+    rows = command.score_runs({run: old}, None)
     assert [row.scores.keys() for row in rows] == [set(), {"DINO"}, {"PRES"}, {"PRES before"}]
     told = " ".join(record.getMessage() for record in caplog.records)
     assert f"{run} was begun before config.evaluation had clips=(), probe=False; give --config" in told
     assert f"{run} has config.evaluation.judge, which nothing reads any more" in told
     old.evaluation.dino, old.evaluation.lpips = "", ""
     with pytest.raises(UserError, match="names nothing to measure with; give dino, clips, lpips or probe"):
-        command.of_runs({run: old}, None)
+        command.score_runs({run: old}, None)
     del old.evaluation
     with pytest.raises(UserError, match="begun without `evaluation` keys in its configuration; give --config"):
-        command.of_runs({run: old}, None)
+        command.score_runs({run: old}, None)
 
 
 @pytest.mark.parametrize(

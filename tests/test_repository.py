@@ -157,7 +157,7 @@ def test_assets_are_small_and_no_pickles() -> None:
     files = [file for file in (PACKAGE / "assets").rglob("*") if file.is_file()]
     assert files
     assert sum(file.stat().st_size for file in files) < MAX_ASSETS_BYTES
-    assert {file.suffix for file in files} <= {".json", ".safetensors", ".png", ".jpg", ".md"}
+    assert {file.suffix for file in files} <= {".html", ".json", ".safetensors", ".png", ".jpg", ".md"}
 
 
 def test_whatever_is_imported_is_pinned_as_installed() -> None:

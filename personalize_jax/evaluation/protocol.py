@@ -1,7 +1,7 @@
-"""Evaluation of a personalised cascade: it draws pictures of prompts, and they are scored.
+"""Evaluation of a personalised cascade: sampling pictures of prompts and scoring them.
 
-Every picture lies in a folder, with prompt and seed, so that a call goes on where the last one stopped; rows of scores
-lie beside them. Pictures that are there already are scored all the same: `read_pictures`.
+Every picture is kept in a file with its prompt and seed, beside the rows of scores, so that an evaluation that was
+stopped continues. Pictures that were made elsewhere can be scored as well: see `read_pictures`.
 """
 
 import csv
@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from personalize_jax.evaluation import metric_registry
-from personalize_jax.evaluation.scoring import read_rows, score, write_rows
+from personalize_jax.evaluation.scoring import encoder_names, read_rows, score, write_rows
 from personalize_jax.method.personalized import Personalized
 from personalize_jax.metrics.metric import MetricEncoders, Picture
 from personalize_jax.metrics.table import Row
@@ -26,7 +26,8 @@ from personalize_jax.runtime.files import write_text
 from personalize_jax.subject.identifier import PLACEHOLDER, substitute
 from personalize_jax.subject.images import list_images, read_image
 
-CLASS_SEED = 10_000  # of the first picture of a class: not those of the class images, which the network was tuned on
+CLASS_SEED = 10_000  # of the first class picture; differs from the seeds of the class images used in training
+ROWS, RECORD = "rows.jsonl", "evaluation.json"  # the scores, and what they are of
 
 
 def evaluate(
@@ -42,20 +43,20 @@ def evaluate(
     before: Path | None = None,
     progress: Callable[[int], object] = lambda pictures: None,
 ) -> list[Row]:
-    """Draw pictures of the subject in prompts, and of its class before and after, and score them.
+    """Sample pictures of the subject in prompts, and of its class before and after tuning, and score them.
 
     Args:
         personalized: the tuned cascade with its subject.
-        pretrained: the cascade before.
-        name: the subject's, in the rows.
-        prompts: with "[V]".
-        encoders: what reads the pictures; see `score`.
+        pretrained: the cascade before tuning.
+        name: the subject's name in the rows.
+        prompts: prompts with "[V]".
+        encoders: see `score`.
         settings: the configuration's `evaluation` keys.
-        folder: for the pictures and `rows.jsonl`.
+        folder: folder of the pictures and of `rows.jsonl`.
         photos: real pictures of the subject, uint8 [H, W, 3]; by default those of its labelled dataset.
         truth: see `score`.
-        before: folder for the pictures of the class before, which runs may share; by default `folder`.
-        progress: called with the number of pictures just found or drawn.
+        before: folder of the class pictures before tuning, which runs may share; by default `folder`.
+        progress: called with the number of pictures just found or sampled.
 
     Returns:
         A row for each photo and each picture; those of an earlier call, if nothing has changed since.
@@ -66,15 +67,14 @@ def evaluate(
     if plain := [prompt for prompt in prompts if PLACEHOLDER not in prompt]:
         raise UserError(f"The prompt {plain[0]!r} has no {PLACEHOLDER}; write it before the class noun.")
     tuned, untuned = personalized.pipeline.fingerprint, pretrained.fingerprint
-    made_of = {
-        "definitions": metric_registry.definitions(encoders),
+    record = {
+        "definitions": metric_registry.metric_versions(encoders),
         "weights": {"after": tuned, "before": untuned},
         "prompts": list(prompts),
         "settings": json.loads(settings.to_json()),
     }
-    file = folder / "evaluation.json"
-    if file.exists() and json.loads(file.read_text()) == made_of:
-        return read_rows(folder / "rows.jsonl")
+    if _read_record(folder) == record:
+        return read_rows(folder / ROWS)
 
     subject = personalized.subject
     photos = list(subject.images_NHWC) if photos is None else photos
@@ -82,20 +82,40 @@ def evaluate(
     in_prompts = [(prompt, seed) for prompt in prompts for seed in range(settings.images_per_prompt)]
     of_class = [(subject.class_prompt, CLASS_SEED + i) for i in range(settings.class_samples)]
     size, identifier = settings.batch_size, subject.identifier.text
-    pictures += draw(personalized.pipeline, "subject", in_prompts, tuned, identifier, folder, size, progress)
-    pictures += draw(personalized.pipeline, "class", of_class, tuned, identifier, folder, size, progress)
-    pictures += draw(pretrained, "class before", of_class, untuned, "", before or folder, size, progress)
+    cascade, before = personalized.pipeline, (before or folder) / "class_before"
+    pictures += sample_role(cascade, "subject", in_prompts, tuned, identifier, folder / "subject", size, progress)
+    pictures += sample_role(cascade, "class", of_class, tuned, identifier, folder / "class", size, progress)
+    pictures += sample_role(pretrained, "class before", of_class, untuned, "", before, size, progress)
     rows = score(encoders, name, pictures, subject.class_noun.noun, truth)
 
     def write() -> None:
-        write_rows(rows, folder / "rows.jsonl")
-        write_text(file, json.dumps(made_of, indent=2))
+        write_rows(rows, folder / ROWS)
+        write_text(folder / RECORD, json.dumps(record, indent=2))
 
     hosts.first_does(write)
     return rows
 
 
-def draw(
+def read_scored(folder: Path, settings: ConfigDict) -> list[Row] | None:
+    """The rows that `evaluate` wrote; None where they are missing, or of other keys or of other metrics.
+
+    Args:
+        folder: the folder of the evaluation.
+        settings: the configuration's `evaluation` keys.
+    """
+    record = _read_record(folder)
+    versions = metric_registry.metric_versions(encoder_names(settings))
+    if record.get("settings") != json.loads(settings.to_json()) or record.get("definitions") != versions:
+        return None
+    return read_rows(folder / ROWS)
+
+
+def _read_record(folder: Path) -> dict[str, object]:
+    file = folder / RECORD
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def sample_role(
     pipeline: Pipeline,
     role: str,
     jobs: Sequence[tuple[str, int]],
@@ -105,43 +125,41 @@ def draw(
     batch_size: int,
     progress: Callable[[int], object] = lambda pictures: None,
 ) -> list[Picture]:
-    """Draw what is not there yet.
+    """Sample the pictures of one role, unless they are in their folder already.
 
     Args:
-        pipeline: the cascade.
-        role: of the pictures.
-        jobs: prompts, with "[V]", and seeds.
-        weights: the cascade's fingerprint, kept with every picture.
-        identifier: for "[V]".
-        folder: for the pictures.
-        batch_size: pictures drawn at once, and kept before the next ones.
-        progress: called with the number of pictures found or drawn.
+        pipeline: the cascade, or its first stages.
+        role: the role of the pictures.
+        jobs: (prompt, seed) of each picture; prompts may have "[V]".
+        weights: the whole cascade's fingerprint, kept with every picture.
+        identifier: the text that replaces "[V]".
+        folder: folder of the pictures.
+        batch_size: pictures sampled at once, and saved before the next ones.
+        progress: called with the number of pictures just found or sampled.
     """
-    files = [folder / role.replace(" ", "_") / file_name(prompt, seed) for prompt, seed in jobs]
+    files = [folder / file_name(prompt, seed) for prompt, seed in jobs]
     texts = [substitute(prompt, identifier, pipeline.tokenizer) for prompt, _ in jobs]
-    seeds = [seed for _, seed in jobs]
-    found = sample_kept(pipeline, weights, texts, seeds, files, batch_size, progress)
+    sampled = sample_kept(pipeline, weights, texts, [seed for _, seed in jobs], files, batch_size, progress)
     return [
-        Picture(role, prompt, seed, file.relative_to(folder).as_posix(), pixels)
-        for (prompt, seed), file, pixels in zip(jobs, files, found, strict=True)
+        Picture(role, prompt, seed, file.relative_to(folder.parent).as_posix(), pixels)
+        for (prompt, seed), file, pixels in zip(jobs, files, sampled, strict=True)
     ]
 
 
 def read_pictures(images: Path, prompts: Path, photos: Path) -> dict[str, list[Picture]]:
-    """Read pictures that were drawn elsewhere, with their prompts, and the photos that they are compared with.
+    """Read pictures that were made elsewhere, with their prompts, and the photos that they are compared with.
 
     Args:
         images: the folder of the pictures.
         prompts: a CSV file with the columns "file", below `images`, "prompt", and "subject" where there are several. A
             prompt without "[V]" asks for the class.
-        photos: the subject's, or where there are several, folders that bear their names.
+        photos: the subject's photos; where there are several subjects, the folder of a folder of photos for each.
 
     Returns:
         Pictures by subject, photos among them.
 
     Raises:
-        UserError: a file that is missing or no picture, a column or a prompt that is missing, or a name that leads out
-            of its folder.
+        UserError: a file is missing or no picture, a column or a prompt is missing, or a name leads out of its folder.
     """
     by_subject: dict[str, list[Picture]] = {}
     for row in _read_list(prompts):

@@ -1,4 +1,4 @@
-"""What a run shows of itself: a contact sheet, and a page to read."""
+"""The gallery and the report of a run: a contact sheet of pictures, and an HTML page."""
 
 import base64
 import functools
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from string import Template
 
 import matplotlib
 import numpy as np
@@ -18,22 +19,24 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from personalize_jax.pipeline.pictures import encode_png
+from personalize_jax.runtime.files import ASSETS
 
 COLUMNS = 8
-SMOOTH_FROM = 64  # smaller pictures are enlarged as squares, so that each of their pixels can be seen
+SMOOTH_FROM = 64  # pixels; smaller pictures are enlarged without smoothing, so that each pixel can be seen
+
 
 _BLACK, _GREY = "#1c1c1c", "#6a6a6a"
-_CURVES = {"instance": "#3b82c4", "prior": "#d9822b"}  # on white and on black alike
-_INK = "#010203"  # stands for the page's text colour while Matplotlib draws
+_CURVES = {"instance": "#3b82c4", "prior": "#d9822b"}  # visible on white and on black
+_INK = "#010203"  # Matplotlib's colour where the page is to have its text colour
 
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """Pictures of one prompt. Neighbouring panels of the same title stand under one heading.
+    """Pictures of one prompt. Consecutive panels of the same title share a heading.
 
     Attributes:
         title: the heading, such as "A [V] dog in eight contexts".
-        prompt: what the pictures were drawn from; stands below them.
+        prompt: the prompt, which stands below the pictures.
         images: uint8 [N, H, W, 3], N >= 1.
         note: an additional remark.
     """
@@ -50,14 +53,14 @@ class Panel:
 
 
 def gallery(panels: Sequence[Panel], cell: int = 128) -> Image.Image:
-    """A contact sheet on white: headings, and below them panels that flow from left to right, as many as fit a line.
+    """A contact sheet on white: headings, and below each its panels from left to right, as many a line as fit.
 
     Pictures keep their proportions. From 64 pixels on they are scaled bicubically; smaller ones are enlarged without
-    smoothing. The heading says so.
+    smoothing. The heading tells the scaling.
 
     Args:
-        panels: one or more; a panel of more than 8 pictures is wrapped.
-        cell: side of the square that each picture is scaled to, in pixels; the type grows with it.
+        panels: at least one; a panel of more than 8 pictures is wrapped.
+        cell: side in pixels of the square into which each picture is scaled; the font size is proportional to it.
     """
     if not panels:
         raise ValueError("no panels were given; a gallery needs at least one")
@@ -74,16 +77,16 @@ def report_html(
     facts: Mapping[str, object],
     subject: Mapping[str, object] | None = None,
 ) -> str:
-    """One self-contained HTML page: pictures, loss curves and styles are part of it, and it asks for nothing else.
+    """A self-contained HTML page: it includes pictures, loss curves and styles, and loads nothing else.
 
     Args:
-        title: of the page.
+        title: the page's title.
         panels: as for `gallery`.
         curves: rows of metrics (see `read_metrics`) by name of the training, such as "base".
-        scores: (value, what it means) by name of the metric.
+        scores: (value, definition) by name of the metric.
         times: seconds by phase, in order.
-        facts: values by name; mappings and sequences are shown as JSON, which unfolds if it is long.
-        subject: likewise, what comes first: who is shown, and how to draw them.
+        facts: values by name; mappings and sequences are shown as JSON, which is folded if it is long.
+        subject: facts about the subject, shown first.
     """
     total = {"Total": sum(times.values())} if len(times) > 1 else {}
     sections = [
@@ -94,14 +97,14 @@ def report_html(
         ("Times", _table((phase, _duration(seconds)) for phase, seconds in {**times, **total}.items())),
         ("Facts", _table((name, _fact(value)) for name, value in facts.items())),
     ]
-    body = "".join(
+    html = "".join(
         f"<section><h2>{escape(h)}</h2><div>{content}</div></section>\n" for h, content in sections if content
     )
-    return f"{_HEAD.format(title=escape(title), style=_STYLE)}<h1>{escape(title)}</h1>\n{body}</main>\n</html>\n"
+    return Template((ASSETS / "report.html").read_text()).substitute(title=escape(title), sections=html)
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
-    """The rows of a `metrics.jsonl`; a last line cut short by a kill is left out, a missing file has no rows."""
+    """The rows of a `metrics.jsonl`; an incomplete last line is left out, a missing file has no rows."""
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -121,14 +124,14 @@ def _group_sheet(title: str, panels: Sequence[Panel], cell: int) -> Image.Image:
         lines[-1].append(sheet)
     scalings = ", ".join(dict.fromkeys(note for panel in panels if (note := _scaling(panel.images, cell))))
     width = max(sum(s.width + gap for s in line) - gap for line in lines)
-    heading = [_text(title, cell, width, size=0.15, bold=True)] + [_text(scalings, cell, width, colour=_GREY)] * bool(
-        scalings
-    )
+    heading = [_text(title, cell, width, size=0.15, bold=True)]
+    if scalings:
+        heading.append(_text(scalings, cell, width, colour=_GREY))
     return _join([_join(heading, 0, down=True), *(_join(line, gap, down=False) for line in lines)], gap, down=True)
 
 
 def _panel_sheet(panel: Panel, cell: int) -> Image.Image:
-    """Pictures in a grid whose rows are as equal as can be, with the prompt and the note below."""
+    """Pictures in a grid of nearly equal rows, with the prompt and the note below."""
     gap = max(cell // 32, 1)
     rows = math.ceil(len(panel.images) / COLUMNS)
     columns = math.ceil(len(panel.images) / rows)
@@ -147,17 +150,17 @@ def _scaled(pixels: np.ndarray, cell: int) -> Image.Image:
 
 
 def _scaling(images: np.ndarray, cell: int) -> str:
-    """What was done to pictures so that they fill their cells; nothing is said of nothing."""
+    """How pictures are scaled to fill their cells, in words; empty if they are not."""
     height, width = images.shape[1:3]
     side = max(height, width)
     if side == cell:
         return ""
-    how = "reduced" if side > cell else "enlarged" if side >= SMOOTH_FROM else "enlarged without smoothing"
-    return f"{width} × {height} pixels, {how}"
+    scaling = "reduced" if side > cell else "enlarged" if side >= SMOOTH_FROM else "enlarged without smoothing"
+    return f"{width} × {height} pixels, {scaling}"
 
 
 def _join(images: Sequence[Image.Image], gap: int, down: bool) -> Image.Image:
-    """Images below one another, or beside one another, on white; flush left, or flush at the top."""
+    """Images in a column, or in a row, on white; aligned left, or at the top."""
     lengths = [image.height if down else image.width for image in images]
     length = sum(lengths) + gap * (len(images) - 1)
     breadth = max(image.width if down else image.height for image in images)
@@ -169,7 +172,7 @@ def _join(images: Sequence[Image.Image], gap: int, down: bool) -> Image.Image:
 
 
 def _text(text: str, cell: int, width: int, size: float = 0.1, bold: bool = False, colour: str = _BLACK) -> Image.Image:
-    """Lines of text on white, `width` pixels wide; the size is a share of the cell."""
+    """Lines of text on white, `width` pixels wide; the font size is a share of the cell."""
     pixels = max(round(size * cell), 9)
     font = _font(pixels, bold)
     lines = _wrap(" ".join(text.split()), font, width)
@@ -182,7 +185,7 @@ def _text(text: str, cell: int, width: int, size: float = 0.1, bold: bool = Fals
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int = 4) -> list[str]:
-    """Lines no wider than `width`, broken at spaces where there are any; an ellipsis ends what is cut."""
+    """Lines no wider than `width`, broken at spaces where possible; text that is cut ends in an ellipsis."""
     lines = [""]
     for word in re.findall(r"\S+\s*", text):
         if lines[-1] and font.getlength((lines[-1] + word).rstrip()) > width:
@@ -198,7 +201,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int = 
 
 @functools.cache
 def _font(size: int, bold: bool) -> ImageFont.FreeTypeFont:
-    # The file that Matplotlib brings along, so that sheets look alike on every machine.
+    # The font that Matplotlib ships, so that sheets look alike on every machine.
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)
 
@@ -219,11 +222,21 @@ def _figure(panel: Panel) -> str:
 
 
 def _curve_figure(name: str, rows: Sequence[Mapping[str, float]]) -> str:
-    """The losses of one training, as logged and smoothed, as inline SVG in the colour of the page's text."""
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "text.color": _INK, "axes.edgecolor": _INK}
-    style |= {"axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "font.size": 11}
-    with matplotlib.rc_context(style):
-        axes = (figure := Figure(figsize=(4.8, 2.7), layout="constrained")).add_subplot()
+    """The losses of one training, logged and smoothed, as inline SVG in the colour of the page's text."""
+    with matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": name,
+            "font.size": 11,
+            "text.color": _INK,
+            "axes.edgecolor": _INK,
+            "axes.labelcolor": _INK,
+            "xtick.color": _INK,
+            "ytick.color": _INK,
+        }
+    ):
+        figure = Figure(figsize=(4.8, 2.7), layout="constrained")
+        axes = figure.add_subplot()
         for group, colour in _CURVES.items():
             curve = np.array([(row["step"], row[key]) for row in rows if (key := f"{group}_loss") in row])
             if len(curve):
@@ -251,7 +264,7 @@ def _curve_figure(name: str, rows: Sequence[Mapping[str, float]]) -> str:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Gaussian running mean of [N] values, normalised at the ends; its deviation is N / 20 rows."""
+    """Gaussian running mean of N values, normalised at the ends; its standard deviation is N / 20 values."""
     deviation = len(values) / 20
     offsets = np.arange(-int(3 * deviation), int(3 * deviation) + 1)
     kernel = np.exp(-0.5 * (offsets / deviation) ** 2)
@@ -259,7 +272,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _table(rows: Iterable[Sequence[str]]) -> str:
-    """Rows of a name, which is escaped, and cells, which are HTML; nothing without rows."""
+    """Rows of a name, which is escaped, and cells, which are HTML; empty without rows."""
     lines = "".join(
         f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
         for name, *cells in rows
@@ -286,34 +299,3 @@ def _fact(value: object) -> str:
         return escape(line)
     text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
     return f"<details><summary>show</summary><pre>{escape(text)}</pre></details>"
-
-
-# Nothing but the page itself may be loaded, whatever a prompt or a file name holds.
-_HEAD = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-<main>
-"""
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c1c1c; --soft: #666; --rule: #ddd; --page: #fff; --cell: min(8.5rem, 29vw) }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --soft: #a0a0a0; --rule: #3a3a3a; --page: #151515 } }
-body { margin: 0; background: var(--page); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif }
-main { max-width: 74rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
-h1 { font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere }
-h2 { font-size: 1.15rem; margin: 2.5rem 0 1rem; padding-top: .75rem; border-top: 1px solid var(--rule) }
-section > div { display: flex; flex-wrap: wrap; gap: 1.5rem 1rem; overflow-x: auto }
-figure { margin: 0; width: calc(var(--n) * (var(--cell) + .25rem) - .25rem); max-width: 100% }
-.pictures { display: grid; gap: .25rem; grid-template-columns: repeat(auto-fill, minmax(calc(var(--cell) - 1px), 1fr)) }
-img, svg { display: block; width: 100%; height: auto }
-svg text { font-family: inherit !important }
-figcaption { margin-top: .4rem; font-size: .875rem; line-height: 1.4; overflow-wrap: anywhere }
-small { display: block; color: var(--soft) }
-th, td { padding: .3rem 1.25rem .3rem 0; text-align: left; vertical-align: top; font-variant-numeric: tabular-nums }
-th { font-weight: normal; color: var(--soft) }
-pre { margin: .5rem 0; white-space: pre-wrap; overflow-wrap: anywhere }
-"""

@@ -1,4 +1,4 @@
-"""Scores of pictures one by one, by the metrics of the registry whose encoders a configuration names."""
+"""Scores of single pictures, by the registry's metrics whose encoders a configuration names."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +37,7 @@ ENCODERS: Mapping[str, Encoder] = {  # by their names in `Metric.needs`
 }
 
 
-def sources(settings: ConfigDict) -> dict[str, Any]:
+def encoder_sources(settings: ConfigDict) -> dict[str, Any]:
     """The sources of the encoders that a configuration names, by the encoders' names in `Metric.needs`.
 
     Args:
@@ -52,39 +52,39 @@ def sources(settings: ConfigDict) -> dict[str, Any]:
 
 
 def encoder_names(settings: ConfigDict) -> list[str]:
-    """The names of the encoders that `load_encoders` gives, without looking for any of them.
+    """The names of the encoders that `load_encoders` returns, without looking for any of them.
 
     Args:
         settings: `evaluation` keys.
     """
-    names = list(sources(settings))
+    names = list(encoder_sources(settings))
     return names + ["distance"] * ("dino" in names and "distance" not in names)
 
 
 def find_encoders(settings: ConfigDict) -> dict[str, Callable[[], Any]]:
-    """See that the encoders that a configuration names are there, after downloading them if need be.
+    """Find the encoders that a configuration names, and download them if need be.
 
     Args:
         settings: `evaluation` keys.
 
     Returns:
-        By name of the encoder, what loads it.
+        The functions that load the encoders, by name of the encoder.
 
     Raises:
-        UserError: an encoder that is not there or cannot be used, none at all, or two CLIPs that have the same name.
+        UserError: an encoder is missing or cannot be used, none is named, or two CLIPs have the same name.
     """
     names = [label(source) for source in settings.clips]
     if len(set(names)) < len(names):
         raise UserError(f"config.evaluation.clips has two CLIPs of one name among {', '.join(names)}; rename a folder.")
-    found = {name: ENCODERS[name.partition(" ")[0]].find(source) for name, source in sources(settings).items()}
-    if not found:
+    sources = encoder_sources(settings)
+    if not sources:
         raise UserError("config.evaluation names nothing to measure with; give dino, clips, lpips or probe.")
-    return found
+    return {name: ENCODERS[name.partition(" ")[0]].find(source) for name, source in sources.items()}
 
 
-def load_encoders(found: Mapping[str, Callable[[], Any]]) -> MetricEncoders:
-    """Load what `find_encoders` has found; without LPIPS one less DINO's cosine is the distance of pictures."""
-    encoders = {name: load() for name, load in found.items()}
+def load_encoders(loaders: Mapping[str, Callable[[], Any]]) -> MetricEncoders:
+    """Load the encoders of `find_encoders`; without LPIPS one minus DINO's cosine is the distance of pictures."""
+    encoders = {name: load() for name, load in loaders.items()}
     if "dino" in encoders and "distance" not in encoders:
         encoders["distance"] = cosine_distance(encoders["dino"])
     return encoders
@@ -99,41 +99,43 @@ def score(
 ) -> list[Row]:
     """Score the pictures of one subject, of all roles.
 
-    Scores of photos end in " (real)", those of "class before" in " before".
+    The names of photos' scores end in " (real)", those of "class before" in " before".
 
     Args:
-        encoders: what reads the pictures. Metrics that need others are left out.
+        encoders: encoders by name. Metrics that need others are left out.
         subject: the subject's name.
         pictures: its pictures, with at least one photo.
         class_noun: the subject's class noun, where it is known.
-        truth: a rendered subject's true properties; by default what the probe reads off the photos.
+        truth: a rendered subject's true properties; by default those that the probe reads in the photos.
 
     Raises:
         UserError: no photos.
     """
-    of_subject = SubjectPictures(pictures, class_noun, truth)
-    if not of_subject.of_role("photo"):
+    subject_pictures = SubjectPictures(pictures, class_noun, truth)
+    if not subject_pictures.of_role("photo"):
         raise UserError(f"No photos of {subject} were given; pictures are compared with one at least.")
     scores: list[Scores] = [{} for _ in pictures]
-    for metric in metric_registry.measured(encoders):
+    for metric in metric_registry.metrics_for(encoders):
         for role in metric.roles:
-            rows = of_subject.of_role(role)
-            values = metric.score(of_subject, rows, *(encoders[need] for need in metric.needs)) if rows else ()
+            indices = subject_pictures.of_role(role)
+            if not indices or metric.score is None:
+                continue
+            values = metric.score(subject_pictures, indices, *(encoders[need] for need in metric.needs))
             column = metric.name + metric_registry.SUFFIXES.get(role, "")
-            for i, value in zip(rows, values, strict=True):
+            for i, value in zip(indices, values, strict=True):
                 if value is not None:
                     scores[i][column] = value if isinstance(value, str) else float(value)
     return [
-        Row(subject, picture.role, picture.prompt, picture.seed, picture.file, of_one)
-        for picture, of_one in zip(pictures, scores, strict=True)
+        Row(subject, picture.role, picture.prompt, picture.seed, picture.file, picture_scores)
+        for picture, picture_scores in zip(pictures, scores, strict=True)
     ]
 
 
 def summary(rows: Sequence[Row]) -> SubjectScores:
-    """What the scores of each subject's pictures come to, and the metrics that are derived from these."""
+    """The metrics of each subject: its pictures' scores combined, and the metrics that are derived from these."""
 
     def combine(column: str) -> Callable[[Sequence[Any]], float]:
-        metric = metric_registry.metric_of(column)
+        metric = metric_registry.column_metric(column)
         return metric.combine if metric else mean
 
     scores = subject_scores(rows, combine)
@@ -149,7 +151,7 @@ def write_rows(rows: Sequence[Row], file: Path) -> None:
 
 
 def read_rows(file: Path) -> list[Row]:
-    """Read what `write_rows` wrote.
+    """Read a file of `write_rows`.
 
     Raises:
         UserError: the file is damaged.

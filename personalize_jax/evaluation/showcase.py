@@ -1,4 +1,4 @@
-"""What a finished run shows: samples, exact scores where a probe exists, gallery and report."""
+"""The report of a finished run: sampled pictures, exact scores where the probe can read them, gallery and page."""
 
 import importlib.metadata
 import json
@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from personalize_jax.evaluation import metric_registry
+from personalize_jax.evaluation.protocol import sample_role
 from personalize_jax.evaluation.report import Panel, gallery, read_metrics, report_html
 from personalize_jax.evaluation.scoring import score, summary
 from personalize_jax.method import personalization
@@ -20,23 +21,21 @@ from personalize_jax.method.configuration import num_steps
 from personalize_jax.method.personalized import Personalized
 from personalize_jax.metrics.metric import Picture
 from personalize_jax.pipeline import Pipeline
-from personalize_jax.pipeline.kept import sample_kept
-from personalize_jax.pipeline.pictures import file_name
 from personalize_jax.runtime import hosts
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.runtime.files import replacing, write_text
 from personalize_jax.runtime.manifest import phase, phase_times
 from personalize_jax.subject.dataset import SubjectDataset
-from personalize_jax.subject.identifier import PLACEHOLDER, substitute
+from personalize_jax.subject.identifier import PLACEHOLDER
 from personalize_jax.training.tracking import JSONL_ONLY, Tracking
 from personalize_jax.world.probe import RESOLUTION, Probe
 
-CLASS_PANEL = 8  # class pictures shown; all of them are measured
-CLASS_SEED = 1000  # of the first class picture: not those of the class images, which the network was tuned on
+CLASS_PANEL = 8  # class pictures in the report; all of them are scored
+CLASS_SEED = 1000  # of the first class picture; differs from the seeds of the class images used in training
 
 
 def seeds(config: ConfigDict) -> dict[str, object]:
-    """What is drawn by chance up to the report, for the manifest."""
+    """The seeds of everything random in a run, up to its report, for the manifest."""
     report = config.report
     return personalization.seeds(config) | {
         "samples": [0, report.images_per_context - 1],
@@ -45,10 +44,10 @@ def seeds(config: ConfigDict) -> dict[str, object]:
 
 
 def check(pipeline: Pipeline, config: ConfigDict) -> None:
-    """Refuse to have pictures read that the probe cannot read, before any is drawn.
+    """Refuse a configuration whose pictures the probe could not read, before any is sampled.
 
     Raises:
-        UserError: it cannot.
+        UserError: the probe is asked for and cannot read a stage's resolution.
     """
     sides = {stage.name: stage.resolution for stage in pipeline.stages}
     if config.evaluation.probe and (wrong := [name for name, side in sides.items() if side % RESOLUTION]):
@@ -59,23 +58,23 @@ def check(pipeline: Pipeline, config: ConfigDict) -> None:
 
 
 def usage(subject: SubjectDataset, workdir: Path, context: str) -> dict[str, str]:
-    """How the subject is called and drawn, in words by what they tell.
+    """The subject's name, its identifier, and a command that samples pictures of it, for users to read.
 
     Args:
         subject: the labelled dataset.
         workdir: run directory.
-        context: of the prompt that is given as an example, such as "in the snow".
+        context: the context in the command's prompt, such as "in the snow".
     """
     prompt = f"a {subject.phrase} {context}"
     return {
         "name": subject.labels[0],
         "identifier": f"{subject.identifier.text}: write {PLACEHOLDER} for it in prompts",
-        "to draw it": f"python -m personalize_jax.sample --workdir={shlex.quote(str(workdir))} "
+        "to sample it": f"python -m personalize_jax.sample --workdir={shlex.quote(str(workdir))} "
         f"--prompt={shlex.quote(prompt)} --out=out/",
     }
 
 
-def show(
+def make_report(
     pretrained: Pipeline,
     personalized: Personalized,
     without_prior: Pipeline | None,
@@ -83,62 +82,51 @@ def show(
     workdir: Path,
     tracking: Tracking = JSONL_ONLY,
 ) -> None:
-    """Draw the report's pictures, measure them, write them and `metrics.json`, `gallery.png` and `report.html`.
+    """Sample the report's pictures, score them, and write `metrics.json`, `gallery.png` and `report.html`.
 
     Args:
-        pretrained: the cascade before.
-        personalized: the cascade after.
-        without_prior: the cascade tuned without the prior term, to compare; or None.
-        config: of the run; its `report` keys.
+        pretrained: the cascade before tuning.
+        personalized: the cascade after tuning.
+        without_prior: the cascade tuned without the prior term, to compare with; or None.
+        config: the run's configuration, of which `report` says what is sampled.
         workdir: run directory.
-        tracking: where the pictures go besides.
+        tracking: additional destinations of the pictures.
     """
     subject = personalized.subject
-    noun = subject.class_noun.noun
     pipelines = {"before": pretrained, "after": personalized.pipeline}
     if without_prior is not None:
         pipelines["after, without the prior term"] = without_prior
 
     with phase(workdir, "samples"):
-        prompts = [f"a {subject.phrase} {context}" for context in config.report.contexts]
-        in_context = _draw_contexts(personalized, prompts, config, workdir / "samples")
-        of_class = {
-            name: _draw_class(
-                pipeline, subject.class_prompt, config, workdir / "class_samples" / re.sub(r"\W+", "_", name)
-            )
-            for name, pipeline in pipelines.items()
-        }
+        in_contexts = _sample_contexts(personalized, config, workdir / "samples")
+        of_class, enlarged = {}, {}
+        for name, pipeline in pipelines.items():
+            folder = workdir / "class_samples" / re.sub(r"\W+", "_", name)
+            base = pipeline.up_to(pipeline.stages[0].name)
+            count = config.report.class_samples
+            of_class[name] = _sample_class(base, pipeline.fingerprint, subject, count, config, folder)
+            count = min(count, CLASS_PANEL)
+            enlarged[name] = _sample_class(pipeline, pipeline.fingerprint, subject, count, config, folder)
 
     scores = {}
     if config.evaluation.probe:
         with phase(workdir, "metrics"):
-            drawn = {"subject": _pictures("subject", prompts, in_context)}
-            for name, (measured, _) in of_class.items():
-                drawn[f"class {name}"] = _pictures("class", [subject.class_prompt], [measured])
-            scores = exact_scores(subject, drawn)
+            scores = exact_scores(subject, {"subject": in_contexts} | {f"class {k}": v for k, v in of_class.items()})
 
     with phase(workdir, "report"):
-        named = f'"{subject.labels[0]}"'
-        panels = [Panel(f"The photos of {named}", f"a {subject.phrase}", subject.images_NHWC)]
-        panels += [
-            Panel(f"{named} in {len(prompts)} contexts: {PLACEHOLDER} is {subject.identifier.text}", prompt, images)
-            for prompt, images in zip(prompts, in_context, strict=True)
-        ]
-        panels += [
-            Panel(f'"{subject.class_prompt}" before and after', subject.class_prompt, shown, note=name)
-            for name, (_, shown) in of_class.items()
-        ]
+        panels = _panels(subject, in_contexts, enlarged)
         if tracking != JSONL_ONLY:
             tracking.of("pictures").pictures(num_steps(config), sheets(panels))
         curves = {file.parent.name: read_metrics(file) for file in sorted(workdir.glob("*/metrics.jsonl"))}
+        noun = subject.class_noun
         about = usage(subject, workdir, config.report.contexts[0]) | {
             "token ids": list(subject.identifier.token_ids),
             f"their frequency ({config.subject.frequency})": list(subject.identifier.counts),
-            "class noun": f"{noun} ({subject.class_noun.source}, score {subject.class_noun.score:.2f})",
+            "class noun": f"{noun.noun} ({noun.source}, score {noun.score:.2f})",
             **own_class_images(config),
         }
         facts = {"seed": config.seed, "jax": importlib.metadata.version("jax")}
-        title = f"{named}, personalised"
+        title = f'"{subject.labels[0]}", personalised'
         page = report_html(title, panels, curves, scores, phase_times(workdir), facts, about)
 
         def write() -> None:
@@ -151,87 +139,73 @@ def show(
 
 
 def own_class_images(config: ConfigDict) -> dict[str, str]:
-    """What the report says of class images that were not drawn; nothing of others."""
+    """The report's line about class images that the user brought; empty where they are sampled."""
     folder = config.class_images.folder
-    return {"class images": f"{len(own_files(folder))} pictures of {folder}, in place of drawn ones"} if folder else {}
+    return (
+        {"class images": f"{len(own_files(folder))} pictures of {folder}, in place of sampled ones"} if folder else {}
+    )
 
 
 def sheets(panels: Sequence[Panel]) -> dict[str, np.ndarray]:
-    """A contact sheet of each panel, uint8 [H, W, 3], by what it shows."""
+    """A contact sheet of each panel, uint8 [H, W, 3], by the panel's prompt and note."""
     return {", ".join(filter(None, (panel.prompt, panel.note))): np.asarray(gallery([panel])) for panel in panels}
 
 
-def exact_scores(subject: SubjectDataset, drawn: Mapping[str, Sequence[Picture]]) -> dict[str, tuple[float, str]]:
-    """The scores of the rendered world: (value, what it is) by pictures and metric, as in "class after: leakage".
+def exact_scores(subject: SubjectDataset, pictures: Mapping[str, Sequence[Picture]]) -> dict[str, tuple[float, str]]:
+    """The scores of the rendered world: (value, definition) by group of pictures and metric, as in "subject: context".
 
-    The subject's properties are those that the probe reads in the photos; its class is known.
+    The class noun is given; the subject's other properties are those that the probe reads in the photos.
 
     Args:
-        subject: the subject, with its photos.
-        drawn: pictures by what the scores call them; those of "class before" are what a class is compared with.
+        subject: the subject with its photos.
+        pictures: pictures by the group's name; groups of the class are compared with "class before".
     """
     encoders = {"probe": Probe.load()}
     photos = [Picture("photo", "", None, f"{i:02d}", photo) for i, photo in enumerate(subject.images_NHWC)]
-    before = [picture._replace(role="class before") for picture in drawn.get("class before", ())]
+    before = [picture._replace(role="class before") for picture in pictures.get("class before", ())]
     scores = {}
-    for called, pictures in drawn.items():
-        known = [*photos, *pictures, *(before if called != "class before" else ())]
-        rows = score(encoders, subject.labels[0], known, subject.class_noun.noun)
+    for name, group in pictures.items():
+        compared = before if name != "class before" else []
+        rows = score(encoders, subject.labels[0], [*photos, *group, *compared], subject.class_noun.noun)
         (metrics,) = summary(rows).values()
-        for metric in metric_registry.measured(encoders):
+        for metric in metric_registry.metrics_for(encoders):
             if metric.name in metrics:
-                counted = sum(metric.name in row.scores for row in rows)
-                of_pictures = f"; {counted} pictures" if counted else ""
-                meaning = f"{metric.definition} ({metric.unit}{of_pictures})"
-                scores[f"{called}: {metric.name}"] = (metrics[metric.name], meaning)
+                count = sum(metric.name in row.scores for row in rows)
+                unit = f"{metric.unit}; {count} pictures" if count else metric.unit
+                scores[f"{name}: {metric.name}"] = (metrics[metric.name], f"{metric.definition} ({unit})")
     return scores
 
 
-def _pictures(role: str, prompts: Sequence[str], images: Sequence[np.ndarray]) -> list[Picture]:
-    """Pictures to be scored, of several prompts."""
-    of_prompt = zip(prompts, images, strict=True)
-    return [
-        Picture(role, prompt, None, f"{role} {i}", pixels)
-        for prompt, images_NHWC in of_prompt
-        for i, pixels in enumerate(images_NHWC)
-    ]
+def _sample_contexts(personalized: Personalized, config: ConfigDict, folder: Path) -> list[Picture]:
+    """Pictures of the subject in each of the report's contexts."""
+    pipeline, subject, report = personalized.pipeline, personalized.subject, config.report
+    prompts = [f"a {subject.phrase} {context}" for context in report.contexts]
+    jobs = [(prompt, seed) for prompt in prompts for seed in range(report.images_per_context)]
+    with tqdm(total=len(jobs), desc="samples", unit="img") as bar:
+        settings = subject.identifier.text, folder, report.batch_size, bar.update
+        return sample_role(pipeline, "subject", jobs, pipeline.fingerprint, *settings)
 
 
-def _draw_contexts(
-    personalized: Personalized, prompts: Sequence[str], config: ConfigDict, folder: Path
-) -> list[np.ndarray]:
-    """Pictures of each prompt, saved with prompt and seed."""
-    count = config.report.images_per_context
-    pipeline, identifier = personalized.pipeline, personalized.subject.identifier.text
-    jobs = [(prompt, seed) for prompt in prompts for seed in range(count)]
-    files = [folder / file_name(prompt, seed) for prompt, seed in jobs]
-    texts = [substitute(prompt, identifier, pipeline.tokenizer) for prompt, _ in jobs]
-    pictures = _draw(pipeline, pipeline.fingerprint, texts, [seed for _, seed in jobs], files, config, "samples")
-    return list(pictures.reshape(len(prompts), count, *pictures.shape[1:]))
+def _sample_class(
+    pipeline: Pipeline, weights: str, subject: SubjectDataset, count: int, config: ConfigDict, folder: Path
+) -> list[Picture]:
+    """Pictures of the class, in a folder that is named by the pipeline's last stage."""
+    jobs = [(subject.class_prompt, seed) for seed in range(CLASS_SEED, CLASS_SEED + count)]
+    folder /= pipeline.stages[-1].name
+    with tqdm(total=count, desc=f'samples of "{subject.class_prompt}"', unit="img") as bar:
+        return sample_role(pipeline, "class", jobs, weights, "", folder, config.report.batch_size, bar.update)
 
 
-def _draw_class(pipeline: Pipeline, prompt: str, config: ConfigDict, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Class pictures of the base stage, to measure, and the first few of them as the whole cascade draws them."""
-    seeds = range(CLASS_SEED, CLASS_SEED + config.report.class_samples)
-    base = pipeline.up_to(pipeline.stages[0].name)
-
-    def draw(cascade: Pipeline, seeds: Sequence[int]) -> np.ndarray:
-        files = [folder / cascade.stages[-1].name / file_name(prompt, seed) for seed in seeds]
-        title = f'samples of "{prompt}"'
-        return _draw(cascade, pipeline.fingerprint, [prompt] * len(seeds), seeds, files, config, title)
-
-    return draw(base, seeds), draw(pipeline, seeds[:CLASS_PANEL])
-
-
-def _draw(
-    pipeline: Pipeline,
-    weights: str,
-    texts: Sequence[str],
-    seeds: Sequence[int],
-    files: Sequence[Path],
-    config: ConfigDict,
-    title: str,
-) -> np.ndarray:
-    """`pipeline.kept.sample_kept` with a progress bar."""
-    with tqdm(total=len(files), desc=title, unit="img") as bar:
-        return np.stack(sample_kept(pipeline, weights, texts, seeds, files, config.report.batch_size, bar.update))
+def _panels(
+    subject: SubjectDataset, in_contexts: Sequence[Picture], of_class: Mapping[str, Sequence[Picture]]
+) -> list[Panel]:
+    name, prompts = f'"{subject.labels[0]}"', list(dict.fromkeys(picture.prompt for picture in in_contexts))
+    title = f"{name} in {len(prompts)} contexts: {PLACEHOLDER} is {subject.identifier.text}"
+    panels = [Panel(f"The photos of {name}", f"a {subject.phrase}", subject.images_NHWC)]
+    for prompt in prompts:
+        pictures = np.stack([picture.pixels for picture in in_contexts if picture.prompt == prompt])
+        panels.append(Panel(title, prompt, pictures))
+    title = f'"{subject.class_prompt}" before and after'
+    for note, group in of_class.items():
+        panels.append(Panel(title, subject.class_prompt, np.stack([picture.pixels for picture in group]), note))
+    return panels

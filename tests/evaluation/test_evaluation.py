@@ -5,7 +5,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from personalize_jax.evaluation import metric_registry
-from personalize_jax.evaluation.protocol import draw, evaluate, read_pictures
+from personalize_jax.evaluation.protocol import evaluate, read_pictures, read_scored, sample_role
 from personalize_jax.method.personalized import Personalized
 from personalize_jax.pipeline.pictures import read_png, save_png
 from personalize_jax.runtime.errors import UserError
@@ -49,11 +49,11 @@ def personalized(pipeline):
 
 def test_only_what_is_missing_is_drawn(pipeline, tmp_path):
     counting = Counting(pipeline)
-    pictures = draw(counting, "subject", JOBS, "0123", "qx", tmp_path, 2)
+    pictures = sample_role(counting, "subject", JOBS, "0123", "qx", tmp_path / "subject", 2)
     assert counting.drawn == [("a qx dog", 0), ("a qx dog", 1), ("a qx dog in the snow", 0)]
     assert [(p.prompt, p.seed) for p in pictures] == JOBS
     (tmp_path / pictures[1].file).unlink()
-    again = draw(counting, "subject", JOBS, "0123", "qx", tmp_path, 2)
+    again = sample_role(counting, "subject", JOBS, "0123", "qx", tmp_path / "subject", 2)
     assert counting.drawn[3:] == [("a qx dog", 1)]
     for before, after in zip(pictures, again, strict=True):
         np.testing.assert_array_equal(before.pixels, after.pixels)
@@ -61,16 +61,16 @@ def test_only_what_is_missing_is_drawn(pipeline, tmp_path):
 
 def test_pictures_of_other_weights_are_drawn_again(pipeline, tmp_path):
     counting = Counting(pipeline)
-    draw(counting, "subject", JOBS, "0123", "qx", tmp_path, 2)
-    draw(counting, "subject", JOBS, "4567", "qx", tmp_path, 2)
+    sample_role(counting, "subject", JOBS, "0123", "qx", tmp_path / "subject", 2)
+    sample_role(counting, "subject", JOBS, "4567", "qx", tmp_path / "subject", 2)
     assert len(counting.drawn) == 6
     assert read_png(next((tmp_path / "subject").glob("*.png")))[1]["weights"] == "4567"
 
 
 def test_progress_counts_pictures_found_and_drawn(pipeline, tmp_path):
-    draw(pipeline, "subject", JOBS[:1], "0123", "qx", tmp_path, 2)
+    sample_role(pipeline, "subject", JOBS[:1], "0123", "qx", tmp_path / "subject", 2)
     done = []
-    draw(pipeline, "subject", JOBS, "0123", "qx", tmp_path, 2, done.append)
+    sample_role(pipeline, "subject", JOBS, "0123", "qx", tmp_path / "subject", 2, done.append)
     assert done == [1, 2]
 
 
@@ -116,6 +116,19 @@ def test_a_metric_that_came_later_is_added_without_drawing_again(pipeline, perso
     other = dataclasses.replace(dino, version=2, score=lambda subject, rows, dino: [0.5] * len(rows))
     monkeypatch.setattr(metric_registry, "METRICS", (other, *others))
     assert {row.scores["DINO"] for row in evaluate(*arguments) if row.role == "subject"} == {0.5}
+
+
+def test_scored_rows_are_read_only_for_the_same_keys_and_metrics(pipeline, personalized, tmp_path, monkeypatch):
+    settings = ConfigDict({**SETTINGS, "dino": "world", "clips": (), "lpips": "", "probe": False})
+    encoders = {name: metric_encoders()[name] for name in ("dino", "distance")}
+    assert read_scored(tmp_path, settings) is None
+    rows = evaluate(personalized, pipeline, "rex", ["a [V] dog"], encoders, settings, tmp_path)
+    assert read_scored(tmp_path, settings) == rows
+    for other in ({"class_samples": 2}, {"clips": ("world",)}):
+        assert read_scored(tmp_path, ConfigDict({**settings, **other})) is None
+    newer = [dataclasses.replace(metric, version=99) for metric in metric_registry.METRICS]
+    monkeypatch.setattr(metric_registry, "METRICS", newer)
+    assert read_scored(tmp_path, settings) is None
 
 
 def test_prompts_must_ask_for_the_subject(pipeline, personalized, tmp_path):

@@ -51,7 +51,7 @@ def test_every_metric_says_what_it_is(metric):
 
 def test_names_are_not_shared():
     assert len({metric.name for metric in EVERY}) == len(EVERY)
-    assert [metric_registry.metric_of(metric.name) for metric in EVERY] == list(EVERY)
+    assert [metric_registry.column_metric(metric.name) for metric in EVERY] == list(EVERY)
 
 
 @pytest.mark.parametrize(
@@ -65,14 +65,14 @@ def test_names_are_not_shared():
     ],
 )
 def test_columns_are_of_metrics(column, name):
-    metric = metric_registry.metric_of(column)
+    metric = metric_registry.column_metric(column)
     assert (metric and metric.name) == name
 
 
 def test_metrics_without_their_encoder_are_left_out():
     def names(**changes):
         settings = changed(world.get_config(), **changes).evaluation
-        return [metric.name for metric in metric_registry.measured(encoder_names(settings))]
+        return [metric.name for metric in metric_registry.metrics_for(encoder_names(settings))]
 
     assert names() == [metric.name for metric in EVERY]
     without_probe = names(evaluation__probe=False)
@@ -122,7 +122,7 @@ def test_a_registered_metric_is_in_rows_tables_and_definitions(brightness):
     assert [row.scores.get("brightness") for row in rows] == [None] * 2 + [pytest.approx(1 / 3)] * 2 + [None] * 2
     text = tables.tables({"arm": estimates(summary(rows))}, {}, 1)
     assert [line for line in text.splitlines() if line.startswith("| |")][-1] == "| | brightness |"
-    assert metric_registry.definitions(encoders)["brightness"] == 1
+    assert metric_registry.metric_versions(encoders)["brightness"] == 1
     assert "| brightness | mean of a picture's pixels | share, 0 to 1 | lower |" in metric_registry.markdown()
 
 

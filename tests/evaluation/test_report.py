@@ -139,7 +139,7 @@ def test_report_holds_all_it_is_given(picture):
         {"leakage": (np.float32(0.0312), "share of class pictures"), "pictures": (12345, "drawn")},
         {"tuning base": 75.4, "sampling": 3.25, "class images": 3661.0},
         {"identifier": "zcx", "ids": [1, 2], "config": {"training": {"num_steps": 200, "x": "y" * 60}}},
-        {"name": "a zcx dog", "to draw it": "python -m personalize_jax.sample"},
+        {"name": "a zcx dog", "to sample it": "python -m personalize_jax.sample"},
     )
     page = Page(html)
     assert page.open == []

@@ -140,7 +140,7 @@ def shown(cascade, workdir, **changes):
     with pytest.MonkeyPatch.context() as patch:
         draw = showcase.gallery
         patch.setattr(showcase, "gallery", lambda panels: titles.extend(p.title for p in panels) or draw(panels))
-        showcase.show(cascade, Personalized(cascade, subject_of()), None, config, workdir)
+        showcase.make_report(cascade, Personalized(cascade, subject_of()), None, config, workdir)
     return json.loads((workdir / "metrics.json").read_text()), (workdir / "report.html").read_text(), titles
 
 
@@ -151,7 +151,7 @@ def test_a_run_says_how_its_subject_is_called_and_drawn(cascade, tmp_path):
     assert "<h1>&quot;a tar dog&quot;, personalised</h1>" in page
     told = showcase.usage(subject_of(), workdir, "in the snow")
     assert told["name"] == "a tar dog" and told["identifier"].startswith("tar: write [V] ")
-    module, *given = shlex.split(told["to draw it"])[2:]
+    module, *given = shlex.split(told["to sample it"])[2:]
     assert module == sample.__name__
     assert given == [f"--workdir={workdir}", "--prompt=a [V] dog in the snow", "--out=out/"]
     for text in told.values():
@@ -159,9 +159,9 @@ def test_a_run_says_how_its_subject_is_called_and_drawn(cascade, tmp_path):
 
 
 def test_a_subject_without_a_class_in_its_label_is_drawn_by_the_identifier_alone():
-    assert "'--prompt=a [V] in the snow'" not in showcase.usage(subject_of(), Path("r"), "in the snow")["to draw it"]
+    assert "'--prompt=a [V] in the snow'" not in showcase.usage(subject_of(), Path("r"), "in the snow")["to sample it"]
     told = showcase.usage(subject_of(label="a tar"), Path("r"), "in the snow")
-    assert told["name"] == "a tar" and "--prompt='a [V] in the snow'" in told["to draw it"]
+    assert told["name"] == "a tar" and "--prompt='a [V] in the snow'" in told["to sample it"]
 
 
 def test_pictures_of_the_rendered_world_are_read_wherever_the_cascade_lies(cascade, tmp_path):
@@ -188,4 +188,4 @@ def test_pictures_that_the_probe_cannot_read_are_refused_before_any_is_drawn(cas
 def test_the_report_says_where_class_images_come_from_if_they_were_not_drawn(photos):
     assert showcase.own_class_images(tiny_world.get_config("p")) == {}
     told = showcase.own_class_images(tiny_world.get_config("p", class_images__folder=str(photos)))
-    assert told == {"class images": f"3 pictures of {photos}, in place of drawn ones"}
+    assert told == {"class images": f"3 pictures of {photos}, in place of sampled ones"}
