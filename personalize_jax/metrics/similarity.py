@@ -95,12 +95,8 @@ def distances_within(images: Sequence[np.ndarray], distance: Distance) -> np.nda
     return np.sum(table_NN + table_NN.T, axis=1) / (N - 1)
 
 
-def interval(values: Sequence[float], seed: int = 0) -> Estimate:
-    """The mean over subjects with its 95 % percentile-bootstrap interval, 10,000 resamples of subjects.
-
-    Args:
-        values: the value of each subject.
-        seed: the seed of the resampling.
+def interval(values: Sequence[float]) -> Estimate:
+    """The mean of the values of subjects with its 95 % percentile-bootstrap interval, of 10,000 resamples.
 
     Raises:
         ValueError: no values.
@@ -109,7 +105,7 @@ def interval(values: Sequence[float], seed: int = 0) -> Estimate:
     mean = float(np.mean(values))
     if len(values) == 1 or np.ptp(values) == 0:
         return Estimate(mean, mean, mean)
-    result = stats.bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=seed)
+    result = stats.bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=0)
     return Estimate(mean, *map(float, result.confidence_interval))
 
 

@@ -1,10 +1,9 @@
-"""Captions of scenes: true, varied in what they mention, and worded like the prompts of the DreamBooth dataset.
+"""Captions of scenes, true and varied, in the words of the DreamBooth dataset's prompts.
 
 In this world every ordinary English word names a colouring: "a marlow dog" and "a marlow car" have the same body and
-accent colours, as "tabby" or "calico" tell a cat's coat. That is to give a model the situation in which the paper
-looks for rare tokens: frequent words with a strong meaning of their own, rare ones with hardly any. The cascade that
-ships has been trained too little for that: `experiments.pretrained_cascade` finds even the words most often read at
-chance.
+accent colours, as "tabby" or "calico" tell a cat's coat. So a model meets what the paper meets when it looks for rare
+tokens: frequent words with a strong meaning of their own, rare ones with hardly any. The cascade that ships has been
+trained too little for that: `experiments.pretrained_cascade` finds even the most frequent words at chance.
 """
 
 import functools
@@ -38,7 +37,7 @@ picture image painting paris eiffel"""
 
 
 def _meanings(name: str, texts: Sequence[str]) -> dict[str, tuple[str, int]]:
-    """What each of a property's texts says: the property's name and the index of its value."""
+    """The meaning of each of a property's texts: the property's name and the index of its value."""
     return {text.lower(): (name, index) for index, text in enumerate(texts)}
 
 
@@ -49,7 +48,7 @@ _PHRASES = (
     | _meanings("accessory", ACCESSORIES)
     | _meanings("accent_colour", [f"with {colour} accents" for colour in COLOURS])
 )
-del _PHRASES["none"]  # said of no picture
+del _PHRASES["none"]  # no caption says it
 
 
 def caption(
@@ -62,48 +61,40 @@ def caption(
     context: int,
     rng: np.random.Generator,
 ) -> str:
-    """Describes one scene by its ids, naming each property with its own probability.
+    """Describe one scene by its ids, naming each property with its own probability.
 
-    One caption in five has an ordinary English word before the class noun, one of those that name the colouring: such
-    words come to be processed the oftener the more frequent they are in English.
+    One caption in five has a word for the colouring before the class noun, an ordinary English word: the more frequent
+    it is in English, the more often a model reads it.
 
     Returns:
         "a [finish] [colour] [pattern] [word] class [with colour accents] [accessory] [context]".
     """
 
     def mentioned(probability: float, text: str, applies: bool = True) -> list[str]:
-        named = rng.random() < probability  # drawn even where it does not apply: one draw a property
+        named = rng.random() < probability  # one random number a property, even where it does not apply
         return [text] if named and applies else []
 
     words = mentioned(SHINY_PROBABILITY, FINISHES[finish], FINISHES[finish] != "matte")
     words += mentioned(BODY_COLOUR_PROBABILITY, _COLOUR_NAMES[body_colour])
     words += mentioned(PATTERN_PROBABILITY, PATTERNS[pattern], PATTERNS[pattern] != "plain")
     if rng.random() < WORD_PROBABILITY:
-        words.append(_draw_word(body_colour, accent_colour, rng))
+        words.append(_sample_word(body_colour, accent_colour, rng))
     words.append(CLASSES[class_id])
     words += mentioned(ACCENT_PROBABILITY, f"with {_COLOUR_NAMES[accent_colour]} accents")
     words += mentioned(ACCESSORY_PROBABILITY, ACCESSORIES[accessory], ACCESSORIES[accessory] != "none")
     words += mentioned(CONTEXT_PROBABILITY, CONTEXTS[context])
     prefix = "a photo of " if rng.random() < PHOTO_PREFIX_PROBABILITY else ""
-    # By the letter alone, even before "unit" and "hour": so the cascade that ships has read it in pretraining.
+    # By the letter alone, even before "unit" and "hour": the cascade that ships was pretrained with such captions.
     article = "an" if words[0][0] in "aeiou" else "a"
     return f"{prefix}{article} {' '.join(words)}"
 
 
 def caption_variants(scenes: Scene, rng: np.random.Generator, k: int) -> list[list[str]]:
-    """Describes each of N scenes in k ways -> N lists of k captions."""
-    subject, view = scenes
-    ids = (
-        subject.class_id,
-        subject.body_colour,
-        subject.accent_colour,
-        subject.pattern,
-        subject.finish,
-        view.accessory,
-        view.context,
-    )
-    rows = np.stack(ids, axis=1).tolist()
-    return [[caption(*row, rng=rng) for _ in range(k)] for row in rows]
+    """Describe each of N scenes in k ways -> N lists of k captions."""
+    names = ("class_id", "body_colour", "accent_colour", "pattern", "finish", "accessory", "context")
+    columns = scenes.subject._asdict() | scenes.view._asdict()
+    rows = zip(*(columns[name].tolist() for name in names), strict=True)
+    return [[caption(**dict(zip(names, row, strict=True)), rng=rng) for _ in range(k)] for row in rows]
 
 
 def prompt(
@@ -114,7 +105,7 @@ def prompt(
     accessory: str | None = None,
     finish: str | None = None,
 ) -> str:
-    """Builds a prompt: "a [finish] [colour] [identifier] class [accessory] [context]"; the identifier usually is "[V]".
+    """Build a prompt: "a [finish] [colour] [identifier] class [accessory] [context]"; the identifier usually is "[V]".
 
     >>> prompt("dog", context="in the snow", identifier="[V]")
     'a [V] dog in the snow'
@@ -122,19 +113,19 @@ def prompt(
     return with_article(" ".join(filter(None, (finish, colour, identifier, class_noun, accessory, context))))
 
 
-def asked(prompt: str) -> dict[str, int]:
-    """What a prompt asks of a picture, by the names of the truth; only what it names.
+def requested_properties(prompt: str) -> dict[str, int]:
+    """Read the properties that a prompt names.
 
-    Adjectives are read before the class noun (before "[V]" where there is no noun): "a dog in a red coat" asks for no
-    colour. Of phrases that share words the longest is meant: neither does "a dog wearing a red hat". Of several values
-    of one property the first counts. Everything else is ignored, identifiers included.
+    Adjectives count before the class noun only (before "[V]" where there is no noun): "a dog in a red coat" asks for no
+    colour. Of phrases that share words the longest counts: nor does "a dog wearing a red hat". Of several values of one
+    property the first counts. Everything else is ignored, identifiers included.
 
-    >>> asked("a red [V] dog in the snow")
+    >>> requested_properties("a red [V] dog in the snow")
     {'class_id': 0, 'body_colour': 0, 'context': 1}
 
     Returns:
-        For "class_id", "body_colour", "finish", "pattern", "accessory", "accent_colour" and "context", as far as they
-        are named, indices into CLASSES, COLOURS, FINISHES, PATTERNS, ACCESSORIES, COLOURS and CONTEXTS.
+        For each of "class_id", "body_colour", "finish", "pattern", "accessory", "accent_colour" and "context" that the
+        prompt names, an index into CLASSES, COLOURS, FINISHES, PATTERNS, ACCESSORIES, COLOURS or CONTEXTS.
     """
     prompt = " ".join(prompt.lower().split())
     found = [_PHRASES[text] for text in _any_of(_PHRASES).findall(prompt)]
@@ -158,15 +149,15 @@ def ordinary_words() -> tuple[str, ...]:
 def words_for(body_colour: int, accent_colour: int) -> tuple[str, ...]:
     """The ordinary words that name a colouring, most frequent first; every word names one pair of colours.
 
-    The words are dealt to the pairs in turn, so that each pair has frequent and rare ones.
+    Words go to the pairs in turn, so that each pair has frequent and rare ones.
     """
     others = len(COLOURS) - 1  # the accent never has the body's colour
     pair = body_colour * others + accent_colour - (accent_colour > body_colour)
     return ordinary_words()[pair :: len(COLOURS) * others]
 
 
-def _draw_word(body_colour: int, accent_colour: int, rng: np.random.Generator) -> str:
-    """Draws one of a colouring's words by Zipf's law."""
+def _sample_word(body_colour: int, accent_colour: int, rng: np.random.Generator) -> str:
+    """Sample one of a colouring's words by Zipf's law."""
     words = words_for(body_colour, accent_colour)
     return words[int(np.searchsorted(_zipf_cumulative(len(words)), rng.random(), side="right"))]
 
@@ -179,5 +170,5 @@ def _zipf_cumulative(n: int) -> np.ndarray:
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Matches whole words of any of the texts, of the longest where several match."""
+    """A pattern for any of the texts as whole words, the longest where several match."""
     return re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(texts, key=len, reverse=True)))})\b")

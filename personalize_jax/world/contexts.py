@@ -1,4 +1,4 @@
-"""The places of the world: what the ground and the backdrop behind it look like, one function a context.
+"""The places of the world, one function a context, which colours the ground and the backdrop behind it.
 
 Every context is a function of ground coordinates (x to the right, z towards the camera, in world units), backdrop
 coordinates (u to the right of the centre, v up from the ground, the picture's upper half is about |u| < 1, 0 < v < 1)
@@ -9,18 +9,18 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from personalize_jax.world.solids import Array, length, lerp
+from personalize_jax.world.solids import Array, Scalar, length, lerp
 
-Colour = tuple[Array | float, Array | float, Array | float]
+Colour = tuple[Scalar, Scalar, Scalar]
 Context = Callable[[Array, Array, Array, Array, Array], tuple[Colour, Colour]]
 
 
 def mix(a: Colour, b: Colour, t: Array) -> Colour:
     """Colour a where t = 0, b where t = 1."""
-    return tuple(lerp(p, q, t) for p, q in zip(a, b, strict=True))
+    return lerp(a[0], b[0], t), lerp(a[1], b[1], t), lerp(a[2], b[2], t)
 
 
-def step(low: float, high: float, x: Array) -> Array:
+def step(low: float, high: float, x: Scalar) -> Array:
     """Smooth step from 0 (x below low) to 1 (x above high)."""
     t = jnp.clip((x - low) / (high - low), 0.0, 1.0)
     return t * t * (3.0 - 2.0 * t)
@@ -31,7 +31,7 @@ def inside(distance: Array, softness: float = 0.02) -> Array:
     return 1.0 - step(-softness, softness, distance)
 
 
-def noise(cell: Array, salt: Array | float = 0.0) -> Array:
+def noise(cell: Array, salt: Scalar = 0.0) -> Array:
     """A pseudo-random number in [0, 1) for every integer cell."""
     return jnp.modf(jnp.abs(jnp.sin(cell * 12.9898 + salt * 78.233 + 1.7) * 437.585))[0]
 

@@ -1,4 +1,4 @@
-"""Contrastive losses: what belongs together is nearer than what does not."""
+"""Contrastive losses, which are low where embeddings are nearer to their partners than to all others."""
 
 import jax.numpy as jnp
 import optax
@@ -10,8 +10,8 @@ def info_nce(a_BD: Array, b_BD: Array, scale: Array | float) -> Array:
 
     Args:
         a_BD: embeddings of unit length.
-        b_BD: those that belong to them, row by row.
-        scale: of the cosines, the reciprocal of a temperature.
+        b_BD: their partners, row by row.
+        scale: the factor of the cosines, the reciprocal of a temperature.
 
     Returns:
         Mean cross-entropy in nats; log B where all embeddings are alike.
@@ -27,8 +27,8 @@ def nt_xent(a_BD: Array, b_BD: Array, scale: Array | float) -> Array:
 
     Args:
         a_BD: embeddings of unit length of one view of each of B things.
-        b_BD: of another view of them.
-        scale: of the cosines, the reciprocal of a temperature.
+        b_BD: embeddings of another view of them.
+        scale: the factor of the cosines, the reciprocal of a temperature.
 
     Returns:
         Mean cross-entropy in nats; log(2 B - 1) where all embeddings are alike.

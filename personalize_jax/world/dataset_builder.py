@@ -1,20 +1,19 @@
 """The rendered world as a TensorFlow Datasets builder, and as plain arrays.
 
-Nothing here imports TensorFlow: records are array_record files, written from numpy and read as a data source.
+TensorFlow itself is not needed: records are array_record files, written from numpy and read as a data source.
 
-TFDS writes a dataset at one go and starts again when it is interrupted. Rendering is the slow part, so it is done in
+TFDS writes a dataset in one go and starts again when it is interrupted. Rendering is the slow part, so it is done in
 blocks, each a function of (split, block number) alone and kept beside the dataset until the last one is rendered: a
-killed preparation goes on with the first block that is missing.
+preparation that was killed continues with the first block that is missing.
 """
 
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
@@ -37,6 +36,7 @@ from personalize_jax.world.scene import (
     View,
     sample_subjects,
     sample_views,
+    select,
 )
 
 CAPTIONS_PER_IMAGE = 4
@@ -51,26 +51,24 @@ LABELS = {
     "context": CONTEXTS,
     "accessory": ACCESSORIES,
 }
-DEFAULT_COUNTS = {"train": 100_000, "heldout": 2_000, "test": 2_000}
 
 
 @dataclass(kw_only=True)
 class WorldConfig(tfds.core.BuilderConfig):
-    """How large the pictures are, and how many of each split are rendered (splits left out are not)."""
+    """The size of the pictures, and the number of pictures of each split; a split without a number is left out."""
 
-    resolution: int = 64
-    counts: dict[str, int] = field(default_factory=DEFAULT_COUNTS.copy)
+    resolution: int
+    counts: Mapping[str, int]
 
 
 class World(tfds.core.GeneratorBasedBuilder):
-    """Rendered objects of named classes in named places: pictures with their masks, captions, and the exact truth."""
+    """Rendered objects of named classes in named places: pictures with masks, captions and exact properties."""
 
     VERSION = tfds.core.Version("1.1.0")
     RELEASE_NOTES = {
         "1.0.0": "First version.",
         "1.1.0": "The ordinary words in captions name colourings.",
     }
-    BUILDER_CONFIGS = [WorldConfig(name="64", resolution=64), WorldConfig(name="128", resolution=128)]
     url_infos = None  # nothing is downloaded
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -81,7 +79,7 @@ class World(tfds.core.GeneratorBasedBuilder):
         return self.dataset_info_from_configs(
             description=self.__doc__,
             features=tfds.features.FeaturesDict({"image": picture, "captions": captions} | truth),
-            disable_shuffling=True,  # scenes are independent draws: any order is a random order
+            disable_shuffling=True,  # scenes are independent samples: any order is a random order
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
@@ -94,8 +92,9 @@ class World(tfds.core.GeneratorBasedBuilder):
         with tqdm(total=count, desc=f"rendering {split} at {resolution}x{resolution}", unit="img") as progress:
             for start in range(0, count, BLOCK_SIZE):
                 block, size = start // BLOCK_SIZE, min(BLOCK_SIZE, count - start)
-                scenes = jax.tree.map(lambda a, size=size: a[:size], _block_scenes(split, block))
-                columns = _columns(scenes) | {
+                scenes = select(_block_scenes(split, block), slice(size))
+                columns: dict[str, np.ndarray | list[list[str]]] = {
+                    **_columns(scenes),
                     "image": rendered_once(folder / f"{block:05d}_{size}.npy", scenes, resolution),
                     "captions": caption_variants(scenes, _block_rng(split, block, "captions"), CAPTIONS_PER_IMAGE),
                 }
@@ -106,16 +105,16 @@ class World(tfds.core.GeneratorBasedBuilder):
 
 
 def load(resolution: int, split: Split, count: int, data_dir: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads one split into memory; renders it first where the data directory does not hold it yet.
+    """Read one split into memory, after rendering it if the data directory does not hold it yet.
 
     A smaller count gives the first examples of a larger one.
 
     Returns:
-        image uint8 [count, resolution, resolution, 4] (red, green, blue, object mask), captions str [count, 4], and
+        "image" uint8 [count, resolution, resolution, 4] (red, green, blue, object mask), "captions" str [count, 4], and
         every field of Subject and View under its own name, with a leading [count].
 
     Raises:
-        ValueError: The split is none of SPLITS, or the count is not positive.
+        ValueError: the split is none of SPLITS, or the count is not positive.
     """
     if split not in SPLITS or count < 1:
         raise ValueError(f"Asked for {count} images of split {split!r}; expected at least 1 of {', '.join(SPLITS)}.")
@@ -137,7 +136,7 @@ def load(resolution: int, split: Split, count: int, data_dir: str | os.PathLike)
     return arrays | {"captions": np.array(captions)}
 
 
-def scenes_of(arrays: dict[str, np.ndarray]) -> Scene:
+def scenes_of(arrays: Mapping[str, np.ndarray]) -> Scene:
     """The scenes from which loaded images were rendered."""
     subject, view = ({name: arrays[name] for name in kind._fields} for kind in (Subject, View))
     return Scene(Subject(**subject), View(**view))
@@ -158,14 +157,14 @@ def _block_rng(split: Split, block: int, purpose: Literal["scenes", "captions"])
 
 
 def _block_scenes(split: Split, block: int) -> Scene:
-    """The scenes of one block; a block's number and split say all."""
+    """The scenes of one block, which depend on its split and number alone."""
     rng = _block_rng(split, block, "scenes")
     subjects = sample_subjects(rng, BLOCK_SIZE, split)
     return Scene(subjects, sample_views(rng, subjects))
 
 
 def rendered_once(path: Path, scenes: Scene, resolution: int) -> np.ndarray:
-    """Renders scenes into a file, or finds them there where an earlier run left them: uint8 [N, H, W, 4]."""
+    """Render scenes into a file, or read the file of an earlier run: uint8 [N, H, W, 4]."""
     if not path.exists():
         interruption.check()
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,24 +1,24 @@
-"""Trains the encoders that the paper's metrics need on the rendered world: a CLIP, and one in DINO's place.
+"""Trains the rendered world's encoders, which the paper's metrics need: a CLIP, and one in DINO's place.
 
     python -m personalize_jax.world.encoder --output=runs/encoder
 
-renders what is missing, trains both and writes runs/encoder/clip and runs/encoder/dino, folders as on the Hugging Face
-hub, each with a quality.json that says how good it is on subjects it was not trained on; personalize_jax/assets/world
-holds the two that ship. Started again, it goes on from its last checkpoint.
+renders the data that is missing, trains both and writes runs/encoder/clip and runs/encoder/dino, folders as on the
+Hugging Face hub, each with a quality.json, measured on subjects that it was not trained on. Those that ship are in
+personalize_jax/assets/world. The same command continues a training from its last checkpoint.
 
 The CLIP learns which caption belongs to which picture (`contrastive.info_nce`). The instance encoder has DINO's network
 but not its training: it learns which two pictures, in different places, show the same subject among many of its class
-(`contrastive.nt_xent`), since that is what the paper takes DINO for. Samples of a cascade are softer and noisier than
-renders, so that half of the pictures are degraded to what those of a base model look like.
+(`contrastive.nt_xent`), which is the paper's purpose for DINO. Samples of a cascade are softer and noisier than
+renders, so half of the pictures are degraded to look like a base model's.
 
-Of the shipped CLIP, steps 300 to 800 ran under a learning rate that fell to 0 by then; the rest is as the constants
-below say. The instance encoder hardly sees proportions: see "changed" in its quality.json.
+The shipped CLIP ran its steps 300 to 800 under a learning rate that fell to 0 by then; otherwise the constants below
+hold. The instance encoder hardly sees proportions: see "changed" in its quality.json.
 """
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +40,8 @@ from personalize_jax.training.program import Program
 from personalize_jax.world import dataset_builder, encoder_quality
 from personalize_jax.world.contrastive import info_nce, nt_xent
 from personalize_jax.world.probe import RESOLUTION as BASE_RESOLUTION
-from personalize_jax.world.probe import degrade
-from personalize_jax.world.scene import CONTEXTS, Scene, sample_views
+from personalize_jax.world.probe import as_uint8, degrade
+from personalize_jax.world.scene import CONTEXTS, Scene, sample_views, select
 from personalize_jax.world.training import SEED, network_program, train_network, training_config
 
 RENDER_RESOLUTION = 64
@@ -52,17 +52,15 @@ CLASSES_IN_BATCH = 2  # of the instance encoder: most of a subject's negatives a
 INSTANCE_SCALE = 10.0
 MAX_LOGIT_SCALE = 100.0  # as CLIP
 MAX_NOISE, MAX_BLUR = 0.15, 0.8  # of degraded pictures, see `probe.degrade`; a good cascade's have about .1 and .6
-_TRAINING = {
-    **{"log_every": 10, "checkpoint_every": 50},
-    **{"learning_rate": 1e-3, "b1": 0.9, "b2": 0.98, "weight_decay": 0.05, "warmup_steps": 60},
-}
-CLIP_TRAINING = training_config(num_steps=1_400, batch_size=128, decay_steps=600, **_TRAINING)
-INSTANCE_TRAINING = training_config(num_steps=700, batch_size=64, decay_steps=400, **_TRAINING)
+LOG_EVERY, CHECKPOINT_EVERY = 10, 50  # steps
+_OPTIMIZER = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.98, "weight_decay": 0.05, "warmup_steps": 60}
+CLIP_TRAINING = training_config(1_400, 128, LOG_EVERY, CHECKPOINT_EVERY, decay_steps=600, **_OPTIMIZER)
+INSTANCE_TRAINING = training_config(700, 64, LOG_EVERY, CHECKPOINT_EVERY, decay_steps=400, **_OPTIMIZER)
 
-# The networks, as their config.json says it.
+# The networks' config.json.
 _TOWER = {"num_attention_heads": 4, "layer_norm_eps": 1e-5}
 _VISION = _TOWER | {"image_size": 48, "patch_size": 8, "hidden_size": 128, "intermediate_size": 512}
-CLIP = {
+CLIP: dict[str, Any] = {
     "model_type": "clip",
     "architectures": ["CLIPModel"],
     "projection_dim": 128,
@@ -96,7 +94,7 @@ def clip_program(data: Mapping[str, np.ndarray], config: ConfigDict = CLIP_TRAIN
     """The program that trains the CLIP on pictures with their captions.
 
     Args:
-        data: as `dataset_builder.load` gives them.
+        data: the arrays of `dataset_builder.load`.
         config: keys of the training.
     """
     network = Clip.from_config(CLIP)
@@ -111,7 +109,8 @@ def clip_program(data: Mapping[str, np.ndarray], config: ConfigDict = CLIP_TRAIN
         return {"images": examples["images"][rows], "tokens": texts}
 
     def loss(params: Params, batch: Mapping[str, Array], key: Array) -> Array:
-        images_BD, texts_BD = network.apply({"params": params}, augmented(batch["images"], key), batch["tokens"])
+        pair = network.apply({"params": params}, augmented(batch["images"], key), batch["tokens"])
+        images_BD, texts_BD = cast(tuple[Array, Array], pair)  # Flax does not know what a network returns
         return info_nce(images_BD, texts_BD, jnp.minimum(jnp.exp(params["logit_scale"]), MAX_LOGIT_SCALE))
 
     def init(key: Array) -> Params:
@@ -127,15 +126,15 @@ def instance_program(
     """The program that trains the instance encoder on subjects in two views each.
 
     Args:
-        class_id: int [N], of each subject.
-        first: uint8 [N, R, R, 3 or more], one view of each.
-        second: another.
-        config: keys of the training, whose batches are of subjects.
+        class_id: the class of each subject, int [N].
+        first: one view of each, uint8 [N, R, R, 3 or more].
+        second: another view of each.
+        config: keys of the training; a batch is a number of subjects.
     """
     network = VisionTransformer.from_config(INSTANCE)
     views_N2HWC = np.stack([resized(first), resized(second)], axis=1)
     rows = [np.flatnonzero(class_id == k) for k in np.unique(class_id)]
-    M = min(map(len, rows))  # subjects of each class that are used, so that one array holds all
+    M = min(map(len, rows))  # used subjects of each class, equal so that one array holds all
 
     def sample_batch(examples: Mapping[str, Array], key: Array) -> dict[str, Array]:
         class_key, *keys = jax.random.split(key, CLASSES_IN_BATCH + 1)
@@ -149,7 +148,8 @@ def instance_program(
         x_BHWC = augmented(jnp.concatenate([batch["views"][:, 0], batch["views"][:, 1]]), key)
         e_BD = network.apply({"params": params}, x_BHWC)
         e_BD /= jnp.linalg.norm(e_BD, axis=-1, keepdims=True)
-        return nt_xent(*jnp.split(e_BD, 2), INSTANCE_SCALE)
+        first_BD, second_BD = jnp.split(e_BD, 2)
+        return nt_xent(first_BD, second_BD, INSTANCE_SCALE)
 
     def init(key: Array) -> Params:
         return network.init(key, jnp.zeros((1, _SIDE, _SIDE, 3)))["params"]
@@ -159,12 +159,7 @@ def instance_program(
 
 
 def augmented(images_BHWC: Array, key: Array) -> Array:
-    """Pictures in [-1, 1], half of them degraded to what a base model's look like once they are enlarged.
-
-    Args:
-        images_BHWC: uint8.
-        key: of all randomness.
-    """
+    """Bring pictures, uint8, to [-1, 1], and degrade half of them to look like a base model's, enlarged."""
     B, *shape = images_BHWC.shape
     kept_key, noise_key, blur_key, key = jax.random.split(key, 4)
     x_BHWC = images_BHWC.astype(jnp.float32) / 127.5 - 1
@@ -176,18 +171,17 @@ def augmented(images_BHWC: Array, key: Array) -> Array:
 
 
 def resized(images: np.ndarray) -> np.ndarray:
-    """Pictures as the encoders prepare them, uint8 [N, R, R, 3 or more] as uint8 [N, 48, 48, 3]."""
+    """Resize pictures as the encoders' preprocessing does: uint8 [N, R, R, 3 or more] to uint8 [N, 48, 48, 3]."""
     prepare = Preprocessing.from_config(INSTANCE_PROCESSOR)
-    prepared = [np.round((prepare([image[..., :3]]) + 1) * 127.5).astype(np.uint8) for image in images]
-    return np.concatenate(prepared)
+    return np.concatenate([as_uint8(prepare([image[..., :3]])) for image in images])
 
 
 def second_views(data: Mapping[str, np.ndarray], data_dir: Path) -> np.ndarray:
-    """Render another view of each subject, in another place; what an earlier call rendered is read.
+    """Render another view of each subject, in another place, or read the views that an earlier call rendered.
 
     Args:
-        data: the first views, as `dataset_builder.load` gives them.
-        data_dir: where the views are kept, in blocks.
+        data: the first views, the arrays of `dataset_builder.load`.
+        data_dir: the folder of the views, which are kept in blocks.
 
     Returns:
         uint8 [N, 64, 64, 4].
@@ -196,7 +190,7 @@ def second_views(data: Mapping[str, np.ndarray], data_dir: Path) -> np.ndarray:
     size = dataset_builder.BLOCK_SIZE
     images = []
     for block, start in enumerate(range(0, len(scenes.subject.class_id), size)):
-        subject, first = jax.tree.map(lambda a, start=start: a[start : start + size], scenes)
+        subject, first = select(scenes, slice(start, start + size))
         n = len(subject.class_id)
         rng = np.random.default_rng([SEED, block])
         contexts = (first.context + rng.integers(1, len(CONTEXTS), n)) % len(CONTEXTS)
@@ -215,9 +209,9 @@ def save(params: Params, network: Naming, folder: Path) -> None:
     """Write an encoder in half precision as a folder of the hub.
 
     Args:
-        params: of the network.
+        params: the network's parameters.
         network: "clip" or "vit".
-        folder: made if missing.
+        folder: the folder, which is made if it is missing.
     """
     config, processor = {"clip": (CLIP, CLIP_PROCESSOR), "vit": (INSTANCE, INSTANCE_PROCESSOR)}[network]
     save_weights(params, folder, "model.safetensors", network, jnp.float16)
@@ -242,7 +236,7 @@ def _write_quality(folder: Path, quality: Mapping[str, Mapping[str, float]]) -> 
 def define_flags() -> None:
     """The command line."""
     flags.DEFINE_string("output", None, "Folder for clip/ and dino/, and for the trainings' checkpoints.")
-    flags.DEFINE_string("data_dir", "runs/data", "Where the rendered world is kept.")
+    flags.DEFINE_string("data_dir", "runs/data", "Folder of the rendered world.")
     flags.DEFINE_multi_enum("encoder", ["clip", "dino"], ["clip", "dino"], "Which of the two to train.")
 
 
@@ -254,15 +248,15 @@ def main(_: list[str]) -> None:
         params = train_network(clip_program(data), output / "clip_training", "training the CLIP")
         save(params, "clip", output / "clip")
         test = dataset_builder.load(RENDER_RESOLUTION, "heldout", TEST_COUNT, data_dir)
-        _write_quality(output / "clip", encoder_quality.of_clip(load_clip(output / "clip"), test))
+        _write_quality(output / "clip", encoder_quality.clip_quality(load_clip(output / "clip"), test))
     if "dino" in flags.FLAGS.encoder:
         first = {name: column[:INSTANCE_COUNT] for name, column in data.items()}
         program = instance_program(first["class_id"], first["image"], second_views(first, data_dir))
         params = train_network(program, output / "dino_training", "training the instance encoder")
         save(params, "vit", output / "dino")
         dino = load_dino(output / "dino")
-        quality = encoder_quality.of_instance_encoder(dino, *encoder_quality.heldout_pictures())
-        _write_quality(output / "dino", quality | {"changed": encoder_quality.of_changes(dino)})
+        quality = encoder_quality.instance_quality(dino, *encoder_quality.heldout_pictures())
+        _write_quality(output / "dino", quality | {"changed": encoder_quality.similarities_after_changes(dino)})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
-"""How well encoders tell pictures of the rendered world apart, measured on subjects that they were not trained on."""
+"""Measures how well encoders tell pictures of the rendered world apart, on subjects that they were not trained on."""
 
 from collections.abc import Mapping, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.stats import rankdata
 
@@ -11,7 +9,7 @@ from personalize_jax.metrics.encoders import ClipEncoder, ImageEncoder
 from personalize_jax.metrics.similarity import similarities
 from personalize_jax.world.captions import prompt
 from personalize_jax.world.photos import RESOLUTION, heldout_subject, unseen_views
-from personalize_jax.world.probe import MILD_BLUR, MILD_NOISE, degrade, reduced
+from personalize_jax.world.probe import mild
 from personalize_jax.world.render import render
 from personalize_jax.world.scene import (
     CLASSES,
@@ -24,21 +22,14 @@ from personalize_jax.world.scene import (
     sample_views,
 )
 
-NUM_CANDIDATES = 128  # captions among which a picture's own is to be found
+NUM_CANDIDATES = 128  # captions from which a picture's own is to be chosen
 NUM_SUBJECTS = 30  # as many as the DreamBooth dataset has
-NUM_CHANGED = 60  # subjects, of which properties are changed
+NUM_CHANGED = 60  # subjects whose properties are changed
 NUM_PHOTOS, NUM_VIEWS = 5, 4  # of each, in different places
 SEED = 0
 
 
-def mild(images: np.ndarray) -> np.ndarray:
-    """Pictures as soft and noisy as samples of a good cascade: uint8 [N, R, R, 3] to uint8 [N, 32, 32, 3]."""
-    amount = jnp.ones(len(images))
-    x = degrade(reduced(images), jax.random.key(SEED), MILD_NOISE * amount, MILD_BLUR * amount)
-    return np.round((np.asarray(x) + 1) * 127.5).astype(np.uint8)
-
-
-def of_clip(clip: ClipEncoder, data: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+def clip_quality(clip: ClipEncoder, data: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
     """Measure a CLIP on clean pictures and on mildly degraded ones ("clean", "mild").
 
     Args:
@@ -46,18 +37,18 @@ def of_clip(clip: ClipEncoder, data: Mapping[str, np.ndarray]) -> dict[str, dict
         data: "image" uint8 [N, R, R, 3 or more], "captions", "class_id", "context" and "body_colour", all [N].
 
     Returns:
-        retrieval: share of pictures whose own caption is the nearest of 128; captions leave much unsaid, so that
-            several may be true of a picture.
-        class, context, body_colour: share of pictures whose nearest prompt is the true one of those that differ in
-            this property; contexts and colours are asked for with the true class.
+        retrieval: share of pictures whose own caption is the nearest of 128; captions omit much, so that several may be
+            true of a picture.
+        class, context, body_colour: share of pictures whose nearest prompt is the true one, among prompts that differ
+            in this property alone; prompts with contexts and colours name the true class.
         clip_t: mean cosine of a picture and "a class context".
-        clip_t_wrong: the same with the context of another picture of the class, a different one.
+        clip_t_wrong: the same with another context.
     """
     images = data["image"][..., :3]
-    return {kind: _of_clip(clip, x, data) for kind, x in (("clean", images), ("mild", mild(images)))}
+    return {kind: _clip_quality(clip, x, data) for kind, x in (("clean", images), ("mild", mild(images, SEED)))}
 
 
-def _of_clip(clip: ClipEncoder, images: np.ndarray, data: Mapping[str, np.ndarray]) -> dict[str, float]:
+def _clip_quality(clip: ClipEncoder, images: np.ndarray, data: Mapping[str, np.ndarray]) -> dict[str, float]:
     classes, contexts, colours = data["class_id"], data["context"], data["body_colour"]
     e_ND = clip.images(images)
 
@@ -92,29 +83,29 @@ def _retrieval(images_ND: np.ndarray, texts_ND: np.ndarray) -> float:
 
 
 def heldout_pictures() -> tuple[np.ndarray, np.ndarray]:
-    """Pictures of 30 held-out subjects, subject i of class i mod 12.
+    """Render pictures of 30 held-out subjects, subject i of class i mod 12.
 
     Returns:
-        photos uint8 [30, 5, 128, 128, 3], and other views, in contexts that no photo shows, [30, 4, 128, 128, 3].
+        Photos, uint8 [30, 5, 128, 128, 3], and other views in contexts that no photo shows, [30, 4, 128, 128, 3].
     """
     subjects = [heldout_subject(CLASSES[i % len(CLASSES)], i // len(CLASSES), NUM_PHOTOS) for i in range(NUM_SUBJECTS)]
     views = [unseen_views(subject.subject, NUM_VIEWS)[..., :3] for subject in subjects]
     return np.stack([subject.photos for subject in subjects]), np.stack(views)
 
 
-def of_instance_encoder(encoder: ImageEncoder, photos: np.ndarray, views: np.ndarray) -> dict[str, dict[str, float]]:
-    """Measure how an encoder tells individuals apart, with clean views and with mildly degraded ones.
+def instance_quality(encoder: ImageEncoder, photos: np.ndarray, views: np.ndarray) -> dict[str, dict[str, float]]:
+    """Measure how an encoder tells individuals apart, with clean views and with mildly degraded ones ("clean", "mild").
 
     Args:
-        encoder: of pictures.
+        encoder: the encoder.
         photos: uint8 [S, P, R, R, 3] of S subjects, subject i of class i mod 12.
-        views: other pictures of them, uint8 [S, V, R, R, 3].
+        views: other pictures of the subjects, uint8 [S, V, R, R, 3].
 
     Returns:
         same_subject, same_class, other_class: mean cosine of a view and the photos of its subject, of the other
             subjects of its class, and of subjects of other classes.
-        auc: the chance that a view is more similar to its subject than another subject's view of the class is,
-            over all such pairs of similarities.
+        auc: the probability that a view is more similar to its own subject than a view is to another subject of its
+            class, over all such pairs of similarities.
         identification: share of views whose most similar subject is their own.
     """
     S, V = views.shape[:2]
@@ -135,18 +126,18 @@ def of_instance_encoder(encoder: ImageEncoder, photos: np.ndarray, views: np.nda
             "identification": float(np.mean(x_NS.argmax(axis=1) == shown_N)),
         }
 
-    return {"clean": measured(flat), "mild": measured(mild(flat))}
+    return {"clean": measured(flat), "mild": measured(mild(flat, SEED))}
 
 
-def of_changes(encoder: ImageEncoder) -> dict[str, float]:
-    """Measure how much each property of a subject counts.
+def similarities_after_changes(encoder: ImageEncoder) -> dict[str, float]:
+    """Measure how much an encoder notices a change of each property of a subject.
 
     Args:
-        encoder: of pictures.
+        encoder: the encoder.
 
     Returns:
-        By what was changed, the mean cosine of a view of a subject and a view of the changed one, over 60 held-out
-        subjects of all classes: "nothing"; "shape", its proportions; "pattern", "accent_colour", "body_colour".
+        The mean cosine of a view of a subject and a view of the changed subject, over 60 held-out subjects of all
+        classes, by the change: "nothing"; "shape", the proportions; "pattern", "accent_colour", "body_colour".
     """
     rng = np.random.default_rng(SEED)
     N = NUM_CHANGED
@@ -154,11 +145,11 @@ def of_changes(encoder: ImageEncoder) -> dict[str, float]:
     body, accent = subject.body_colour, subject.accent_colour
 
     def other_colour() -> np.ndarray:
-        """Neither the body's nor the accent's."""
+        """A colour that is neither the body's nor the accent's."""
         free = [np.setdiff1d(np.arange(len(COLOURS)), pair) for pair in zip(body, accent, strict=True)]
         return np.array([rng.choice(colours) for colours in free], np.int32)
 
-    changes = {
+    changes: dict[str, dict[str, np.ndarray]] = {
         "nothing": {},
         "shape": {"shape": rng.random((N, 4), np.float32)},
         "pattern": {"pattern": (subject.pattern + rng.integers(1, len(PATTERNS), N, np.int32)) % len(PATTERNS)},

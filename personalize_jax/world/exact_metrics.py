@@ -1,24 +1,24 @@
-"""Exact metrics of the rendered world: what the probe reads off pictures, held against the truth.
+"""Exact metrics of the rendered world, which compare the probe's reading of pictures with the truth.
 
-Of a picture of the subject: whether each of its properties is the subject's, and whether context and property are those
-that the prompt asks for. Of a picture of the class: whether it has become the subject. What a prompt changes is not
-asked of the subject: in "a red [V] dog" the body colour counts for the prompt.
+A picture of the subject is scored by whether it has each of the subject's properties, and the context and property that
+its prompt asks for; a picture of the class, by whether it has become the subject. A property that a prompt changes
+counts for the prompt alone, such as the body colour in "a red [V] dog".
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
 from personalize_jax.metrics.metric import Metric, Picture, SubjectPictures
-from personalize_jax.metrics.table import Scores, entropy
+from personalize_jax.metrics.table import Scores, entropy, mean
 from personalize_jax.subject.images import from_pixels
-from personalize_jax.world.captions import asked
+from personalize_jax.world.captions import requested_properties
 from personalize_jax.world.probe import RESOLUTION, Probe
 from personalize_jax.world.reading import IDENTITY, Reading, fidelities, is_subject, subject_truth
 from personalize_jax.world.scene import CLASSES, COLOURS, Subject
 
-# Of the subject's truth, what is scored and how the scores are called.
+# The subject's properties that are scored, and the names of their scores.
 _OF_SUBJECT = {
     "class_id": "class",
     "body_colour": "body colour",
@@ -27,12 +27,12 @@ _OF_SUBJECT = {
     "finish": "finish",
     "shape": "proportions",
 }
-_CHANGES = ("body_colour", "finish", "accessory")  # what prompts ask of the object itself
+_CHANGES = ("body_colour", "finish", "accessory")  # properties of the object that prompts may change
 _COLOUR_NAMES = tuple(COLOURS)
 
 
 def truth_of(subject: Subject) -> dict[str, int | np.ndarray]:
-    """A rendered subject's true properties, as the metrics take them."""
+    """A rendered subject's true properties that are scored, by name."""
     return {name: getattr(subject, name)[0] for name in _OF_SUBJECT}
 
 
@@ -40,24 +40,24 @@ def subject_scores(reading: Reading, truth: Mapping[str, int | np.ndarray], prom
     """Score pictures of a subject.
 
     Args:
-        reading: of N pictures.
+        reading: the probe's reading of N pictures.
         truth: the subject's own properties.
-        prompts: what each picture was drawn for.
+        prompts: the prompt of each picture.
 
     Returns:
-        Scores in [0, 1] of each picture: "class", "body colour", "accent colour", "pattern", "finish", "proportions",
-        and where the prompt asks for it "context" and "property". Proportions are left out where they cannot be told.
+        The scores of each picture, in [0, 1]: "class", "body colour", "accent colour", "pattern", "finish",
+        "proportions" unless the probe cannot tell them, and "context" and "property" where the prompt asks for them.
     """
     found = fidelities(reading, **truth)
     scored: list[Scores] = []
     for i, prompt in enumerate(prompts):
-        wanted = asked(prompt)
+        requested = requested_properties(prompt)
         one = Reading(*(p_NK[i : i + 1] for p_NK in reading))
-        changed = {name: wanted[name] for name in _CHANGES if name in wanted}
+        changed = {name: requested[name] for name in _CHANGES if name in requested}
         own = {name: float(found[name][i]) for name in found if name not in changed}
         scores: Scores = {_OF_SUBJECT[name]: value for name, value in own.items() if not np.isnan(value)}
-        if "context" in wanted:
-            scores["context"] = float(fidelities(one, context=wanted["context"])["context"][0])
+        if "context" in requested:
+            scores["context"] = float(fidelities(one, context=requested["context"])["context"][0])
         if changed:
             scores["property"] = float(min(score[0] for score in fidelities(one, **changed).values()))
         scored.append(scores)
@@ -65,11 +65,11 @@ def subject_scores(reading: Reading, truth: Mapping[str, int | np.ndarray], prom
 
 
 def class_scores(reading: Reading, truth: Mapping[str, int | np.ndarray]) -> list[Scores]:
-    """Score pictures of "a class": "leakage" and "is subject" in [0, 1], and "colours", whose entropy is diversity.
+    """Score pictures of the class: "leakage" and "is subject" in [0, 1], and "colours", whose entropy is diversity.
 
     Args:
-        reading: of N pictures.
-        truth: the properties of the subject that they should not have become.
+        reading: the probe's reading of N pictures.
+        truth: the subject's properties, which pictures of the class should not have.
     """
     leaked = fidelities(reading, body_colour=truth["body_colour"])["body_colour"]
     became = is_subject(reading, **{name: truth[name] for name in IDENTITY})
@@ -81,7 +81,7 @@ def class_scores(reading: Reading, truth: Mapping[str, int | np.ndarray]) -> lis
 
 
 def _scores(subject: SubjectPictures, rows: Sequence[int], probe: Probe) -> list[Scores]:
-    """All exact scores of pictures of one role."""
+    """All exact scores of the pictures of one role."""
 
     def truth() -> Mapping[str, int | np.ndarray]:
         class_id = CLASSES.index(subject.class_noun) if subject.class_noun in CLASSES else None
@@ -98,27 +98,44 @@ def _scores(subject: SubjectPictures, rows: Sequence[int], probe: Probe) -> list
 
 
 def _read(probe: Probe, pictures: Sequence[Picture]) -> Reading:
-    """What the probe reads off pictures of any size: their middle squares, in the sides that it takes."""
+    """Let the probe read the middle squares of pictures, all scaled to one side that it takes."""
     least = min(min(picture.pixels.shape[:2]) for picture in pictures)
     side = max(least // RESOLUTION, 1) * RESOLUTION
     return probe.read(np.stack([from_pixels(p.file, p.pixels, side).pixels for p in pictures]))
 
 
 def _diversity_kept(metrics: Mapping[str, float]) -> float | None:
-    """None where the class had no diversity before, which could be kept."""
+    """The ratio of diversity after to before; None where there was none before."""
     after, before = metrics.get("colours"), metrics.get("colours before")
     return after / before if before and after is not None else None
 
 
-def _metric(name: str, table: str, definition: str, **further: Any) -> Metric:
-    """A metric that `subject_scores` or `class_scores` have by its name."""
+def _metric(
+    name: str,
+    table: Literal["subject", "class"],
+    definition: str,
+    unit: str = "share, 0 to 1",
+    better: Literal["higher", "lower"] | None = "higher",
+    in_figure: bool = False,
+    combine: Callable[[Sequence[Any]], float] = mean,
+) -> Metric:
+    """The metric of a score that `subject_scores` or `class_scores` give under its name."""
 
     def score(subject: SubjectPictures, rows: Sequence[int], probe: Probe) -> list[float | str | None]:
         return [scores.get(name) for scores in _scores(subject, rows, probe)]
 
-    roles = {"subject": ("subject",), "class": ("class", "class before")}[table]
-    usual = {"unit": "share, 0 to 1", "better": "higher", "needs": ("probe",), "roles": roles, "score": score}
-    return Metric(name=name, table=table, definition=definition, **usual | further)
+    return Metric(
+        name=name,
+        definition=definition,
+        unit=unit,
+        better=better,
+        table=table,
+        in_figure=in_figure,
+        needs=("probe",),
+        roles=("subject",) if table == "subject" else ("class", "class before"),
+        score=score,
+        combine=combine,
+    )
 
 
 METRICS = (

@@ -1,8 +1,6 @@
-"""Photos of a rendered subject: what a user of the world brings.
+"""Renders photos of a subject of the held-out split, which pretraining never saw.
 
-    python -m personalize_jax.world.photos --class_noun=dog --index=0 --out=photos/
-
-Subjects are those of the held-out split, which pretraining never saw.
+python -m personalize_jax.world.photos --class_noun=dog --index=0 --out=photos/
 """
 
 from collections.abc import Sequence
@@ -30,8 +28,8 @@ from personalize_jax.world.scene import (
 
 SEED = 2023
 RESOLUTION = 128
-# Photos are taken in these contexts only: the others stay unseen, so that pictures there show what was learnt of the
-# subject apart from its photos.
+# Photos are taken in these contexts only, so that pictures in the others show whether a method learnt the subject apart
+# from its photos.
 PHOTO_CONTEXTS = (
     "on top of pink fabric",
     "on top of a wooden floor",
@@ -47,7 +45,7 @@ class HeldoutSubject(NamedTuple):
     """A subject and photos of it.
 
     Attributes:
-        subject: its true properties, arrays of length 1.
+        subject: the subject's true properties, arrays of length 1.
         photos: uint8 [N, 128, 128, 3], each in another context.
     """
 
@@ -56,12 +54,12 @@ class HeldoutSubject(NamedTuple):
 
     @property
     def class_noun(self) -> str:
-        """What it is."""
+        """The subject's class noun."""
         return CLASSES[int(self.subject.class_id[0])]
 
     @property
     def description(self) -> str:
-        """Its true properties in words."""
+        """The subject's true properties in words."""
         body, accent = (tuple(COLOURS)[int(c[0])] for c in (self.subject.body_colour, self.subject.accent_colour))
         return f"{body} {PATTERNS[int(self.subject.pattern[0])]} {self.class_noun} with {accent} accents"
 
@@ -70,9 +68,9 @@ def heldout_subject(class_noun: str, index: int, num_photos: int = 5) -> Heldout
     """Render photos of the index-th held-out subject of a class, without accessories; deterministic.
 
     Args:
-        class_noun: one of the world's.
-        index: from 0; each is another subject.
-        num_photos: views, each in another context.
+        class_noun: one of the world's classes.
+        index: the number of the subject in its class, from 0.
+        num_photos: the number of photos, each in another context.
 
     Raises:
         UserError: the world has no such class.
@@ -85,12 +83,12 @@ def heldout_subject(class_noun: str, index: int, num_photos: int = 5) -> Heldout
 
 
 def unseen_views(subject: Subject, count: int) -> np.ndarray:
-    """Render further views of a subject, in contexts that none of its photos show; deterministic.
+    """Render further views of a subject, in contexts that no photo shows; deterministic.
 
     Returns:
         uint8 [count, 128, 128, 4], the fourth channel the object's mask.
     """
-    rng = np.random.default_rng([SEED, len(CLASSES), int(subject.class_id[0]), count])  # not a subject's
+    rng = np.random.default_rng([SEED, len(CLASSES), int(subject.class_id[0]), count])  # no subject has this seed
     return _render_views(rng, subject, [c for c in CONTEXTS if c not in PHOTO_CONTEXTS], count)
 
 
@@ -104,9 +102,9 @@ def _render_views(rng: np.random.Generator, subject: Subject, places: Sequence[s
 
 def define_flags() -> None:
     """The command line."""
-    flags.DEFINE_enum("class_noun", None, CLASSES, "What the subject is.")
-    flags.DEFINE_integer("index", 0, "Which subject of that class.", lower_bound=0)
-    flags.DEFINE_integer("num_photos", 5, "How many photos.", lower_bound=1, upper_bound=20)
+    flags.DEFINE_enum("class_noun", None, CLASSES, "The subject's class noun.")
+    flags.DEFINE_integer("index", 0, "The number of the subject in its class.", lower_bound=0)
+    flags.DEFINE_integer("num_photos", 5, "The number of photos.", lower_bound=1, upper_bound=20)
     flags.DEFINE_string("out", None, "Folder for the photos.")
 
 

@@ -1,11 +1,11 @@
-"""The probe: reads class, colours, pattern, finish, proportions, context and accessory off pictures of the world.
+"""The probe, which reads class, colours, pattern, finish, proportions, context and accessory off pictures of the world.
 
     python -m personalize_jax.world.probe --output=runs/probe
 
-trains it on renders and writes probe.safetensors and probe.json, the latter with what it is worth on subjects that it
-was not trained on; stopped, the same command goes on. Samples of a cascade are softer and noisier than renders: the
-probe is trained on renders degraded in these ways, some of them beyond recognition, and on pictures of nothing, so that
-it learns to be unsure as well.
+trains it on renders and writes probe.safetensors and probe.json, the latter with its accuracy on subjects that it was
+not trained on; the same command continues a training that was stopped. Samples of a cascade are softer and noisier than
+renders, so the probe is trained on renders degraded in these ways, some of them beyond recognition, and on pictures of
+nothing, so that it learns to be unsure as well.
 
 Its limits, on clean held-out renders: patterns are right in .88 (spots are taken for plain, stripes for spots) and the
 finish in .92, little more than the .88 of always saying matte. Of the 48 proportions 32 can be told, with a mean error
@@ -16,7 +16,7 @@ properties alike and followed the learning rate of a training of 5000.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -50,10 +50,10 @@ BLANK_SHARE = 1 / 16  # of a batch; see `_blanks`
 MILD_NOISE, MILD_BLUR = 0.1, 0.6  # about what samples of a good cascade have; see `degrade`
 LOG_EVERY, CHECKPOINT_EVERY = 50, 500  # steps
 
-NUM_PROPORTIONS = 4  # those of each class mean something else: each is read by outputs of its own
+NUM_PROPORTIONS = 4  # of a class; since they differ by class, each has outputs of its own
 SHAPE_DEVIATION = 0.15  # of the normal distribution whose likelihood weighs proportions against the other properties
 GUESS_ERROR = 0.25  # mean absolute error of guessing that a proportion, uniform in [0, 1], is .5
-READABLE = 0.6  # share of it up to which the probe is said to tell a proportion
+READABLE = 0.6  # share of GUESS_ERROR up to which the probe counts as able to tell a proportion
 VALUES = {name: len(values) for name, values in dataset_builder.LABELS.items()}
 WEIGHTS = dict.fromkeys(VALUES, 1.0) | {"pattern": 2.0, "finish": 4.0}  # of losses: these are learnt last
 OUTPUTS = (*VALUES.items(), ("shape", len(CLASSES) * NUM_PROPORTIONS))
@@ -63,9 +63,9 @@ class Probe:
     """A trained probe.
 
     Attributes:
-        accuracies: by split ("heldout", "test") what `evaluate` measured when it was trained.
-        shape_errors: by class noun the mean absolute error of each proportion on clean held-out renders; that of always
-            guessing .5 is .25.
+        accuracies: the result of `evaluate` at the end of training, by split ("heldout", "test").
+        shape_errors: the mean absolute error of each proportion on clean held-out renders, by class noun; that of
+            always guessing .5 is .25.
     """
 
     def __init__(self, params: Params, accuracies: Mapping[str, Any], shape_errors: Mapping[str, list[float]]) -> None:
@@ -93,7 +93,7 @@ class Probe:
 
     @property
     def readable(self) -> np.ndarray:
-        """Which proportions of each class it can tell: bool [K, 4], an error of at most .6 of that of guessing."""
+        """Which proportions of each class the probe can tell: bool [K, 4], an error of at most .6 of guessing's."""
         return np.array([self.shape_errors[noun] for noun in CLASSES]) <= READABLE * GUESS_ERROR
 
     def read(self, images: np.ndarray) -> Reading:
@@ -103,7 +103,7 @@ class Probe:
             images: uint8 [N, R, R, 3] RGB, R a multiple of 32; averaged to 32x32 first.
 
         Raises:
-            ValueError: pictures of another kind.
+            ValueError: pictures of another shape or type.
         """
         n = len(images)
         x = np.pad(reduced(images), ((0, -n % BATCH_SIZE), (0, 0), (0, 0), (0, 0)))  # one program serves all
@@ -114,7 +114,7 @@ class Probe:
         return Reading(**columns | {"shape": np.where(self.readable[likeliest], shape, np.float32(np.nan))})
 
     def classifier(self, images: np.ndarray) -> tuple[list[str], np.ndarray]:
-        """The class nouns and their probabilities [N, K]: a `subject.class_noun.Classifier`."""
+        """The class nouns and their probabilities [N, K], as a `subject.class_noun.Classifier` gives them."""
         return list(CLASSES), self.read(images).class_id
 
 
@@ -122,7 +122,7 @@ def reduced(images: np.ndarray) -> np.ndarray:
     """Average uint8 pictures [N, R, R, 3] to float32 [N, 32, 32, 3] in [-1, 1].
 
     Raises:
-        ValueError: no pictures, other shapes or types, or R is no multiple of 32.
+        ValueError: there are no pictures, they have another shape or type, or R is no multiple of 32.
     """
     n, *size = images.shape
     square = len(size) == 3 and size[0] == size[1] and size[2] == 3
@@ -139,10 +139,10 @@ def degrade(x_BHWC: Array, key: Array, noise_B: Array, blur_B: Array) -> Array:
     """Make pictures in [-1, 1] worse: softer, then noisier.
 
     Args:
-        x_BHWC: pictures.
-        key: of the noise.
-        noise_B: standard deviation of the noise; 2 leaves nothing to recognise.
-        blur_B: in [0, 1], how much of a binomial filter (1, 2, 1) / 4 is applied along each axis, twice.
+        x_BHWC: the pictures.
+        key: the random key of the noise.
+        noise_B: the standard deviation of the noise; 2 leaves nothing to recognise.
+        blur_B: the share, in [0, 1], of a binomial filter (1, 2, 1) / 4 that is applied along each axis, twice.
     """
     share = blur_B[:, None, None, None] / 4
     for axis in (1, 2, 1, 2):
@@ -158,35 +158,38 @@ def probe_program(data: Mapping[str, np.ndarray], num_steps: int = NUM_STEPS) ->
 
     Args:
         data: "image" uint8 [N, R, R, 3 or more], and the true values of each property under its name: int [N], and
-            float [N, 4] of "shape".
-        num_steps: batches of 64.
+            float [N, 4] for "shape".
+        num_steps: number of steps.
     """
-    blocks = np.array_split(data["image"], max(1, len(data["image"]) // 1000))  # spares memory
-    images = np.concatenate([_as_uint8(reduced(block[..., :3])) for block in blocks])
+    blocks = np.array_split(data["image"], max(1, len(data["image"]) // 1000))  # to save memory
+    images = np.concatenate([as_uint8(reduced(block[..., :3])) for block in blocks])
     examples = {"image": images} | {name: data[name] for name in Reading._fields}
     schedule = {"warmup_steps": num_steps // 16, "decay_steps": num_steps * 3 // 4}
     config = training_config(num_steps, BATCH_SIZE, LOG_EVERY, CHECKPOINT_EVERY, **OPTIMIZER, **schedule)
     return network_program(_loss, _sample_batch, _init, examples, config)
 
 
+def mild(images: np.ndarray, seed: int) -> np.ndarray:
+    """Make pictures as soft and noisy as samples of a good cascade: uint8 [N, R, R, 3] to uint8 [N, 32, 32, 3]."""
+    amount = jnp.ones(len(images))
+    x = degrade(jnp.asarray(reduced(images)), jax.random.key(seed), MILD_NOISE * amount, MILD_BLUR * amount)
+    return as_uint8(np.asarray(x))
+
+
 def evaluate(probe: Probe, data: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """What the probe is worth on clean pictures and on mildly degraded ones ("clean", "mild").
+    """Measure a probe on clean pictures and on mildly degraded ones ("clean", "mild").
 
     Args:
-        probe: to be measured.
+        probe: the probe.
         data: as in `probe_program`.
 
     Returns:
-        The `accuracy` of each property, and as "is_subject" the share of pictures in which `is_subject` is true, as it
-        should be in all.
+        The `accuracy` of each property, and as "is_subject" the share of pictures in which `is_subject` is true; it is
+        1 for a perfect probe.
     """
     images = data["image"][..., :3]
-    x = reduced(images)
-    amount = jnp.ones(len(x))
-    mild = degrade(x, jax.random.key(SEED + 2), MILD_NOISE * amount, MILD_BLUR * amount)
     truth = {name: data[name] for name in Reading._fields}
-    pictures = {"clean": images, "mild": _as_uint8(np.asarray(mild))}
-    readings = {kind: probe.read(images) for kind, images in pictures.items()}
+    readings = {"clean": probe.read(images), "mild": probe.read(mild(images, SEED + 2))}
     identity = {name: truth[name] for name in IDENTITY}
     return {
         kind: accuracy(reading, **truth) | {"is_subject": float(is_subject(reading, **identity).mean())}
@@ -195,7 +198,7 @@ def evaluate(probe: Probe, data: Mapping[str, np.ndarray]) -> dict[str, dict[str
 
 
 def shape_errors(params: Params, data: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
-    """Mean absolute error of each proportion by class noun; that of guessing for a class that the data lack."""
+    """Mean absolute error of each proportion by class noun; GUESS_ERROR for a class that the data lack."""
     everything_readable = dict.fromkeys(CLASSES, [0.0] * NUM_PROPORTIONS)
     error = np.abs(Probe(params, {}, everything_readable).read(data["image"][..., :3]).shape - data["shape"])
     of_class = [error[data["class_id"] == k] for k in range(len(CLASSES))]
@@ -205,12 +208,12 @@ def shape_errors(params: Params, data: Mapping[str, np.ndarray]) -> dict[str, li
 
 
 def save(params: Params, tests: Mapping[str, Mapping[str, np.ndarray]], output: Path) -> Probe:
-    """Write the probe in half precision, and what it then is worth on each set of test data.
+    """Write a probe in half precision, and its accuracy, as written, on each set of test data.
 
     Args:
-        params: of the network.
-        tests: data as in `probe_program` by name; "heldout" says which proportions can be read.
-        output: folder of the two files.
+        params: the network's parameters.
+        tests: sets of data as in `probe_program`, by name; "heldout" decides which proportions can be told.
+        output: the folder of the two files.
     """
     output.mkdir(parents=True, exist_ok=True)
     save_params(params, output / "probe.safetensors", jnp.float16)
@@ -233,17 +236,22 @@ def _sample_batch(examples: Mapping[str, Array], key: Array) -> dict[str, Array]
 
 
 def _loss(params: Params, batch: Mapping[str, Array], key: Array) -> Array:
-    """The mean of `_losses` over uint8 [B, 32, 32, 3] pictures that are made worse, or blank."""
+    """The mean of `_losses` over a batch, whose pictures, uint8 [B, 32, 32, 3], are degraded or replaced by blanks."""
     choice_key, blank_key, key = jax.random.split(key, 3)
     images = batch["image"]
     blank = jax.random.bernoulli(choice_key, BLANK_SHARE, (len(images),))
     x = _augmented(images.astype(jnp.float32) / 127.5 - 1, key)
     x = jnp.where(blank[:, None, None, None], _blanks(len(x), blank_key), x)
-    return jnp.mean(_losses(ProbeNetwork(OUTPUTS).apply({"params": params}, x), batch, blank))
+    return jnp.mean(_losses(_outputs(params, x), batch, blank))
+
+
+def _outputs(params: Params, x_BHWC: Array) -> dict[str, Array]:
+    outputs = ProbeNetwork(OUTPUTS).apply({"params": params}, x_BHWC)
+    return cast(dict[str, Array], outputs)  # Flax does not know what a network returns
 
 
 def _losses(outputs: Mapping[str, Array], truth: Mapping[str, Array], blank: Array) -> Array:
-    """Negative log-likelihoods [B], summed over properties by WEIGHTS; of blank pictures every value is as likely."""
+    """Negative log-likelihoods [B], summed over properties by WEIGHTS; a blank picture's values are all as likely."""
     B = len(blank)
     total = jnp.zeros(B)
     for name, K in VALUES.items():
@@ -254,8 +262,8 @@ def _losses(outputs: Mapping[str, Array], truth: Mapping[str, Array], blank: Arr
     return total + 0.5 * jnp.sum((error_BS / SHAPE_DEVIATION) ** 2, axis=1)
 
 
-def _shapes(outputs: dict[str, Array]) -> Array:
-    """The proportions that each picture's object has if it is of each class: [B, classes, 4] in [0, 1]."""
+def _shapes(outputs: Mapping[str, Array]) -> Array:
+    """The proportions of each picture's object, were it of each class: [B, classes, 4] in [0, 1]."""
     return jax.nn.sigmoid(outputs["shape"]).reshape(-1, len(CLASSES), NUM_PROPORTIONS)
 
 
@@ -283,17 +291,18 @@ def _augmented(x_BHWC: Array, key: Array) -> Array:
 @jax.jit
 def _read(params: Params, x_BHWC: Array) -> dict[str, Array]:
     """Probabilities [B, K] of each property, and "shape" as in `_shapes`."""
-    outputs = ProbeNetwork(OUTPUTS).apply({"params": params}, x_BHWC)
+    outputs = _outputs(params, x_BHWC)
     return {name: jax.nn.softmax(outputs[name]) for name in VALUES} | {"shape": _shapes(outputs)}
 
 
-def _as_uint8(x: np.ndarray) -> np.ndarray:
+def as_uint8(x: np.ndarray) -> np.ndarray:
+    """Pictures in [-1, 1] as uint8."""
     return np.round((x + 1) * 127.5).astype(np.uint8)
 
 
 def define_flags() -> None:
     """The command line."""
-    flags.DEFINE_string("output", None, "Folder of checkpoints, weights and accuracies.")
+    flags.DEFINE_string("output", None, "Folder for checkpoints, weights and accuracies.")
     flags.DEFINE_string("data_dir", "runs/data", "Folder of the rendered world.")
 
 

@@ -1,4 +1,4 @@
-"""What a probe reads off pictures of the rendered world, held against what should be seen.
+"""The properties that a probe reads off pictures of the rendered world, compared with the true ones.
 
 A picture counts as showing the likeliest value of each property; a probe's own mistakes therefore lower fidelities,
 and its held-out accuracies are their ceilings.
@@ -12,9 +12,9 @@ IDENTITY = ("class_id", "body_colour", "accent_colour", "pattern")  # no two spl
 
 
 class Reading(NamedTuple):
-    """What a probe reads off N pictures: probabilities float32 [N, K] over the K values of each property, and shape.
+    """A probe's reading of N pictures: probabilities float32 [N, K] over the K values of each property, and the shape.
 
-    The names are those of the truth in the world's subjects and views.
+    The names are those of `scene.Subject` and `scene.View`.
     """
 
     class_id: np.ndarray
@@ -30,17 +30,17 @@ class Reading(NamedTuple):
 def fidelities(reading: Reading, **truth: int | np.ndarray) -> dict[str, np.ndarray]:
     """How well each picture shows each property.
 
-    Of a value out of several: 1 where the likeliest one is the true one, else 0. Of the shape: 1 less the mean
-    absolute error of the proportions that the probe can tell. They mean something within a class only, so that the
-    shape of a picture of another class counts 0.
+    For a property with several values: 1 where the likeliest one is the true one, else 0. For the shape: 1 less the
+    mean absolute error of the proportions that the probe can tell; since proportions belong to a class, 0 where a
+    picture shows another class.
 
     Args:
-        reading: of N pictures.
-        **truth: for each property asked about its true value: an int, or int [N] where it varies; for "shape"
-            float [S] or [N, S] in [0, 1], NaN where unknown, which needs "class_id" beside it.
+        reading: the reading of N pictures.
+        **truth: the true value of each property to compare: an int, or int [N] where it varies; for "shape"
+            float [S] or [N, S] in [0, 1], NaN where unknown, with "class_id" beside it.
 
     Returns:
-        float32 [N] in [0, 1] by property. A shape of which nothing is known or can be told is NaN.
+        float32 [N] in [0, 1] by property; NaN for a shape of which no proportion is known or can be told.
 
     Raises:
         ValueError: no pictures, a truth of another length or outside the property's values, or a shape without class.
@@ -49,7 +49,9 @@ def fidelities(reading: Reading, **truth: int | np.ndarray) -> dict[str, np.ndar
     if "shape" in truth:
         if "class_id" not in truth:
             raise ValueError("Proportions are those of a class; give class_id beside shape.")
-        scores["shape"] = np.where(scores["class_id"] == 1, _likeness(reading.shape, truth["shape"]), np.float32(0))
+        scores["shape"] = np.where(
+            scores["class_id"] == 1, _likeness(reading.shape, np.asarray(truth["shape"])), np.float32(0)
+        )
     return scores
 
 
@@ -59,17 +61,17 @@ def accuracy(reading: Reading, **truth: int | np.ndarray) -> dict[str, float]:
 
 
 def subject_truth(reading: Reading, class_id: int | None = None) -> dict[str, int | np.ndarray]:
-    """The properties of a subject of which only photos are known.
+    """Estimate a subject's properties from its photos.
 
-    All photos show one subject, so their evidence is pooled: the value with the highest mean log-probability. An
-    accent is never of the body's colour. Proportions are averaged over the photos that are read as of its class.
+    All photos show one subject, so their evidence is pooled: the value with the highest mean log-probability. The
+    accent never has the body's colour. Proportions are averaged over the photos read as showing the subject's class.
 
     Args:
-        reading: of the N photos.
-        class_id: the subject's class, where it is known; otherwise it is read as well.
+        reading: the reading of N photos.
+        class_id: the subject's class; None to estimate it, too.
 
     Returns:
-        Its properties, as `fidelities` takes them; without "shape" where no photo is read as of the subject's class.
+        The properties, as `fidelities` takes them; without "shape" where no photo is read as showing the class.
 
     Raises:
         ValueError: no photos.
@@ -78,7 +80,11 @@ def subject_truth(reading: Reading, class_id: int | None = None) -> dict[str, in
     accent = _pooled(reading.accent_colour)
     accent[likeliest["body_colour"]] = -np.inf
     class_id = int(_pooled(reading.class_id).argmax()) if class_id is None else class_id
-    truth = likeliest | {"class_id": class_id, "accent_colour": int(accent.argmax())}
+    truth: dict[str, int | np.ndarray] = {
+        **likeliest,
+        "class_id": class_id,
+        "accent_colour": int(accent.argmax()),
+    }
     of_class = _likeliest(reading.class_id) == class_id
     return truth | {"shape": reading.shape[of_class].mean(axis=0)} if of_class.any() else truth
 
@@ -90,19 +96,12 @@ def is_subject(
     accent_colour: int | np.ndarray,
     pattern: int | np.ndarray,
 ) -> np.ndarray:
-    """Whether each picture shows the very subject: bool [N], true where all of IDENTITY is the subject's.
+    """Whether each picture shows the very subject: bool [N], true where all properties of IDENTITY are the subject's.
 
-    Of pictures of "a class" none should: their mean is the share in which the class has become the subject.
-
-    Args:
-        reading: of N pictures.
-        class_id: the subject's own.
-        body_colour: the subject's own.
-        accent_colour: the subject's own.
-        pattern: the subject's own.
+    The mean over pictures of the class is the share in which the class has become the subject.
 
     Raises:
-        ValueError: as `fidelities`.
+        ValueError: see `fidelities`.
     """
     own = dict(zip(IDENTITY, (class_id, body_colour, accent_colour, pattern), strict=True))
     return np.all([scores == 1 for scores in fidelities(reading, **own).values()], axis=0)
@@ -134,7 +133,6 @@ def _shows(p_NK: np.ndarray, truth: int | np.ndarray, name: str) -> np.ndarray:
 
 def _likeness(shape_NS: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """1 less the mean absolute error over the proportions that are known on both sides: float32 [N]."""
-    truth = np.asarray(truth)
     if truth.shape not in (shape_NS.shape[1:], shape_NS.shape) or np.any((truth < 0) | (truth > 1)):
         raise ValueError(
             f"The truth of shape is {list(truth.shape)} in {np.min(truth)} to {np.max(truth)}; give "

@@ -1,8 +1,8 @@
 """Renders scenes: sphere tracing of signed distances for the objects, flat painting for the places behind them.
 
-One compiled program per class draws objects, one more draws places. The loop over images is inside the programs: an
-image's arrays fit the processor's cache, only its own context is computed, and its bytes depend on its scene alone,
-never on its neighbours in the batch.
+One compiled program per class renders objects, one more renders places. The loop over images is inside the programs, so
+that an image's arrays fit the processor's cache, only its own context is computed, and its bytes depend on its scene
+alone, never on its neighbours in the batch.
 """
 
 import functools
@@ -17,9 +17,11 @@ import numpy as np
 
 from personalize_jax.world import shapes
 from personalize_jax.world.contexts import CONTEXT_FUNCTIONS, step
-from personalize_jax.world.scene import ACCESSORIES, CLASSES, COLOURS, CONTEXTS, Scene, Subject, View
+from personalize_jax.world.scene import ACCESSORIES, CLASSES, COLOURS, CONTEXTS, Scene, Subject, View, select
 from personalize_jax.world.shapes import FAR, SHAPES
-from personalize_jax.world.solids import Array, Vec, length, lerp, minus, union
+from personalize_jax.world.solids import Array, Scalar, Vec, length, lerp, minus, union
+
+Points = tuple[Array, Array, Array]  # [P] of each coordinate
 
 CHUNK = 64
 MARCH_STEPS = 22
@@ -37,17 +39,17 @@ DARK, LIGHT, FLAME = (0.06, 0.06, 0.07), (0.86, 0.93, 0.98), (1.0, 0.86, 0.22)
 
 
 def render(scenes: Scene, resolution: int) -> np.ndarray:
-    """Renders every scene.
+    """Render every scene.
 
     Args:
         scenes: N scenes of any classes.
-        resolution: Width and height of the images in pixels.
+        resolution: width and height of the images in pixels.
 
     Returns:
-        uint8 [N, resolution, resolution, 4]: red, green, blue, and how much of the pixel is the object.
+        uint8 [N, resolution, resolution, 4]: red, green, blue, and the share of the pixel that the object covers.
 
     Raises:
-        ValueError: The resolution is not positive.
+        ValueError: the resolution is not positive.
     """
     if resolution < 1:
         raise ValueError(f"Resolution {resolution} is not positive.")
@@ -62,7 +64,7 @@ def render(scenes: Scene, resolution: int) -> np.ndarray:
     def render_chunk(chunk: tuple[int, int, np.ndarray]) -> None:
         _, k, rows = chunk
         padded = np.pad(rows, (0, CHUNK - len(rows)), mode="edge")
-        batch = jax.tree.map(lambda a: a[padded], scenes)
+        batch = select(scenes, padded)
         objects = _object_program(CLASSES[k // 2], bool(k % 2), resolution)(batch, len(rows))
         images[rows] = np.asarray(_place_program(resolution)(batch, objects, len(rows)))[: len(rows)]
 
@@ -72,16 +74,16 @@ def render(scenes: Scene, resolution: int) -> np.ndarray:
 
 
 class ObjectLayer(NamedTuple):
-    """What the objects contribute to a picture of P pixels."""
+    """The object's part of a picture of P pixels."""
 
     rgb: Array  # float32 [P, 3]
-    alpha: Array  # float32 [P], how much of the pixel the object covers
-    light: Array  # float32 [P], what its shadow leaves of the light on the ground
+    alpha: Array  # float32 [P], the share of the pixel that the object covers
+    light: Array  # float32 [P], the share of the light on the ground that the object's shadow leaves
 
 
 @functools.cache
 def _object_program(class_noun: str, hatted: bool, resolution: int) -> jax.stages.Wrapped:
-    """The jitted object renderer of one class: (CHUNK scenes, how many of them to render) -> [CHUNK] ObjectLayer."""
+    """The jitted renderer of one class's objects: (CHUNK scenes, number to render) -> [CHUNK] ObjectLayer."""
 
     def render_some(scenes: Scene, count: Array) -> ObjectLayer:
         return _map_first(lambda scene: _render_object(scene, class_noun, hatted, resolution), count, scenes)
@@ -91,7 +93,7 @@ def _object_program(class_noun: str, hatted: bool, resolution: int) -> jax.stage
 
 @functools.cache
 def _place_program(resolution: int) -> jax.stages.Wrapped:
-    """The jitted renderer of places: (CHUNK scenes, their objects, how many) -> uint8 [CHUNK, H, W, 4]."""
+    """The jitted renderer of places: (CHUNK scenes, their objects, number to render) -> uint8 [CHUNK, H, W, 4]."""
 
     def render_some(scenes: Scene, objects: ObjectLayer, count: Array) -> Array:
         return _map_first(lambda scene, object_: _compose(scene, object_, resolution), count, scenes, objects)
@@ -100,7 +102,7 @@ def _place_program(resolution: int) -> jax.stages.Wrapped:
 
 
 def _map_first(function: Callable, count: Array, *batch: Any) -> Any:
-    """Maps over the first `count` rows of a batch, one at a time; the other rows of the result are zero."""
+    """Map over the first `count` rows of a batch, one at a time; the other rows of the result are zero."""
     row = jax.eval_shape(function, *jax.tree.map(lambda a: a[0], batch))
     empty = jax.tree.map(lambda a: jnp.zeros((CHUNK, *a.shape), a.dtype), row)
 
@@ -112,12 +114,12 @@ def _map_first(function: Callable, count: Array, *batch: Any) -> Any:
 
 
 def _render_object(scene: Scene, class_noun: str, hatted: bool, resolution: int) -> ObjectLayer:
-    """Draws the object of one scene (arrays without the leading [N]). Arrays within are [P]."""
+    """Render the object of one scene (arrays without the leading [N]). Arrays within are [P]."""
     subject, view = scene
-    hat_measures = _hat_of(view.accessory) if hatted else None
+    hat_measures = _worn_hat(view) if hatted else None
     sink = jnp.asarray(SINKS)[view.context]
 
-    def parts(p: Vec) -> tuple[Vec, tuple[Array, ...]]:
+    def parts(p: Vec) -> tuple[Points, tuple[Array, ...]]:
         return _distances(p, class_noun, subject, view, sink, hat_measures)
 
     def distance(p: Vec) -> Array:
@@ -125,35 +127,42 @@ def _render_object(scene: Scene, class_noun: str, hatted: bool, resolution: int)
 
     origin, rays, pixel = _camera(view, resolution)
     to_ground, ground = _ground(origin, rays)
-    t, alpha = _march(distance, origin, rays, pixel, (view.offset, BOUND_CENTRE - sink, 0.0), to_ground)
+    t, alpha = _march(distance, origin, rays, pixel, (jnp.asarray(view.offset), BOUND_CENTRE - sink, 0.0), to_ground)
     point = _at(origin, rays, t)
 
     # One evaluation gives the normal (four corners of a tetrahedron), the materials, and the ground's occlusion.
     corners = ((1, -1, -1), (-1, -1, 1), (-1, 1, -1), (1, 1, 1))
     eps = 0.004
-    probes = tuple(
-        jnp.stack([a + eps * corner[i] for corner in corners] + [a, b])
-        for i, (a, b) in enumerate(zip(point, ground, strict=True))
-    )
-    local, materials = parts(probes)
+
+    def probed(i: int) -> Array:
+        return jnp.stack([point[i] + eps * corner[i] for corner in corners] + [point[i], ground[i]])
+
+    local, materials = parts((probed(0), probed(1), probed(2)))
     nearest = union(*materials)
-    normal = _unit(tuple(sum(corner[i] * nearest[j] for j, corner in enumerate(corners)) for i in range(3)))
+
+    def slope(i: int) -> Scalar:
+        return sum(corner[i] * nearest[j] for j, corner in enumerate(corners))
+
+    normal = _unit((slope(0), slope(1), slope(2)))
     solid = alpha > 0.5
-    start = tuple(jnp.where(solid, a + 0.03 * n, g) for a, n, g in zip(point, normal, ground, strict=True))
+
+    def start(i: int) -> Array:
+        return jnp.where(solid, point[i] + 0.03 * normal[i], ground[i])
+
     sun = _sun(view)
-    lit = _shadow(distance, start, sun)
+    lit = _shadow(distance, (start(0), start(1), start(2)), sun)
 
     # Borders between materials are softened by a fraction of a pixel: thin coats must hide what they cover.
     weights = jax.nn.softmax(jnp.stack([-m[4] for m in materials]) * (10.0 / (pixel * t)), axis=0)
-    albedo = _albedo(tuple(a[4] for a in local), weights, subject, class_noun, hat_measures)
+    albedo = _albedo((local[0][4], local[1][4], local[2][4]), weights, subject, class_noun, hat_measures)
     glow = weights[3] if class_noun == "candle" else None
-    shaded = _shade(albedo, normal, rays, sun, lit, subject.finish, glow)
+    shaded = _shade(albedo, normal, rays, sun, lit, subject, glow)
     occlusion = 1.0 - 0.5 * jnp.exp(-4.0 * jnp.maximum(nearest[5], 0.0))
     return ObjectLayer(jnp.stack(shaded, axis=-1), alpha, occlusion * lerp(0.55, 1.0, lit))
 
 
 def _compose(scene: Scene, object_: ObjectLayer, resolution: int) -> Array:
-    """Puts the object of one scene into its place -> uint8 [H, W, 4]."""
+    """Put the object of one scene into its place -> uint8 [H, W, 4]."""
     view = scene.view
     place = _place(view, object_.light, resolution)
     tint = 1.0 + 0.06 * view.tint * np.array([1.0, 0.0, -1.0], np.float32)
@@ -162,17 +171,17 @@ def _compose(scene: Scene, object_: ObjectLayer, resolution: int) -> Array:
     return (jnp.clip(rgba, 0.0, 1.0) * 255.0 + 0.5).astype(jnp.uint8)
 
 
-def _at(origin: Vec, direction: Vec, t: Array) -> Vec:
-    return tuple(o + d * t for o, d in zip(origin, direction, strict=True))
+def _at(origin: Vec, direction: Vec, t: Scalar) -> Vec:
+    return origin[0] + direction[0] * t, origin[1] + direction[1] * t, origin[2] + direction[2] * t
 
 
-def _dot(a: Vec, b: Vec) -> Array:
+def _dot(a: Vec, b: Vec) -> Scalar:
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
 def _unit(a: Vec) -> Vec:
     n = length(*a)
-    return tuple(c / n for c in a)
+    return a[0] / n, a[1] / n, a[2] / n
 
 
 def _camera(view: View, resolution: int) -> tuple[Vec, Vec, float]:
@@ -182,12 +191,13 @@ def _camera(view: View, resolution: int) -> tuple[Vec, Vec, float]:
     cos_r, sin_r = jnp.cos(view.roll), jnp.sin(view.roll)
     x, y = FOCAL * (x * cos_r - y * sin_r), FOCAL * (x * sin_r + y * cos_r)
     cos_p, sin_p = jnp.cos(view.pitch), jnp.sin(view.pitch)
-    origin = (0.0, TARGET_HEIGHT + view.distance * sin_p, view.distance * cos_p)
+    distance = jnp.asarray(view.distance)
+    origin = (0.0, TARGET_HEIGHT + distance * sin_p, distance * cos_p)
     return origin, _unit((x, y * cos_p - sin_p, -y * sin_p - cos_p)), 2.0 * FOCAL / resolution
 
 
 def _ground(origin: Vec, rays: Vec) -> tuple[Array, Vec]:
-    """How far along each ray the ground is, and where it is met (kept finite above the horizon)."""
+    """The distance to the ground along each ray, and the point there (kept finite above the horizon)."""
     to_ground = jnp.where(rays[1] < -1e-3, -origin[1] / jnp.minimum(rays[1], -1e-3), HORIZON)
     to_ground = jnp.minimum(to_ground, HORIZON)
     return to_ground, _at(origin, rays, to_ground)
@@ -199,22 +209,23 @@ def _sun(view: View) -> Vec:
     return _unit((across * jnp.sin(azimuth), jnp.sin(elevation), across * jnp.cos(azimuth)))
 
 
-def _hat_of(accessory: Array) -> shapes.Hat:
+def _worn_hat(view: View) -> shapes.Hat:
     """The measures of the worn hat, as traced scalars and [3] colours."""
     hats = [shapes.HATS[name] for name in ACCESSORIES[1:]]
-    return jax.tree.map(lambda *values: jnp.asarray(values, jnp.float32)[accessory - 1], *hats)
+    return jax.tree.map(lambda *values: jnp.asarray(values, jnp.float32)[view.accessory - 1], *hats)
 
 
 def _distances(
     p: Vec, class_noun: str, subject: Subject, view: View, sink: Array, hat_measures: shapes.Hat | None
-) -> tuple[Vec, tuple[Array, ...]]:
+) -> tuple[Points, tuple[Array, ...]]:
     """World points -> points in the object's frame, and distances to its materials (body, accent, dark, light, ...)."""
     cos_y, sin_y = jnp.cos(view.yaw), jnp.sin(view.yaw)
-    x, y, z = minus(p, (view.offset, -sink, 0.0))
+    x, y, z = map(jnp.asarray, minus(p, (jnp.asarray(view.offset), -sink, 0.0)))
     local = (x * cos_y + z * sin_y, y, z * cos_y - x * sin_y)
-    object_ = SHAPES[class_noun](local, subject.shape)
-    distances = (object_.body, object_.accent, object_.dark, object_.light)
+    object_ = SHAPES[class_noun](local, jnp.asarray(subject.shape))
+    distances: tuple[Scalar, ...] = (object_.body, object_.accent, object_.dark, object_.light)
     if hat_measures is not None:
+        assert object_.crown is not None  # `scene.sample_views` gives hats to classes with a head only
         distances += shapes.hat(local, object_.crown, hat_measures)
     return local, tuple(jnp.broadcast_to(d, y.shape) for d in distances)
 
@@ -222,7 +233,7 @@ def _distances(
 def _march(
     distance: Callable[[Vec], Array], origin: Vec, rays: Vec, pixel: float, centre: Vec, to_ground: Array
 ) -> tuple[Array, Array]:
-    """Sphere tracing within the bounding ball -> where each ray ends, and how much of its pixel the object covers."""
+    """Sphere tracing within the bounding ball -> each ray's end, and the share of its pixel that the object covers."""
     to_origin = minus(origin, centre)
     b = _dot(to_origin, rays)
     discriminant = b * b - _dot(to_origin, to_origin) + BOUND_RADIUS**2
@@ -240,7 +251,7 @@ def _march(
 
 
 def _shadow(distance: Callable[[Vec], Array], start: Vec, sun: Vec) -> Array:
-    """How much of the sun each point sees, in [0, 1]; penumbra from the nearest miss on the way."""
+    """The share of the sun that each point sees, in [0, 1]; penumbra from the nearest miss on the way."""
 
     def advance(_: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
         t, seen = state
@@ -253,7 +264,7 @@ def _shadow(distance: Callable[[Vec], Array], start: Vec, sun: Vec) -> Array:
 
 
 def _pattern(p: Vec, subject: Subject) -> Array:
-    """How much of the accent colour the body shows at p, in [0, 1]."""
+    """The share of the accent colour in the body's colour at p, in [0, 1]."""
     scale, direction, shift = (subject.pattern_phase[i] for i in range(3))
     bands = jnp.where(direction < 0.5, p[0], p[1])
     striped = step(-0.25, 0.25, jnp.sin(bands * lerp(11.0, 15.0, scale) + shift * 6.0))
@@ -283,7 +294,7 @@ def _albedo(
 
 
 def _shade(
-    albedo: tuple[Array, ...], normal: Vec, rays: Vec, sun: Vec, lit: Array, finish: Array, glow: Array | None
+    albedo: tuple[Array, ...], normal: Vec, rays: Vec, sun: Vec, lit: Array, subject: Subject, glow: Array | None
 ) -> list[Array]:
     """Sun and sky on a surface; a shiny one has a sharp highlight and mirrors the sky at grazing angles."""
     diffuse = jnp.clip(_dot(normal, sun), 0.0, 1.0) * lit
@@ -292,7 +303,7 @@ def _shade(
         light = jnp.maximum(light, 1.1 * glow)
     half = _unit(minus(sun, rays))
     shine = jnp.clip(_dot(normal, half), 0.0, 1.0) ** 8
-    shiny = finish.astype(jnp.float32)
+    shiny = jnp.asarray(subject.finish, jnp.float32)
     highlight = lit * (0.12 * (1.0 - shiny) * shine + 0.9 * shiny * shine**8)
     facing = -_dot(normal, rays)
     grazing = jnp.clip(1.0 - facing, 0.0, 1.0)

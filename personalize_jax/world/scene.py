@@ -1,11 +1,12 @@
-"""What can be seen in the world, and how scenes are drawn at random.
+"""The scenes of the rendered world, and how they are sampled.
 
-A scene is a subject (one particular dog) and a view of it (where it stands, who looks from where, in which light).
-Scenes are plain numpy arrays, one row an image; they are the exact ground truth of the picture rendered from them.
+A scene is a subject (one particular dog) and a view of it (its place, the camera, the light). Scenes are plain numpy
+arrays, one row an image; they are the exact ground truth of the picture rendered from them.
 """
 
 from typing import Literal, NamedTuple
 
+import jax
 import numpy as np
 
 CLASSES = (
@@ -81,17 +82,17 @@ class Subject(NamedTuple):
     """One particular object of a class, the same in all its views; every array has a leading [N]."""
 
     class_id: np.ndarray  # int32 [N], index into CLASSES
-    shape: np.ndarray  # float32 [N, 4] in [0, 1], proportions, their meaning is the class's own
+    shape: np.ndarray  # float32 [N, 4] in [0, 1], proportions; each class has its own four
     body_colour: np.ndarray  # int32 [N], index into COLOURS
     accent_colour: np.ndarray  # int32 [N], never the body colour
     colour_jitter: np.ndarray  # float32 [N, 2, 3], added to the body's and the accent's rgb in [0, 1]
-    pattern: np.ndarray  # int32 [N], index into PATTERNS; drawn on the body in the accent colour
+    pattern: np.ndarray  # int32 [N], index into PATTERNS; on the body, in the accent colour
     pattern_phase: np.ndarray  # float32 [N, 3] in [0, 1]: scale, direction, shift
     finish: np.ndarray  # int32 [N], index into FINISHES
 
 
 class View(NamedTuple):
-    """Where a subject stands and how it is seen; every array has a leading [N]; angles in radians."""
+    """The place of a subject, the camera and the light; every array has a leading [N]; angles in radians."""
 
     yaw: np.ndarray  # float32 [N]; 0 shows the right-facing profile, pi/2 the front
     pitch: np.ndarray  # float32 [N], camera looking down
@@ -106,17 +107,22 @@ class View(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """A batch of scenes: all that an image depends on."""
+    """A batch of scenes, on which alone their images depend."""
 
     subject: Subject
     view: View
 
 
-def split_of(subject: Subject) -> np.ndarray:
-    """Tells which split each subject belongs to: int32 [N], index into SPLITS.
+def select(scenes: Scene, rows: slice | np.ndarray) -> Scene:
+    """The scenes of some rows."""
+    return jax.tree.map(lambda column: column[rows], scenes)
 
-    Class, colours and pattern decide together (80%, 10%, 10% of the combinations), so no split holds a look-alike of
-    another split's subject.
+
+def split_of(subject: Subject) -> np.ndarray:
+    """The split that each subject belongs to: int32 [N], index into SPLITS.
+
+    It depends on class, colours and pattern together (80%, 10%, 10% of the combinations), so that no split has a
+    look-alike of another split's subject.
     """
     key = (subject.class_id.astype(np.uint64) * 16 + subject.body_colour.astype(np.uint64)) * 16
     key = (key + subject.accent_colour.astype(np.uint64)) * 4 + subject.pattern.astype(np.uint64)
@@ -130,7 +136,7 @@ def split_of(subject: Subject) -> np.ndarray:
 def sample_subjects(
     rng: np.random.Generator, n: int, split: Split = "train", class_id: int | np.ndarray | None = None
 ) -> Subject:
-    """Draws n subjects of one split; of all classes alike, or of the given class (a number, or one for each).
+    """Sample n subjects of one split, of all classes equally or of the given class (a number, or one for each).
 
     Raises:
         ValueError: the split is none of SPLITS.
@@ -151,7 +157,7 @@ def sample_subjects(
         finish=(rng.random(n) < SHINY_PROBABILITY).astype(np.int32),
     )
     pending = np.arange(n)
-    while pending.size:  # combinations of other splits are drawn again
+    while pending.size:  # combinations of other splits are sampled again
         body = rng.integers(len(COLOURS), size=pending.size)
         subject.body_colour[pending] = body
         subject.accent_colour[pending] = (body + rng.integers(1, len(COLOURS), size=pending.size)) % len(COLOURS)
@@ -166,10 +172,10 @@ def sample_views(
     context: int | np.ndarray | None = None,
     accessory: int | np.ndarray | None = None,
 ) -> View:
-    """Draws one view of each subject; context and accessory as given (a number, or one for each), or at random.
+    """Sample one view of each subject; context and accessory are given (a number, or one for each) or random.
 
     Raises:
-        ValueError: an accessory is asked for a class without a head.
+        ValueError: an accessory is given for a class without a head.
     """
     n = len(subject.class_id)
     has_head = subject.class_id < len(CLASSES_WITH_HEAD)

@@ -1,4 +1,4 @@
-"""The objects of the world: signed distances of each class, divided by material; and the hats that they wear.
+"""The objects of the world and the hats that they wear: signed distances, by material.
 
 Points are in the object's own frame: x to its front, y up from the ground, z to its side; world units.
 """
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from personalize_jax.world.solids import (
     Array,
+    Scalar,
     Vec,
     X,
     Z,
@@ -35,8 +36,8 @@ class Parts(NamedTuple):
 
     body: Array
     accent: Array
-    dark: Array | float = FAR
-    light: Array | float = FAR
+    dark: Scalar = FAR
+    light: Scalar = FAR
     crown: Vec | None = None
 
 
@@ -303,7 +304,8 @@ HATS = {
 def hat(p: Vec, crown: Vec, measures: Hat) -> tuple[Array, Array]:
     """Distances to a hat's crown and to its trim; the measures may be traced scalars."""
     x, y, radius = crown
-    q = tuple(a / radius for a in minus(p, (x, y, 0.0)))
+    across, up, sideways = minus(p, (x, y, 0.0))
+    q = across / radius, up / radius, sideways / radius
     tip = (-measures.lean, measures.height, 0.0)
     brim = cylinder(q, (0, measures.brim_half_height, 0), measures.brim, measures.brim_half_height, 0.1)
     crown_distance = jnp.maximum(limb(q, (0, 0.1, 0), tip, measures.base, measures.tip), q[1] - measures.cut)

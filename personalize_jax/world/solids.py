@@ -10,16 +10,17 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-Vec = tuple[Array | float, Array | float, Array | float]
+Scalar = Array | float
+Vec = tuple[Scalar, Scalar, Scalar]
 X, Y, Z = 0, 1, 2
 
 
-def length(*components: Array) -> Array:
+def length(*components: Scalar) -> Array:
     """Euclidean length of a vector; the tiny term keeps the square root's argument positive."""
     return jnp.sqrt(sum(c * c for c in components) + 1e-9)
 
 
-def lerp(a: Array | float, b: Array | float, t: Array | float) -> Array | float:
+def lerp(a: Scalar, b: Scalar, t: Array) -> Array:
     """Linear interpolation from a (t = 0) to b (t = 1)."""
     return a + (b - a) * t
 
@@ -44,7 +45,7 @@ def blend(*distances: Array, k: float = 0.08) -> Array:
     return reduce(smooth_min, distances)
 
 
-def sphere(p: Vec, centre: Vec, radius: Array | float) -> Array:
+def sphere(p: Vec, centre: Vec, radius: Scalar) -> Array:
     """Ball."""
     return length(*minus(p, centre)) - radius
 
@@ -57,14 +58,13 @@ def ellipsoid(p: Vec, centre: Vec, radii: Vec) -> Array:
     return k0 * (k0 - 1.0) / k1
 
 
-def limb(p: Vec, a: Vec, b: Vec, radius_a: Array | float, radius_b: Array | float | None = None) -> Array:
+def limb(p: Vec, a: Vec, b: Vec, radius_a: Scalar, radius_b: Scalar | None = None) -> Array:
     """Capsule from a to b, its radius going from radius_a to radius_b."""
     d, q = minus(b, a), minus(p, a)
     h = sum(u * v for u, v in zip(q, d, strict=True)) / sum(v * v for v in d)
     h = jnp.clip(h, 0.0, 1.0)
-    return length(*(u - h * v for u, v in zip(q, d, strict=True))) - lerp(
-        radius_a, radius_a if radius_b is None else radius_b, h
-    )
+    from_axis = length(*(u - h * v for u, v in zip(q, d, strict=True)))
+    return from_axis - lerp(radius_a, radius_a if radius_b is None else radius_b, h)
 
 
 def box(p: Vec, centre: Vec, half: Vec, rounding: float = 0.03) -> Array:
@@ -74,24 +74,24 @@ def box(p: Vec, centre: Vec, half: Vec, rounding: float = 0.03) -> Array:
     return outside + jnp.minimum(jnp.maximum(q[0], jnp.maximum(q[1], q[2])), 0.0) - rounding
 
 
-def _along(p: Vec, axis: int) -> tuple[Array, Array]:
-    """Distance from the given axis through the origin, and position along it."""
+def _along(p: Vec, axis: int) -> tuple[Array, Scalar]:
+    """Distance from an axis through the origin, and position along it."""
     return length(*(p[i] for i in range(3) if i != axis)), p[axis]
 
 
-def cylinder(p: Vec, centre: Vec, radius: float, half_height: float, rounding: float = 0.02, axis: int = Y) -> Array:
+def cylinder(p: Vec, centre: Vec, radius: Scalar, half_height: Scalar, rounding: float = 0.02, axis: int = Y) -> Array:
     """Cylinder with rounded rims."""
     r, h = _along(minus(p, centre), axis)
     a, b = r - (radius - rounding), jnp.abs(h) - (half_height - rounding)
     return length(jnp.maximum(a, 0.0), jnp.maximum(b, 0.0)) + jnp.minimum(jnp.maximum(a, b), 0.0) - rounding
 
 
-def ring(p: Vec, centre: Vec, radius: float, thickness: float, axis: int = Y) -> Array:
+def ring(p: Vec, centre: Vec, radius: Scalar, thickness: float, axis: int = Y) -> Array:
     """Torus."""
     r, h = _along(minus(p, centre), axis)
     return length(r - radius, h) - thickness
 
 
 def mirrored(p: Vec) -> Vec:
-    """Folds the object's left side onto its right, so that one limb draws both."""
+    """Fold an object's left side onto its right, so that one limb makes both."""
     return p[0], p[1], jnp.abs(p[2])

@@ -1,4 +1,4 @@
-"""How the world's own networks are trained: all parameters, from random ones, by the loop that trains the stages."""
+"""Trains the world's own networks, all parameters from random ones, by the loop that trains the stages."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,7 +24,7 @@ def training_config(
 
     Args:
         num_steps: number of steps.
-        batch_size: examples in a batch; a multiple of the number of devices, which share it.
+        batch_size: number of examples in a batch, a multiple of the number of devices, which share it.
         log_every: steps between lines of `metrics.jsonl`.
         checkpoint_every: steps between checkpoints.
         **optimizer: keys of `optimizer.make_optimizer`.
@@ -86,9 +86,9 @@ def train_network(program: Program, directory: Path, description: str) -> Params
     """Train a network, from its last checkpoint in `directory` if there is one.
 
     Args:
-        program: its training.
-        directory: folder of checkpoints and metrics.
-        description: words on the progress bar.
+        program: the training's program.
+        directory: the folder of checkpoints and metrics.
+        description: the text of the progress bar.
 
     Raises:
         UserError: the loss is not finite, or the directory cannot be used.

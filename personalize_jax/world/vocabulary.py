@@ -1,8 +1,8 @@
-"""The embedded cascade's vocabulary: a SentencePiece unigram model of captions and ordinary English words.
+"""Trains the embedded cascade's vocabulary, a SentencePiece unigram model of captions and ordinary English words.
 
     python -m personalize_jax.world.vocabulary --output=personalize_jax/assets/world/tokenizer.json
 
-Ordinary words are there so that the vocabulary has pieces which captions hardly use: candidates for identifiers.
+Ordinary words give the vocabulary pieces that captions hardly use, which are candidates for identifiers.
 """
 
 import io

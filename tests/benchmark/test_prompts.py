@@ -12,7 +12,7 @@ from personalize_jax.benchmark.prompts import (
     world_prompts,
 )
 from personalize_jax.runtime.errors import UserError
-from personalize_jax.world.captions import asked
+from personalize_jax.world.captions import requested_properties
 from personalize_jax.world.scene import ACCESSORIES, CLASSES, CLASSES_WITH_HEAD, COLOURS, CONTEXTS, FINISHES
 
 PUBLISHED = Path(__file__).parents[2] / ".." / "shared" / "dreambooth" / "dataset" / "prompts_and_classes.txt"
@@ -64,7 +64,7 @@ def test_the_worlds_prompts_ask_for_every_context_and_for_changes_that_can_be_dr
         colours = ("red", "purple", "yellow", "green", "blue", "pink")
     expected += [class_id | {"body_colour": list(COLOURS).index(colour)} for colour in colours]
     expected += [class_id | {"finish": FINISHES.index("shiny")}]
-    assert [asked(prompt) for prompt in world_prompts(noun)] == expected
+    assert [requested_properties(prompt) for prompt in world_prompts(noun)] == expected
 
 
 def test_prompts_are_read_from_a_file(tmp_path):

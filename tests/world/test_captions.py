@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from personalize_jax.world.captions import asked, caption_variants, ordinary_words, prompt, words_for
+from personalize_jax.world.captions import caption_variants, ordinary_words, prompt, requested_properties, words_for
 from personalize_jax.world.scene import (
     ACCESSORIES,
     CLASSES,
@@ -137,7 +137,7 @@ def test_what_captions_mention_is_what_they_ask_for(described):
     for row in described[1]:
         for match in row:
             mentioned = {name: values.index(match[p]) for p, (name, values) in PARTS.items() if match[p] is not None}
-            assert asked(match.string) == mentioned
+            assert requested_properties(match.string) == mentioned
 
 
 def test_prompts_ask_for_what_they_are_built_from():
@@ -149,7 +149,7 @@ def test_prompts_ask_for_what_they_are_built_from():
         names = {"body_colour": NAMES, "context": CONTEXTS, "accessory": ACCESSORIES, "finish": FINISHES}
         words = {name.removeprefix("body_"): names[name][i] for name, i in ids.items() if name != "class_id"}
         for identifier in (None, "[V]", "tlw"):
-            assert asked(prompt(CLASSES[ids["class_id"]], identifier=identifier, **words)) == ids
+            assert requested_properties(prompt(CLASSES[ids["class_id"]], identifier=identifier, **words)) == ids
 
 
 @pytest.mark.parametrize(
@@ -170,4 +170,4 @@ def test_prompts_ask_for_what_they_are_built_from():
     ],
 )
 def test_only_what_is_named_of_the_subject_is_asked_for(text, expected):
-    assert asked(text) == expected
+    assert requested_properties(text) == expected

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from personalize_jax.world import encoder_quality
+from personalize_jax.world import encoder_quality, probe
 from personalize_jax.world.captions import prompt
 from personalize_jax.world.scene import CLASSES, COLOURS, CONTEXTS
 
@@ -47,7 +47,7 @@ def data():
 
 
 def test_a_clip_that_knows_everything_is_always_right(data):
-    quality = encoder_quality.of_clip(Oracle(), data)["clean"]
+    quality = encoder_quality.clip_quality(Oracle(), data)["clean"]
     # "a blue house" has a colour too, and "can" and "car" are in other words: the oracle reads letters.
     assert quality["context"] > 0.9 and quality["body_colour"] > 0.9 and quality["class"] > 0.9
     assert quality["retrieval"] > 0.9
@@ -59,7 +59,7 @@ def test_a_clip_that_knows_nothing_is_right_by_chance(data):
         def images(self, images):
             return super().images(np.roll(images, 1, axis=0)[np.random.default_rng(1).permutation(len(images))])
 
-    quality = encoder_quality.of_clip(Blind(), data)["clean"]
+    quality = encoder_quality.clip_quality(Blind(), data)["clean"]
     assert quality["class"] < 0.2 and quality["context"] < 0.2 and quality["body_colour"] < 0.25
     assert quality["retrieval"] < 0.05
     assert abs(quality["clip_t"] - quality["clip_t_wrong"]) < 0.1
@@ -73,14 +73,14 @@ def shown():
 
 
 def test_an_encoder_that_knows_every_subject_identifies_all(shown):
-    quality = encoder_quality.of_instance_encoder(
+    quality = encoder_quality.instance_quality(
         lambda images: one_hot([image[0, 0, 0] for image in images], 256), *shown
     )["clean"]
     assert quality == {"same_subject": 1, "same_class": 0, "other_class": 0, "auc": 1, "identification": 1}
 
 
 def test_an_encoder_that_knows_classes_only_tells_no_subjects_apart(shown):
-    quality = encoder_quality.of_instance_encoder(
+    quality = encoder_quality.instance_quality(
         lambda images: one_hot([image[0, 0, 0] % len(CLASSES) for image in images], len(CLASSES)), *shown
     )["clean"]
     assert (quality["same_subject"], quality["same_class"], quality["other_class"]) == (1, 1, 0)
@@ -91,7 +91,9 @@ def test_changes_change_what_they_are_named_after_and_nothing_else(monkeypatch):
     """With pictures that are a subject's properties, an encoder that reads one of them tells its change only."""
     monkeypatch.setattr(encoder_quality, "render", properties)
     for i, name in enumerate(("body_colour", "accent_colour", "pattern")):
-        quality = encoder_quality.of_changes(lambda images, i=i: one_hot([image[0, i, 0] for image in images], 256))
+        quality = encoder_quality.similarities_after_changes(
+            lambda images, i=i: one_hot([image[0, i, 0] for image in images], 256)
+        )
         assert quality == dict.fromkeys(("nothing", "shape", "accent_colour", "body_colour", "pattern"), 1) | {name: 0}
 
 
@@ -106,7 +108,7 @@ def properties(scenes, resolution):
 def test_mild_pictures_are_small_soft_and_much_the_same():
     images = np.random.default_rng(0).integers(256, size=(4, 64, 64, 3), dtype=np.uint8)
     images[:, :32] //= 4
-    mild = encoder_quality.mild(images)
+    mild = probe.mild(images, seed=0)
     assert mild.shape == (4, 32, 32, 3) and mild.dtype == np.uint8
     small = images.reshape(4, 32, 2, 32, 2, 3).mean((2, 4))
     assert np.abs(mild.mean((1, 2)) - small.mean((1, 2))).max() < 3

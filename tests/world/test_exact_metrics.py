@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from personalize_jax.metrics.table import entropy
-from personalize_jax.world.captions import asked
+from personalize_jax.world.captions import requested_properties
 from personalize_jax.world.exact_metrics import class_scores, subject_scores
 from tests.world.test_reading import SIZES, coloured, reading_of
 
@@ -11,7 +11,7 @@ TRUTH = {name: 0 for name in SIZES if name not in ("context", "accessory")} | {"
 
 def test_what_a_prompt_changes_counts_for_the_prompt_and_not_against_the_subject():
     changed, unchanged = "a red [V] dog", "a [V] dog"
-    red = asked(changed)["body_colour"]
+    red = requested_properties(changed)["body_colour"]
     own, other = subject_scores(coloured([3, red]), TRUTH, [unchanged, unchanged])
     assert (own["body colour"], other["body colour"]) == pytest.approx((1, 0)) and "property" not in own
     kept, followed = subject_scores(coloured([3, red]), TRUTH, [changed, changed])
@@ -21,7 +21,7 @@ def test_what_a_prompt_changes_counts_for_the_prompt_and_not_against_the_subject
 
 def test_a_prompt_of_two_changes_is_followed_where_both_are_seen():
     prompt = "a shiny red [V] dog"
-    wanted = {name: asked(prompt)[name] for name in ("body_colour", "finish")}
+    wanted = {name: requested_properties(prompt)[name] for name in ("body_colour", "finish")}
     colours, finishes = np.meshgrid([3, wanted["body_colour"]], [1 - wanted["finish"], wanted["finish"]])
     seen = {name: np.zeros(4, int) for name in SIZES} | {"body_colour": colours.ravel(), "finish": finishes.ravel()}
     found = subject_scores(reading_of(seen), TRUTH, [prompt] * 4)
