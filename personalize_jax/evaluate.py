@@ -113,16 +113,10 @@ def score_runs(runs: Mapping[Path, ConfigDict], config: ConfigDict | None) -> li
             encoders = {encoders_key: load_encoders(loaders[workdir])}
         if (model_key := str((ran.pretrained, ran.get("compute")))) not in pretrained:
             pretrained = {model_key: load_pretrained(ran)}
+        before, metric_encoders, folder = pretrained[model_key], encoders[encoders_key], workdir / "evaluation"
         with tqdm(total=count, desc=f"evaluating {workdir.name}", unit="img") as bar:
             rows += evaluate(
-                tuned,
-                pretrained[model_key],
-                workdir.name,
-                prompts,
-                encoders[encoders_key],
-                settings,
-                workdir / "evaluation",
-                progress=bar.update,
+                tuned, before, workdir.name, prompts, metric_encoders, settings, folder, progress=bar.update
             )
     return rows
 

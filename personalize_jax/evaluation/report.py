@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from personalize_jax.pipeline.pictures import encode_png
 from personalize_jax.runtime.files import ASSETS
 
+CELL = 128  # pixels; side of the square into which the gallery scales each picture
 COLUMNS = 8
 SMOOTH_FROM = 64  # pixels; smaller pictures are enlarged without smoothing, so that each pixel can be seen
 
@@ -52,20 +53,16 @@ class Panel:
             raise ValueError(f"images are {self.images.dtype} {list(shape)}; uint8 [N, H, W, 3] was expected, N > 0")
 
 
-def gallery(panels: Sequence[Panel], cell: int = 128) -> Image.Image:
+def gallery(panels: Sequence[Panel]) -> Image.Image:
     """A contact sheet on white: headings, and below each its panels from left to right, as many a line as fit.
 
     Pictures keep their proportions. From 64 pixels on they are scaled bicubically; smaller ones are enlarged without
-    smoothing. The heading tells the scaling.
-
-    Args:
-        panels: at least one; a panel of more than 8 pictures is wrapped.
-        cell: side in pixels of the square into which each picture is scaled; the font size is proportional to it.
+    smoothing. The heading tells the scaling. A panel of more than 8 pictures is wrapped.
     """
     if not panels:
         raise ValueError("no panels were given; a gallery needs at least one")
-    groups = [_group_sheet(title, group, cell) for title, group in _groups(panels)]
-    return ImageOps.expand(_join(groups, cell // 3, down=True), border=cell // 4, fill="white")
+    groups = [_group_sheet(title, group) for title, group in _groups(panels)]
+    return ImageOps.expand(_join(groups, CELL // 3, down=True), border=CELL // 4, fill="white")
 
 
 def report_html(
@@ -113,49 +110,49 @@ def _groups(panels: Sequence[Panel]) -> Iterator[tuple[str, list[Panel]]]:
     return ((title, list(group)) for title, group in itertools.groupby(panels, lambda panel: panel.title))
 
 
-def _group_sheet(title: str, panels: Sequence[Panel], cell: int) -> Image.Image:
+def _group_sheet(title: str, panels: Sequence[Panel]) -> Image.Image:
     """A heading and the lines of panels below it."""
-    gap = cell // 8
-    limit = COLUMNS * cell + (COLUMNS - 1) * gap
+    gap = CELL // 8
+    limit = COLUMNS * CELL + (COLUMNS - 1) * gap
     lines: list[list[Image.Image]] = [[]]
-    for sheet in (_panel_sheet(panel, cell) for panel in panels):
+    for sheet in map(_panel_sheet, panels):
         if lines[-1] and sum(s.width + gap for s in lines[-1]) + sheet.width > limit:
             lines.append([])
         lines[-1].append(sheet)
-    scalings = ", ".join(dict.fromkeys(note for panel in panels if (note := _scaling(panel.images, cell))))
+    scalings = ", ".join(dict.fromkeys(note for panel in panels if (note := _scaling(panel.images))))
     width = max(sum(s.width + gap for s in line) - gap for line in lines)
-    heading = [_text(title, cell, width, size=0.15, bold=True)]
+    heading = [_text(title, width, pixels=19, bold=True)]
     if scalings:
-        heading.append(_text(scalings, cell, width, colour=_GREY))
+        heading.append(_text(scalings, width, colour=_GREY))
     return _join([_join(heading, 0, down=True), *(_join(line, gap, down=False) for line in lines)], gap, down=True)
 
 
-def _panel_sheet(panel: Panel, cell: int) -> Image.Image:
+def _panel_sheet(panel: Panel) -> Image.Image:
     """Pictures in a grid of nearly equal rows, with the prompt and the note below."""
-    gap = max(cell // 32, 1)
+    gap = CELL // 32
     rows = math.ceil(len(panel.images) / COLUMNS)
     columns = math.ceil(len(panel.images) / rows)
-    cells = [_scaled(pixels, cell) for pixels in panel.images]
+    cells = [_scaled(pixels) for pixels in panel.images]
     lines = [_join(cells[i : i + columns], gap, down=False) for i in range(0, len(cells), columns)]
     pictures = _join(lines, gap, down=True)
     texts = ((panel.prompt, _BLACK), (panel.note, _GREY))
-    captions = [_text(text, cell, pictures.width, colour=colour) for text, colour in texts if text.strip()]
+    captions = [_text(text, pictures.width, colour=colour) for text, colour in texts if text.strip()]
     return _join([pictures, *captions], gap, down=True)
 
 
-def _scaled(pixels: np.ndarray, cell: int) -> Image.Image:
+def _scaled(pixels: np.ndarray) -> Image.Image:
     image = Image.fromarray(pixels)
     method = Image.Resampling.BICUBIC if max(image.size) >= SMOOTH_FROM else Image.Resampling.NEAREST
-    return ImageOps.pad(image, (cell, cell), method, color="white")
+    return ImageOps.pad(image, (CELL, CELL), method, color="white")
 
 
-def _scaling(images: np.ndarray, cell: int) -> str:
+def _scaling(images: np.ndarray) -> str:
     """How pictures are scaled to fill their cells, in words; empty if they are not."""
     height, width = images.shape[1:3]
     side = max(height, width)
-    if side == cell:
+    if side == CELL:
         return ""
-    scaling = "reduced" if side > cell else "enlarged" if side >= SMOOTH_FROM else "enlarged without smoothing"
+    scaling = "reduced" if side > CELL else "enlarged" if side >= SMOOTH_FROM else "enlarged without smoothing"
     return f"{width} × {height} pixels, {scaling}"
 
 
@@ -171,9 +168,8 @@ def _join(images: Sequence[Image.Image], gap: int, down: bool) -> Image.Image:
     return sheet
 
 
-def _text(text: str, cell: int, width: int, size: float = 0.1, bold: bool = False, colour: str = _BLACK) -> Image.Image:
-    """Lines of text on white, `width` pixels wide; the font size is a share of the cell."""
-    pixels = max(round(size * cell), 9)
+def _text(text: str, width: int, pixels: int = 13, bold: bool = False, colour: str = _BLACK) -> Image.Image:
+    """Lines of text on white, `width` pixels wide, in a font of `pixels`."""
     font = _font(pixels, bold)
     lines = _wrap(" ".join(text.split()), font, width)
     leading = round(1.4 * pixels)
