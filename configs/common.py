@@ -1,8 +1,8 @@
-"""What the configurations share: every key of a training with its usual value."""
+"""Common parts of the configurations: every key with its usual value."""
 
 from ml_collections import ConfigDict
 
-# Of the paper's prompts, those that a report shows.
+# The contexts of a report, from the paper's prompts.
 CONTEXTS = (
     "in the jungle",
     "in the snow",
@@ -24,22 +24,23 @@ def training() -> ConfigDict:
             "microbatches": 1,  # parts of a batch that go through the networks one after another, to save memory
             "caption_dropout": 0.0,
             "object_weight": 0.0,  # added to the loss weight of the object's pixels, where masks are known
-            "augmentation_levels": (0.0, 0.0),  # of the low-resolution picture, super-resolution only
+            "augmentation_levels": (0.0, 0.0),  # range for the low-resolution picture, super-resolution only
             "weighting": "none",  # or min_snr
-            "offset_noise": 0.0,  # standard deviation of noise that is the same in all of a picture
-            "vlb_weight": 0.0,  # of the bound that trains learned variances, usually 1; 0 leaves them alone
+            "offset_noise": 0.0,  # standard deviation of noise that is constant over a picture
+            "vlb_weight": 0.0,  # weight of the bound that trains learned variances, usually 1; 0 does not train them
             "prior": {
                 "weight": 0.0,  # lambda
                 "form": "sampled",  # or frozen_prediction
                 "caption_dropout": 0.1,
             },
-            # Patterns of paths, and whether these are trained; "identifier" trains its tokens' rows of an embedding.
+            # Patterns of paths, and whether the parameters are trained; "identifier" trains its tokens' embedding rows.
             "trainable": (("denoiser/", True), ("text_encoder/", False)),
-            "identifier_init": "pretrained",  # what such rows start from: themselves, or the class_noun's
+            "identifier_init": "pretrained",  # initial values of such rows: their own, or class_noun: the class noun's
             # Low-rank adapters of frozen kernels; with trainable=((".*", False),) nothing else is trained.
             "lora": {
                 "rank": 0,  # 0 switches them off
-                # Whole paths of kernels, and how many of a kernel's dimensions are inputs: here the embedded cascade's.
+                # Patterns of whole paths, and the number of input dimensions of the kernels: here for the embedded
+                # cascade.
                 "targets": (
                     ("denoiser/.*attention/(query|key|value)/kernel", 1),
                     ("denoiser/.*attention/out/kernel", 2),
@@ -56,8 +57,8 @@ def training() -> ConfigDict:
                 "clip_norm": 1.0,
                 "moment_dtype": "float32",  # or bfloat16, to save memory: of the first moment, see make_optimizer
             },
-            "mesh": (-1, 1, 1),  # sizes of data, fsdp and tensor; see training/sharding.py:make_mesh
-            # Axes of the last dimensions, last first: features over tensor, inputs over fsdp.
+            "mesh": (-1, 1, 1),  # sizes of the axes data, fsdp and tensor; see runtime/sharding.py:make_mesh
+            # Mesh axes of a parameter's last dimensions, last first: features over tensor, inputs over fsdp.
             "sharding": (("", ("tensor", "fsdp")),),
             "steps_per_dispatch": 1,
             "log_every": 20,
@@ -67,45 +68,45 @@ def training() -> ConfigDict:
 
 
 def public_training() -> ConfigDict:
-    """How a stage of a public model is tuned: all layers, text encoder frozen, lambda 1."""
+    """Training of a stage of a public model: all layers, text encoder frozen, lambda 1."""
     config = training()
     config.prior.weight = 1.0
     config.optimizer.b2 = 0.999
     config.optimizer.weight_decay = 1e-2
     config.lora.targets = (("denoiser/.*/(to_q|to_k|to_v|to_out_0|add_k_proj|add_v_proj)/kernel", 1),)
     config.steps_per_dispatch = 10
-    # Layers that end an attention, an MLP or a transformer are given features that are split over tensor, and add up
-    # over it what their parts give (Shoeybi et al. 2019, "Megatron-LM") in place of gathering what they are given.
+    # The last layers of an attention, an MLP or a transformer have inputs that are sharded over tensor: they sum their
+    # partial outputs over it (Shoeybi et al. 2019, "Megatron-LM") in place of gathering their inputs.
     config.sharding = (("(to_out_0|net_2|proj_out)/kernel", ("fsdp", "tensor")), *config.sharding)
-    config.mesh = (1, -1, -1)  # every parameter in parts: over as many devices as split the batch, and the rest
+    config.mesh = (1, -1, -1)  # shard parameters: over fsdp as far as the batch can be split, the rest over tensor
     return config
 
 
 def public(pretrained: str | tuple[str, ...]) -> ConfigDict:
-    """What the configurations of public models share.
+    """The configuration of a public model, to be adapted to it.
 
     Args:
-        pretrained: repository on the hub or folder, of each stage.
+        pretrained: repository on the hub or folder, one for each stage.
     """
     return ConfigDict(
         {
             "seed": 0,
             "pretrained": pretrained,
             "compute": {
-                "dtype": "bfloat16",  # of activations, and of pretrained weights in memory; what is trained is float32
+                "dtype": "bfloat16",  # of activations and frozen parameters; trained parameters are float32
                 "remat": True,  # compute activations again in the backward pass
-                "attention": "auto",  # flash on TPUs, else xla; or cudnn (GPU), heads (CPU), which hold few scores too
+                "attention": "auto",  # flash on TPUs, else xla; also cudnn (GPU) and heads (CPU), which save memory too
             },
             "subject": {
                 "num_tokens": 1,  # of the identifier
-                "frequency": "recorded",  # how rare a token is: also sentencepiece, bpe_rank, or a file of captions
+                "frequency": "recorded",  # source of token frequencies: or sentencepiece, bpe_rank, a file of captions
                 "rule": "rarest",  # or paper, frequent, random_characters
                 "label": "identifier_and_class",  # or identifier: "a [V]"
                 "registry": "runs/registry.json",  # identifiers in use, shared by runs
                 "class_threshold": 0.6,  # least score of a class noun found by a classifier
             },
             "class_images": {
-                "folder": "",  # of pictures of the class that take the place of drawn ones
+                "folder": "",  # folder of the user's own class images; empty: sample them
                 "count": 1000,
                 "num_steps": 100,
                 "guidance_scale": 7.5,
@@ -113,8 +114,8 @@ def public(pretrained: str | tuple[str, ...]) -> ConfigDict:
             },
             "tune": ("base",),
             "training": public_training(),
-            # What other methods than DreamBooth have for themselves, as published for Stable Diffusion: the first two
-            # by diffusers' examples at batch sizes of 4 and 1, the third by its authors at 8.
+            # Settings of the other methods as published for Stable Diffusion: the first two by diffusers' examples at
+            # batch sizes of 4 and 1, the third by its authors at 8.
             "methods": {
                 "textual_inversion": {"num_steps": 3000, "optimizer": {"learning_rate": 2e-3}},
                 "lora": {"num_steps": 500, "lora": {"rank": 4}, "optimizer": {"learning_rate": 1e-4}},
@@ -124,18 +125,18 @@ def public(pretrained: str | tuple[str, ...]) -> ConfigDict:
                 "contexts": CONTEXTS,
                 "images_per_context": 4,
                 "class_samples": 32,
-                "without_prior": False,  # tune the base once more without the prior term, to compare
+                "without_prior": False,  # also tune the base without the prior term, to compare
                 "batch_size": 16,
             },
             "evaluation": {
-                "prompts": "dreambooth",  # whose list of prompts, or a file of them
+                "prompts": "dreambooth",  # list of prompts: world, dreambooth, or a file
                 "images_per_prompt": 4,
                 "class_samples": 64,
                 "batch_size": 16,
                 "dino": "timm/vit_small_patch16_224.dino",  # on the hub, or a folder; "" leaves its metrics out
                 "clips": ("openai/clip-vit-base-patch32@refs/pr/66", "openai/clip-vit-large-patch14"),
-                "lpips": "models/lpips",  # a folder: see metrics/encoders.py; "" measures DIV by DINO's cosine
-                "probe": False,  # whether pictures are of the rendered world: see configs/world.py
+                "lpips": "models/lpips",  # a folder, see metrics/encoders.py; "" measures DIV by DINO's cosine
+                "probe": False,  # whether pictures are of the rendered world, see configs/world.py
             },
         }
     )
@@ -167,7 +168,7 @@ def base_stage() -> ConfigDict:
 def super_resolution_stage() -> ConfigDict:
     """The embedded cascade's super-resolution model, 32x32 to 128x128.
 
-    It predicts the clean picture as a difference from the enlarged one: a network this small then never does worse
+    It predicts the difference of the clean picture from the enlarged one, so that a network this small is never worse
     than enlarging.
     """
     return ConfigDict(

@@ -3,11 +3,12 @@
 python -m personalize_jax.personalize --config=configs/deepfloyd_if.py:XL --images=photos/ --class_noun=dog \
     --workdir=runs/rex
 
-The weights are those of the hub's DeepFloyd organisation, which asks for its licence to be accepted there first, and
-for a login (`hf auth login`, or HF_TOKEN); folders of them on disk serve as well:
---config.pretrained="('IF-I-XL-v1.0', 'IF-II-L-v1.0')". The paper's settings: 1000 steps, learning rate 1e-5, lambda 1,
-about 1000 class images. It tells neither batch size nor optimiser, nor how the super-resolution model was trained:
-those are ours. Not run on the real weights yet. By `personalize_jax.plan`, XL takes 3.3 of a chip's 16 GiB on a v5e-64.
+The weights of the hub's DeepFloyd organisation need a licence, which is accepted on the hub, and a login (`hf auth
+login`, or HF_TOKEN). Folders on disk work as well: --config.pretrained="('IF-I-XL-v1.0', 'IF-II-L-v1.0')".
+
+The paper's settings: 1000 steps, learning rate 1e-5, lambda 1, about 1000 class images. The paper gives neither batch
+size nor optimiser, nor the training of the super-resolution model: those are ours. Not run on the real weights yet. By
+`personalize_jax.plan`, XL takes 3.3 of a chip's 16 GiB on a v5e-64.
 """
 
 from ml_collections import ConfigDict
@@ -21,8 +22,8 @@ def get_config(size_and_method: str = "") -> ConfigDict:
     """Both stages tuned with prior preservation, each on its own inputs; or another method.
 
     Args:
-        size_and_method: of the base model, "M", "L" or "XL", of which the two larger ones go with the larger
-            super-resolution model; and perhaps a key of `configs.methods.METHODS`, as in "XL:lora".
+        size_and_method: size of the base model, "M", "L" or "XL", and optionally a key of `configs.methods.METHODS`, as
+            in "XL:lora". The two larger base models have the larger super-resolution model.
     """
     size, _, method = size_and_method.partition(":")
     if size not in SUPER_RESOLUTION:

@@ -1,7 +1,7 @@
-"""Methods of personalisation: what each of them trains, for every configuration.
+"""Methods of personalisation: the parameters that each of them trains, for every configuration.
 
-A configuration says how DreamBooth runs; a method changes what is trained, and takes its own numbers from
-`config.methods`. Patterns name the parameters of the embedded cascade and of public models alike.
+A configuration is written for DreamBooth. A method changes which parameters are trained, and takes its own numbers from
+`config.methods`. The patterns match parameters of the embedded cascade and of public models.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from personalize_jax.method.configuration import changed
 DREAMBOOTH = "dreambooth"
 
 _EMBEDDING = "text_encoder/(tokens|(.*/)?token_embedding|shared)/embedding"
-# In the embedded cascade, in Stable Diffusion, and in DeepFloyd IF, where text is added to the keys and values.
+# Of the embedded cascade, of Stable Diffusion, and of DeepFloyd IF, which appends text to the keys and values.
 _KEYS_AND_VALUES = "denoiser/.*(cross_attention/(key|value)|attn2/to_[kv]|add_[kv]_proj)/"
 
 
@@ -31,8 +31,8 @@ def textual_inversion(config: ConfigDict) -> ConfigDict:
 def lora(config: ConfigDict) -> ConfigDict:
     """Low-rank adapters of the base stage's attention (Hu et al. 2021), with the prior term.
 
-    They act beside their layers: a step forms neither W + down up nor the gradient of a whole kernel. A step of Stable
-    Diffusion 2.1 takes 8.8 GiB and 122 TFLOP where training all layers takes 20.7 GiB and 148 TFLOP, by
+    Adapters act beside their layers: a step forms neither W + down up nor the gradient of a whole kernel. A step of
+    Stable Diffusion 2.1 takes 8.8 GiB and 122 TFLOP, and 20.7 GiB and 148 TFLOP if all layers are trained, by
 
         python -m personalize_jax.plan --config=configs/stable_diffusion.py:2.1:lora --topology=v5p:1x1x1
 
@@ -60,7 +60,7 @@ def apply(method: str, config: ConfigDict) -> ConfigDict:
 
     Args:
         method: a key of `METHODS`.
-        config: how DreamBooth runs, with the methods' own numbers in `config.methods`.
+        config: the configuration of DreamBooth, with the methods' own numbers in `config.methods`.
 
     Raises:
         ValueError: there is no such method.
@@ -71,7 +71,7 @@ def apply(method: str, config: ConfigDict) -> ConfigDict:
 
 
 def _trained(config: ConfigDict, method: str, rules: tuple, **changes: object) -> ConfigDict:
-    """The base stage alone trained by rules, with a method's numbers and further changes of the training's keys."""
+    """The configuration to train only the base stage by rules, with a method's numbers and further training keys."""
     copy = config.copy_and_resolve_references().unlock()
     copy.training.update(copy.methods[method])
     changes = {f"training__{key}": value for key, value in {"trainable": rules, **changes}.items()}

@@ -4,8 +4,8 @@ python -m personalize_jax.pretrain --config=configs/pretrain_world.py:base --wor
 python -m personalize_jax.pretrain --config=configs/pretrain_world.py:super_resolution --workdir=runs/world_sr \
     --config.pretrained=runs/world_base/pipeline
 
-The weights in `personalize_jax/assets/world` come from two trainings of each stage, the second one going on from the
-first one's weights, on 2 cores of an AMD EPYC (Zen 4) that had other work as well:
+The weights in `personalize_jax/assets/world` come from two trainings of each stage, the second of which began with the
+weights of the first, on 2 cores of an AMD EPYC (Zen 4) that had other work as well:
 
 | | pictures seen | of | settings | CPU hours, about | loss at the end |
 |---|---|---|---|---|---|
@@ -16,8 +16,8 @@ first one's weights, on 2 cores of an AMD EPYC (Zen 4) that had other work as we
 
 Base loss by mean over 500 steps, first training: .510 at 1,500, .440 at 2,500, .403 at 3,500, .410 at 4,500, .372 at
 5,600; second: .391 at 2,000, where its learning rate began to fall, .378 at 3,000, .367 at 4,000, .338 at 5,000: still
-falling. Captions of the first training had ordinary words without a meaning (see `world/captions.py`), and its first
-500 steps saw an earlier lighting of the world. `python -m experiments.pretrained_cascade` gives the probe's scores: see
+falling. Captions of the first training had ordinary words without a meaning (see `world/captions.py`), and the pictures
+of its first 500 steps had another lighting. `python -m experiments.pretrained_cascade` prints the probe's scores, see
 experiments/README.md.
 """
 
@@ -42,7 +42,7 @@ def get_config(stage: str = "") -> ConfigDict:
     if stage == "base":
         config.stage = common.base_stage()
         config.text_encoder = ConfigDict({"width": 128, "num_layers": 2, "num_heads": 4, "max_length": 32})
-        config.pretrained = ""  # a pipeline to take the text encoder from; empty: train one
+        config.pretrained = ""  # a pipeline whose text encoder is used; empty: train one
         config.dataset = ConfigDict({"resolution": 64, "count": 80_000})
         config.training.trainable = ((".*", True),)
         config.training.object_weight = 4.0

@@ -2,10 +2,10 @@
 
 python -m personalize_jax.personalize --config=configs/world.py --images=photos/ --class_noun=dog --workdir=runs/rex
 
-On 2 cores of an AMD EPYC (Zen 4) the bundled subject takes 191 seconds, and 145 once the programs are compiled; its
+On 2 cores of an AMD EPYC (Zen 4) the bundled subject takes 191 seconds, or 145 with a filled compilation cache; its
 `metrics.json` then has "subject: context" .94 and "class after: leakage" .47.
 
-By another method than DreamBooth: --config=configs/world.py:textual_inversion, or lora, or custom_diffusion.
+Methods other than DreamBooth: --config=configs/world.py:textual_inversion, or lora, or custom_diffusion.
 """
 
 from ml_collections import ConfigDict
@@ -25,14 +25,14 @@ def get_config(method: str = methods.DREAMBOOTH) -> ConfigDict:
             "pretrained": "world",
             "subject": {
                 "num_tokens": 1,  # of the identifier
-                "rule": "rarest",  # which tokens are chosen, or "paper", "frequent", "random_characters"
+                "rule": "rarest",  # choice of tokens: or "paper", "frequent", "random_characters"
                 "label": "identifier_and_class",  # "a [V] dog", or "identifier": "a [V]"
                 "frequency": "recorded",  # or "sentencepiece", "bpe_rank", a file of captions: subject/frequency.py
                 "registry": "runs/registry.json",  # identifiers in use, shared by runs
                 "class_threshold": 0.6,  # least score of a class noun found by the classifier
             },
             "class_images": {
-                "folder": "",  # of pictures of the class that take the place of drawn ones
+                "folder": "",  # folder of the user's own class images; empty: sample them
                 "count": 64,
                 "num_steps": 24,
                 "guidance_scale": 1.5,
@@ -41,23 +41,23 @@ def get_config(method: str = methods.DREAMBOOTH) -> ConfigDict:
             "tune": ("base", "super_resolution"),
             "training": common.training(),
             "super_resolution_training": common.training(),
-            "pretrained_augmentation_levels": (0.0, 0.15),  # of configs/pretrain_world.py, to compare with
+            "pretrained_augmentation_levels": (0.0, 0.15),  # of configs/pretrain_world.py, for comparison
             "report": {
                 "contexts": common.CONTEXTS,
                 "images_per_context": 2,
                 "class_samples": 32,
-                "without_prior": True,  # tune the base once more without the prior term, to compare
+                "without_prior": True,  # also tune the base without the prior term, to compare
                 "batch_size": 16,
             },
             "evaluation": {
-                "prompts": "world",  # whose list of prompts, or a file of them
+                "prompts": "world",  # list of prompts: world, dreambooth, or a file
                 "images_per_prompt": 4,
                 "class_samples": 64,
                 "batch_size": 16,
                 "dino": "world",  # or a folder, or a name on the hub; "" leaves its metrics out
-                "clips": ("world",),  # further ones have columns of their own; () leaves their metrics out
+                "clips": ("world",),  # each further one adds columns; () leaves their metrics out
                 "lpips": "",  # a folder; without one DIV is measured by DINO's cosine
-                "probe": True,  # pictures are of the rendered world: its classes are known, and scores exact
+                "probe": True,  # pictures are of the rendered world: its classes are known, and it has exact metrics
             },
         }
     )
@@ -65,8 +65,8 @@ def get_config(method: str = methods.DREAMBOOTH) -> ConfigDict:
     training.num_steps = 200
     training.batch_size = 8
     training.prior.weight = 1.0
-    # Shows the subject better after few steps than "sampled", whose targets are noisy, and keeps as much of the class:
-    # experiments.prior_preservation.
+    # After few steps this form shows the subject better than "sampled", whose targets are noisy, and preserves the
+    # class as well: experiments.prior_preservation.
     training.prior.form = "frozen_prediction"
     training.prior.caption_dropout = 0.2
     training.optimizer.learning_rate = 4e-4

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 
 def sweep(config: ConfigDict) -> Iterator[dict[str, object]]:
-    """The configuration's own rule with one to three tokens, then what the paper advises against."""
+    """The configured rule with one to three tokens, then the identifiers that the paper advises against."""
     for num_tokens in (1, 2, 3):
         yield {"subject.num_tokens": num_tokens}
     yield {"subject.rule": "frequent", "subject.num_tokens": 1}

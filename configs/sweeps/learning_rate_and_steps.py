@@ -1,4 +1,4 @@
-"""How fast, and how long? Learning rate and number of steps of the base model, around those of the configuration.
+"""How fast, and how long? Learning rate and number of steps of the base model, around the configured ones.
 
 python -m launch.sweep --config=configs/world.py --sweep=configs/sweeps/learning_rate_and_steps.py --images=photos/ \
     --class_noun=dog --workdir=runs/learning_rate_and_steps --metric=DINO
@@ -12,7 +12,7 @@ FACTORS = (0.5, 1.0, 2.0)
 
 
 def sweep(config: ConfigDict) -> Iterator[dict[str, object]]:
-    """A grid of nine."""
+    """A grid of nine points."""
     training = config.training
     for rate in FACTORS:
         for length in FACTORS:
