@@ -2,11 +2,11 @@
 
     python -m experiments.benchmark_peers --out=runs/peers
 
-Two U-Nets, shaped as Stable Diffusion's and DeepFloyd IF's, with 35 million parameters each, in float32. One DreamBooth
-train step (as many class as subject pictures, AdamW, clipped gradient) and one guided sampling step of either library,
-each in a process of its own; diffusers' modules are driven as its training script and pipelines drive them, in both
+Two U-Nets in float32, shaped like those of Stable Diffusion and DeepFloyd IF, with 35 million parameters each. Timed
+are a DreamBooth train step (as many class as instance images, AdamW, clipped gradient) and a guided sampling step of
+either library, each in its own process. diffusers' modules are used as in its training script and pipelines, in both
 memory layouts, of which the faster counts. Every process runs `--rounds` times, in turn, and the fastest step counts:
-other work on a machine only ever slows a step. Wants an otherwise idle machine and tests/requirements.txt installed.
+other work on a machine only ever slows a step. Needs an otherwise idle machine and tests/requirements.txt installed.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from personalize_jax.planning import published
 from personalize_jax.runtime import command
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.runtime.files import write_text
@@ -38,16 +39,16 @@ class Case:
     """A U-Net with its process.
 
     Attributes:
-        pipeline: the class whose U-Net it resembles.
-        latents: their channels, and pixels to a latent's side; None where pictures are denoised.
+        pipeline: the class of diffusers whose U-Net it resembles.
+        shared: configurations of the pipeline's other networks, which are not run.
         unet: arguments of diffusers' UNet2DConditionModel.
         scheduler: arguments of its scheduler.
-        guidance_scale: while sampling.
-        batch: pictures sampled at once, and of each group in training.
+        guidance_scale: guidance scale of sampling.
+        batch: pictures sampled at once, and pictures of each group in a training batch.
     """
 
     pipeline: str
-    latents: tuple[int, int] | None
+    shared: dict[str, Any]
     unet: dict[str, Any]
     scheduler: dict[str, Any]
     guidance_scale: float
@@ -57,7 +58,10 @@ class Case:
 CASES = {
     "Stable Diffusion": Case(
         "StableDiffusionPipeline",
-        (4, 8),
+        {
+            "text_encoder": published.clip_text("1.5") | {"hidden_size": TEXT["width"], "num_attention_heads": 4},
+            "vae": published.vae(),
+        },
         {
             "sample_size": 32,
             "block_out_channels": (64, 128, 256, 256),
@@ -69,7 +73,7 @@ CASES = {
     ),
     "DeepFloyd IF": Case(
         "IFPipeline",
-        None,
+        {"text_encoder": published.t5_xxl() | {"d_model": TEXT["width"]}},
         {
             "sample_size": 64,
             "in_channels": 3,
@@ -107,7 +111,7 @@ def define_flags() -> None:
     """The command line."""
     flags.DEFINE_string("out", None, "Folder for the results.")
     flags.DEFINE_integer("rounds", 3, "How often each process runs.", lower_bound=1)
-    flags.DEFINE_string("measure", None, "One process' work, as 'case/layout': what the command starts itself.")
+    flags.DEFINE_string("measure", None, "'case/layout' of one process; the command itself starts such processes.")
     flags.DEFINE_string("weights", None, "Folder of the weights, for --measure.")
 
 
@@ -135,43 +139,39 @@ def embeddings(count: int) -> np.ndarray:
 def measure_ours(case: Case, weights: Path) -> dict[str, float]:
     """Seconds of a train step and of a sampling step."""
     import jax
+    import jax.numpy as jnp
 
     from configs import common
-    from personalize_jax.families.diffusion_loss import DiffusionFamily
+    from personalize_jax.families import public, registry
     from personalize_jax.families.text import Text
-    from personalize_jax.families.unet_stage import Latents, StageDefaults, unet_stage
     from personalize_jax.formats.port_weights import load_weights
     from personalize_jax.pipeline.cascade import sample_pictures
     from personalize_jax.training.examples import Examples
     from personalize_jax.training.program import stage_program
 
-    class Embedded(DiffusionFamily):
-        """A family whose captions are embedded already."""
-
-        encoders = ("text_encoder",)
+    def text(count: int) -> Text:
+        return Text(jnp.asarray(embeddings(count)), jnp.ones((count, TEXT["length"]), bool))
 
     unet = json.loads((weights / "config.json").read_text())
-    spec = {"class": case.pipeline, "unet": unet, "scheduler": case.scheduler}
-    latents = None if case.latents is None else Latents(*case.latents)
-    stage = unet_stage(spec, StageDefaults("base", 1, 1.0), TEXT["width"], latents, attention="heads")
-    cond = Text(embeddings(1), np.ones((1, TEXT["length"]), bool))
-    abstract = jax.eval_shape(lambda key: stage.init_params(key, cond), jax.random.key(0))
+    spec = {**case.shared, "stages": [{"class": case.pipeline, "unet": unet, "scheduler": case.scheduler}]}
+    family = public.build(registry.family_of(case.pipeline), spec, None, attention="heads")
+    (stage,) = family.stages
+    abstract = jax.eval_shape(lambda key: stage.init_params(key, text(1)), jax.random.key(0))
     params = load_weights(weights, abstract, "unet")
 
-    x = pictures(case, 8)
-    text = Text(embeddings(2), np.ones((2, TEXT["length"]), bool))
+    x = jnp.asarray(pictures(case, 8))
     examples = Examples(
-        image=np.zeros((8, 1, 1, 3), np.uint8),
-        caption=np.ones((8, 1), np.int32),
-        tokens=np.zeros((2, TEXT["length"]), np.int32),
-        cond=text,
-        latent=(x, np.zeros_like(x)),
+        image=jnp.zeros((8, 1, 1, 3), jnp.uint8),
+        caption=jnp.ones((8, 1), jnp.int32),
+        tokens=jnp.zeros((2, TEXT["length"]), jnp.int32),
+        cond=text(2),
+        latent=(x, jnp.zeros_like(x)),
     )
     config = common.training()
     config.batch_size, config.prior.weight, config.prior.caption_dropout = case.batch, LAMBDA, 0.0
     config.optimizer.learning_rate, config.optimizer.clip_norm = LEARNING_RATE, CLIP_NORM
     start, groups = {"denoiser": params, "text_encoder": {}}, {"instance": examples, "prior": examples}
-    program = stage_program(stage, Embedded(), start, groups, config, 0)
+    program = stage_program(stage, family, start, groups, config, 0)
     state = program.init()
 
     def train_step() -> None:
@@ -182,12 +182,12 @@ def measure_ours(case: Case, weights: Path) -> dict[str, float]:
     train = fastest(train_step, TRAIN_STEPS)
     sampling = stage.sampling._replace(num_steps=SAMPLING_STEPS, guidance_scale=case.guidance_scale)
     keys = jax.random.split(jax.random.key(0), case.batch)
-    cond, null = (Text(embeddings(case.batch), np.ones((case.batch, TEXT["length"]), bool)) for _ in range(2))
-    one = jax.sharding.Mesh(jax.devices(), ("data",))
-    draw = fastest(
-        lambda: jax.block_until_ready(sample_pictures(stage, sampling, one, params, keys, cond, null, None)), count=2
+    cond = text(case.batch)
+    mesh = jax.sharding.Mesh(jax.devices(), ("data",))
+    sample = fastest(
+        lambda: jax.block_until_ready(sample_pictures(stage, sampling, mesh, params, keys, cond, cond, None)), count=2
     )
-    return {"train": train, "sample": draw / SAMPLING_STEPS}
+    return {"train": train, "sample": sample / SAMPLING_STEPS}
 
 
 def measure_diffusers(case: Case, weights: Path, channels_last: bool) -> dict[str, float]:
@@ -224,7 +224,7 @@ def measure_diffusers(case: Case, weights: Path, channels_last: bool) -> dict[st
     train = fastest(train_step, TRAIN_STEPS)
 
     @torch.no_grad()
-    def draw() -> None:
+    def sample() -> None:
         scheduler.set_timesteps(SAMPLING_STEPS)
         z = torch.randn_like(x[: case.batch])
         for n in scheduler.timesteps:
@@ -234,11 +234,11 @@ def measure_diffusers(case: Case, weights: Path, channels_last: bool) -> dict[st
             z = scheduler.step(torch.cat([guided, cond[:, channels:]], dim=1), n, z, return_dict=False)[0]
 
     unet.eval()
-    return {"train": train, "sample": fastest(draw, count=2) / SAMPLING_STEPS}
+    return {"train": train, "sample": fastest(sample, count=2) / SAMPLING_STEPS}
 
 
 def measure(name: str, weights: Path) -> dict[str, float]:
-    """What one process does: both times and its peak memory."""
+    """The work of one process: both times and the peak of its memory."""
     case_name, layout = name.split("/")
     case = CASES[case_name]
     if layout == "ours":
@@ -249,7 +249,7 @@ def measure(name: str, weights: Path) -> dict[str, float]:
 
 
 def run_process(name: str, weights: Path) -> dict[str, float]:
-    """`measure` in a process of its own."""
+    """Call `measure` in a new process."""
     arguments = [f"--measure={name}", f"--weights={weights}", "--out=-"]
     done = subprocess.run(
         [sys.executable, "-m", "experiments.benchmark_peers", *arguments], capture_output=True, text=True, check=False
@@ -260,13 +260,13 @@ def run_process(name: str, weights: Path) -> dict[str, float]:
 
 
 def compare(case_name: str, rounds: int) -> dict[str, Any]:
-    """All figures of one case."""
+    """All measurements of one case."""
     import diffusers
 
     case = CASES[case_name]
     runs: dict[str, list[dict[str, float]]] = {layout: [] for layout in LAYOUTS}
     with tempfile.TemporaryDirectory() as folder:
-        unet = diffusers.UNet2DConditionModel(**case.unet)
+        unet: Any = diffusers.UNet2DConditionModel(**case.unet)  # its base class is not typed
         unet.save_pretrained(folder)
         for _ in range(rounds):
             for layout in LAYOUTS:

@@ -1,9 +1,9 @@
-"""What does the class noun do? The right one, none, and a wrong one (Table 4).
+"""What is the effect of the class noun? The right one, none, and a wrong one (Table 4).
 
     python -m experiments.class_noun --config=configs/world.py --workdir=runs/paper
 
-With no noun the labels are "a [V]", and the prior term is still that of "a dog"; with a wrong one both are of another
-class. Prompts are worded as the labels are.
+Without a noun the labels are "a [V]", and class images are still of "a dog"; with a wrong noun both are of another
+class. Prompts have the same noun as the labels.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ PAPER = {
 
 
 def wrong(noun: str, nouns: Sequence[str]) -> str:
-    """Another of the benchmark's nouns, half of the list further.
+    """Another of the benchmark's nouns, half the list further on.
 
     >>> wrong("cat", ("dog", "cat", "car", "can"))
     'can'
@@ -32,7 +32,7 @@ def wrong(noun: str, nouns: Sequence[str]) -> str:
 
 
 def make_study(config: ConfigDict) -> Study:
-    """Three ways to call the subject."""
+    """The right class noun, none, and a wrong one."""
     arms = [
         Arm("dreambooth", config),
         Arm("no_class_noun", changed(config, subject__label="identifier")),

@@ -1,9 +1,9 @@
-"""Why a rare token? Against frequent words and random characters (Ruiz et al. 2023, section 3.2).
+"""Why a rare token? Rare tokens against frequent words and random characters (Ruiz et al. 2023, section 3.2).
 
     python -m experiments.identifier_rarity --config=configs/world.py --workdir=runs/paper
 
-The paper argues and gives no table: a frequent word keeps a meaning that the model has to unlearn, and random
-characters are split into letters that are as frequent.
+The paper gives a reason and no table: a frequent word has a meaning that the model must unlearn, and random characters
+are split into single letters, which are as frequent.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ OTHERS = {"frequent": "a frequent word", "random_characters": "random characters
 
 
 def make_study(config: ConfigDict) -> Study:
-    """The configured rule for identifiers, and the others."""
+    """The configured rule for identifiers, and two others."""
     arms = [Arm("dreambooth", config)]
     arms += [Arm(f"identifier_{rule}", changed(config, subject__rule=rule)) for rule in OTHERS]
     findings = [

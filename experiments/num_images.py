@@ -9,7 +9,7 @@ from experiments import study
 from experiments.study import Arm, Study
 from experiments.tables import Finding
 
-COUNTS = (1, 2, 3, 4)  # and all, which every subject of the benchmarks has at least four of
+COUNTS = (1, 2, 3, 4)  # the first arm has all photos; every subject of the benchmarks has at least four
 PAPER = {
     f"{subject}, {count} image{'s' * (count > 1)}": {"DINO": dino}
     for subject, row in (

@@ -1,10 +1,11 @@
-"""Does the pretrained cascade draw what prompts say?
+"""Do the pretrained cascade's pictures show what prompts say?
 
     python -m experiments.pretrained_cascade --pipeline=world --out=runs/pretrained_cascade
 
-Draws 200 prompts over classes, contexts and colours, reads the pictures with the probe, and writes `scores.json` and a
-contact sheet for each stage. And whether it has learnt what ordinary words name (`world.captions`): one prompt for each
-pair of body and accent colour, which names it by its most frequent word only; chance is .09.
+Samples 200 prompts over classes, contexts and colours, reads the pictures with the probe, and writes `scores.json` and
+a contact sheet for each stage. A second set of prompts shows whether the cascade knows the colours that ordinary words
+name (`world.captions`): one prompt for each pair of body and accent colour, named by its most frequent word only;
+chance is .09.
 """
 
 import json
@@ -23,7 +24,7 @@ from personalize_jax.world.probe import Probe
 from personalize_jax.world.reading import accuracy
 from personalize_jax.world.scene import CLASSES, COLOURS, CONTEXTS
 
-SHEET = 48
+SHEET = 48  # pictures on a contact sheet
 
 
 def define_flags() -> None:
@@ -34,9 +35,9 @@ def define_flags() -> None:
 
 
 def prompt_grid(count: int) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Prompts that go through classes, contexts and colours evenly, and the truth of each."""
+    """Prompts that have all classes, contexts and colours equally often, and the true properties of each."""
     i = np.arange(count)
-    # Steps such that no two properties go in step: 200 prompts hold nearly as many pairs as there are, of any two.
+    # The strides keep properties independent: 200 prompts have nearly all pairs of any two properties.
     truth = {
         "class_id": i % len(CLASSES),
         "context": (11 * i + i // len(CLASSES)) % len(CONTEXTS),
@@ -47,7 +48,7 @@ def prompt_grid(count: int) -> tuple[list[str], dict[str, np.ndarray]]:
 
 
 def word_prompts() -> tuple[list[str], dict[str, np.ndarray]]:
-    """A prompt for each pair of colours, with the most frequent word that names it, and the truth of each."""
+    """A prompt for each pair of colours, with the most frequent word that names it, and the true colours of each."""
     pairs = [(body, accent) for body in range(len(COLOURS)) for accent in range(len(COLOURS)) if body != accent]
     prompts = [
         prompt(CLASSES[i % len(CLASSES)], context=CONTEXTS[i % len(CONTEXTS)], identifier=words_for(*pair)[0])
@@ -58,15 +59,15 @@ def word_prompts() -> tuple[list[str], dict[str, np.ndarray]]:
 
 
 def main(_: list[str]) -> None:
-    """Draw, read, write."""
+    """Sample, read, write."""
     arguments = flags.FLAGS
     pipeline, probe, out = load_pipeline(arguments.pipeline), Probe.load(), Path(arguments.out)
     prompts, truth = prompt_grid(arguments.num_prompts)
     with tqdm(total=len(prompts) * len(pipeline.stages), desc="sampling", unit="img") as bar:
-        pictures = pipeline.sample(prompts, range(len(prompts)), progress=bar.update)
+        by_stage = pipeline.sample(prompts, range(len(prompts)), progress=bar.update)
     out.mkdir(parents=True, exist_ok=True)
     scores = {}
-    for stage, images in zip(pipeline.stages, pictures, strict=True):
+    for stage, images in zip(pipeline.stages, by_stage, strict=True):
         scores[stage.name] = accuracy(probe.read(images), **truth)
         panels = [
             Panel(f"{stage.name}, {stage.resolution} pixels", text, image[None])
@@ -74,8 +75,8 @@ def main(_: list[str]) -> None:
         ]
         gallery(panels).save(out / f"{stage.name}.png")
     prompts, truth = word_prompts()
-    pictures = pipeline.sample_stage(pipeline.stages[0], prompts, range(len(prompts)))
-    scores["base, named by words"] = accuracy(probe.read(pictures), **truth)
+    images = pipeline.sample_stage(pipeline.stages[0], prompts, range(len(prompts)))
+    scores["base, named by words"] = accuracy(probe.read(images), **truth)
     write_text(out / "scores.json", json.dumps(scores, indent=2))
     print(json.dumps(scores, indent=2))
 

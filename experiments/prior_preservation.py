@@ -1,8 +1,8 @@
-"""What does the prior term preserve? Every form of it, and none (Table 3).
+"""What does the prior term preserve? Every form of the term, and none (Table 3).
 
     python -m experiments.prior_preservation --config=configs/world.py --workdir=runs/paper
 
-Only the base stage is tuned anew; the others are the first arm's.
+The arms tune only the base stage; the others are those of the first arm.
 """
 
 from ml_collections import ConfigDict

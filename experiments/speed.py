@@ -2,11 +2,11 @@
 
     python -m experiments.speed --config=configs/world.py --out=runs/speed
 
-For each stage: pictures trained and drawn a second; model FLOPs utilisation, the share of what a plain float32 matrix
-product reaches on the same devices; and the share of a training's time in which the devices wait for the host. Before
-them, what a convolution reaches with the channels last, as the networks keep them, and first. Wants an otherwise idle
-machine. Two host devices are tried by XLA_FLAGS=--xla_force_host_platform_device_count=2, other batches by
---config.training.batch_size= and --config.super_resolution_training.batch_size=.
+Measures for each stage: pictures trained and sampled a second; model FLOPs utilisation, as a share of the rate of a
+plain float32 matrix product on the same devices; and the share of training time in which the devices wait for the host.
+Before them, the rate of a convolution with the channels last, as in the networks, and first. Needs an otherwise idle
+machine. XLA_FLAGS=--xla_force_host_platform_device_count=2 tries two host devices, --config.training.batch_size= and
+--config.super_resolution_training.batch_size= other batches.
 """
 
 import json
@@ -25,6 +25,7 @@ from personalize_jax.method.configuration import check_values, stage_trainings
 from personalize_jax.method.personalization import stage_examples, with_embeddings
 from personalize_jax.pipeline import Pipeline, Stage, load_pipeline
 from personalize_jax.runtime import command
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.runtime.files import write_text
 from personalize_jax.training.loop import train
 from personalize_jax.training.program import stage_program
@@ -81,7 +82,10 @@ def forward_flops(pipeline: Pipeline, stage: Stage) -> float:
     z, one = jnp.zeros((1, stage.resolution, stage.resolution, 3)), jnp.ones((1,))
     low_res = None if stage.low_resolution is None else (z, one)
     lowered = jax.jit(stage.apply).lower(pipeline.params[stage.name], z, one, pipeline.condition([""]), low_res)
-    return lowered.compile().cost_analysis()["flops"]
+    counts = lowered.compile().cost_analysis()
+    if counts is None:
+        raise UserError(f"The compiler counts no operations on {jax.default_backend()}; measure on another device.")
+    return counts["flops"]
 
 
 def training_times(pipeline: Pipeline, stage: Stage, config: ConfigDict, folder: Path) -> tuple[float, float]:
@@ -109,7 +113,7 @@ def training_times(pipeline: Pipeline, stage: Stage, config: ConfigDict, folder:
 
 
 def stage_speed(pipeline: Pipeline, stage: Stage, config: ConfigDict, rate: float, folder: Path) -> dict[str, float]:
-    """All figures of one stage."""
+    """All measurements of one stage."""
     flops = forward_flops(pipeline, stage)
     in_loop, program = training_times(pipeline, stage, config, folder)
     trained = config.batch_size * (2 if config.prior.weight > 0 else 1) / in_loop
@@ -124,7 +128,7 @@ def stage_speed(pipeline: Pipeline, stage: Stage, config: ConfigDict, rate: floa
         "million FLOPs a forward pass": flops / 1e6,
         "pictures trained a second": trained,
         "training utilisation": 3 * flops * trained / rate,  # a backward pass costs two forward passes
-        "pictures drawn a second": sampled,
+        "pictures sampled a second": sampled,
         "sampling utilisation": flops * evaluations * sampled / rate,
         "share of training time outside the devices": max(0.0, 1 - program / in_loop),
     }

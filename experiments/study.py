@@ -1,9 +1,9 @@
-"""What the experiments share: the same subjects personalised in several ways, scored, and compared.
+"""The frame of the experiments: the same subjects personalised in several ways, scored, and compared.
 
-An experiment names its arms, the ways of personalising, and what it expects to find. Runs lie in
-`workdir/<arm>/<subject>`: an arm that several experiments have is run once where they share a working directory, and a
-run that has been scored is only read. Rows of scores stay in each run's `evaluation/rows.jsonl`; the experiment's own
-folder, `workdir/<experiment>`, gets the tables and a figure.
+An experiment has arms, which are the ways of personalising, and expected findings. Runs lie in
+`workdir/<arm>/<subject>`: experiments that share a working directory share the runs of equal arms, and a run that was
+scored is only read. Rows of scores stay in each run's `evaluation/rows.jsonl`; the experiment's own folder,
+`workdir/<experiment>`, gets the tables and a figure.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from experiments import tables
 from personalize_jax.benchmark.loading import load_benchmark
 from personalize_jax.benchmark.subjects import BenchmarkSubject
-from personalize_jax.evaluation.protocol import evaluate
+from personalize_jax.evaluation.protocol import evaluate, read_scored
 from personalize_jax.evaluation.report import Panel
 from personalize_jax.evaluation.scoring import find_encoders, load_encoders, read_rows, summary, write_rows
 from personalize_jax.evaluation.showcase import sheets
@@ -55,18 +55,19 @@ class Arm(NamedTuple):
     """A way of personalising: a row of the table.
 
     Attributes:
-        name: of the row and of the folder.
-        config: of the run.
-        stage: if given, only this stage is tuned as `config` says, and the rest is taken from the first arm's run.
-        goes_on_from: if given, the arm whose training this one continues, with more steps.
-        num_photos: the first so many photos of each subject; None for all.
-        class_noun: what the subject is said to be, of what it is and the benchmark's nouns.
+        name: name of the row and of the folder.
+        config: configuration of its runs.
+        stage: the only stage that this arm tunes; the others are those of the first arm's run. None to tune
+            `config.tune`.
+        continues: name of the arm whose training this one continues, with more steps; or None.
+        num_photos: number of photos of each subject; None for all.
+        class_noun: (the subject's class noun, the benchmark's class nouns) -> the class noun that is used.
     """
 
     name: str
     config: ConfigDict
     stage: str | None = None
-    goes_on_from: str | None = None
+    continues: str | None = None
     num_photos: int | None = None
     class_noun: Callable[[str, Sequence[str]], str] = lambda noun, nouns: noun
 
@@ -75,12 +76,12 @@ class Study(NamedTuple):
     """An experiment.
 
     Attributes:
-        name: of its folder.
-        arms: in the order of the table; the first is the one that the others vary.
-        findings: what is expected.
+        name: name of its folder.
+        arms: arms in the order of the table; the others vary the first.
+        findings: expected findings.
         paper: the paper's own rows: {row: {metric: value}}.
-        num_subjects: how many of the benchmark's subjects, unless the command says otherwise.
-        measure: what else is measured of a tuned cascade, if anything.
+        num_subjects: number of subjects, unless the command line gives another.
+        measure: an additional measurement of tuned cascades, or None.
     """
 
     name: str
@@ -95,44 +96,44 @@ def define_flags() -> None:
     """The command line of every experiment."""
     config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/world.py.")
     flags.DEFINE_string("workdir", None, "Folder for runs and tables; experiments may share it.")
-    flags.DEFINE_string("benchmark", "world", 'Whose subjects: "world", "dreambooth", or a folder with its copy.')
+    flags.DEFINE_string("benchmark", "world", 'Benchmark: "world", "dreambooth", or a folder with a copy of it.')
     flags.DEFINE_integer(
-        "num_subjects", None, "How many of them; by default as many as the experiment needs.", lower_bound=1
+        "num_subjects", None, "Number of the benchmark's subjects; by default the experiment's.", lower_bound=1
     )
-    flags.DEFINE_list("arms", None, "Which of the experiment's arms; by default all.")
-    flags.DEFINE_string("part", "1/1", "Which of the subjects, such as 2/3: every third, beginning with the second.")
+    flags.DEFINE_list("arms", None, "Names of the arms to run; by default all.")
+    flags.DEFINE_string("part", "1/1", "Part of the subjects, such as 2/3: every third, beginning with the second.")
     flags.DEFINE_bool("delete_weights", False, "Delete a subject's weights once all arms have been scored.")
     tracking.define_flags()
     flags.DEFINE_bool("quick", False, "Two subjects, few steps and pictures: to see whether it runs.")
 
 
 def run(make_study: Callable[[ConfigDict], Study]) -> None:
-    """The command of an experiment."""
+    """Run an experiment as a command."""
 
     def main(_: list[str]) -> None:
         arguments = flags.FLAGS
         check_values(arguments.config)
         workdir, destinations = Path(arguments.workdir), tracking.asked_for()
-        destinations.of(workdir)  # which refuses what is not installed, before identifiers are given out
+        destinations.of(workdir)  # refuses destinations that are not installed, before identifiers are reserved
         config = quick(arguments.config) if arguments.quick else arguments.config
         find_encoders(config.evaluation)
-        study = with_arms(make_study(config), arguments.arms)
+        study = select_arms(make_study(config), arguments.arms)
         count = arguments.num_subjects or (QUICK_SUBJECTS if arguments.quick else study.num_subjects)
         benchmark = load_benchmark(arguments.benchmark)
-        chosen = select(benchmark, count, arguments.part)
+        subjects = select_subjects(benchmark, count, arguments.part)
         nouns = tuple(dict.fromkeys(benchmark.class_nouns))
         pretrained = load_pretrained(config)
         for arm in study.arms:
             check(pretrained, arm.config)
         reserve_identifiers(study, pretrained, benchmark.names[:count], benchmark.class_nouns, workdir)
-        how = arguments.delete_weights, destinations
-        print(conduct(study, config, pretrained, chosen, nouns, workdir, *how))
+        options = arguments.delete_weights, destinations
+        print(run_study(study, config, pretrained, subjects, nouns, workdir, *options))
 
     command.run(main, define_flags, required=("config", "workdir"))
 
 
 def quick(config: ConfigDict) -> ConfigDict:
-    """The configuration with so few steps and pictures that nothing but running can be seen."""
+    """The configuration with so few steps and pictures that it only shows whether everything runs."""
     changes = {"class_images__count": 4, "evaluation__images_per_prompt": 2, "evaluation__class_samples": 4}
     for training in training_sections(config).values():
         changes |= {f"{training}__num_steps": config[training].steps_per_dispatch, f"{training}__batch_size": 2}
@@ -142,32 +143,36 @@ def quick(config: ConfigDict) -> ConfigDict:
     return changed(config, **changes)
 
 
-def with_arms(study: Study, names: Sequence[str] | None) -> Study:
-    """The experiment with some of its arms, and the findings that are about these.
+def select_arms(study: Study, names: Sequence[str] | None) -> Study:
+    """The experiment with some of its arms, and the findings about these.
+
+    Args:
+        study: the experiment.
+        names: names of arms; None for all.
 
     Raises:
-        UserError: it has no such arm, or they vary the first one, which is left out.
+        UserError: the experiment has no such arm, or the arms vary the first one, which is left out.
     """
     if names is None:
         return study
-    known = [arm.name for arm in study.arms]
-    if unknown := sorted(set(names) - set(known)):
-        raise UserError(f"--arms names {', '.join(unknown)}; the arms are {', '.join(known)}.")
+    all_names = [arm.name for arm in study.arms]
+    if unknown := sorted(set(names) - set(all_names)):
+        raise UserError(f"--arms names {', '.join(unknown)}; the arms are {', '.join(all_names)}.")
     arms = [arm for arm in study.arms if arm.name in names]
     if any(arm.stage for arm in arms) and arms[0] != study.arms[0]:
-        raise UserError(f"These arms vary {known[0]}; name it among --arms, too.")
+        raise UserError(f"These arms vary {all_names[0]}; name it among --arms, too.")
     findings = [finding for finding in study.findings if {finding.greater, finding.less} <= set(names)]
     return study._replace(arms=arms, findings=findings)
 
 
-def select(subjects: Sequence[BenchmarkSubject], count: int, part: str) -> list[BenchmarkSubject]:
-    """Which subjects a call is for: its part of the first `count`.
+def select_subjects(subjects: Sequence[BenchmarkSubject], count: int, part: str) -> list[BenchmarkSubject]:
+    """The subjects of one call: a part of the first `count`.
 
-    >>> select(range(30), 8, "2/3")
+    >>> select_subjects(range(30), 8, "2/3")
     [1, 4, 7]
 
     Raises:
-        UserError: there are fewer, or the text does not say which part, or that part has none of them.
+        UserError: there are fewer subjects, or `part` is no such text, or has no subject.
     """
     if count > len(subjects):
         raise UserError(f"{count} subjects were asked for and the benchmark has {len(subjects)}; ask for fewer.")
@@ -182,30 +187,30 @@ def select(subjects: Sequence[BenchmarkSubject], count: int, part: str) -> list[
 def reserve_identifiers(
     study: Study, pretrained: Pipeline, names: Sequence[str], class_nouns: Sequence[str], workdir: Path
 ) -> None:
-    """Give every subject its identifier in every arm, in order, so that parts that run at once change none of them.
+    """Reserve the identifier of every subject in every arm, in order, so that parallel calls get the same ones.
 
     Args:
         study: the experiment.
         pretrained: the cascade.
-        names: of all subjects that it is about, whatever part of them this call is for.
-        class_nouns: of the whole benchmark.
-        workdir: for runs.
+        names: names of all subjects of the experiment, whatever part of them this call runs.
+        class_nouns: class nouns of the whole benchmark.
+        workdir: folder of all runs.
     """
     nouns = tuple(dict.fromkeys(class_nouns))
     for arm in (arm for arm in study.arms if arm.stage is None):
-        _, known = class_knowledge(arm.config)
+        _, known_nouns = class_knowledge(arm.config)
         for name, class_noun in zip(names, class_nouns, strict=False):
             noun = determine([], arm.class_noun(class_noun, nouns)).noun
-            config, folder = in_workdir(arm, workdir), workdir / arm.name / name
-            reserve_identifier(pretrained.tokenizer, config, folder, noun, known or ())
+            config, folder = run_config(arm, workdir), workdir / arm.name / name
+            reserve_identifier(pretrained.tokenizer, config, folder, noun, known_nouns or ())
 
 
-def in_workdir(arm: Arm, workdir: Path) -> ConfigDict:
-    """The configuration of an arm's runs, which share a registry."""
+def run_config(arm: Arm, workdir: Path) -> ConfigDict:
+    """The configuration of an arm's runs, which share a registry of identifiers."""
     return changed(arm.config, subject__registry=str(workdir / arm.name / "registry.json"))
 
 
-def conduct(
+def run_study(
     study: Study,
     config: ConfigDict,
     pretrained: Pipeline,
@@ -215,17 +220,17 @@ def conduct(
     delete_weights: bool = False,
     destinations: Destinations = NO_DESTINATIONS,
 ) -> str:
-    """Run what is missing, write tables and figure.
+    """Run the arms for all subjects, except where they were scored before, and write tables and figure.
 
     Args:
         study: the experiment.
-        config: that its arms vary.
+        config: the configuration that its arms vary.
         pretrained: the cascade.
-        subjects: of the benchmark.
+        subjects: subjects of the benchmark.
         nouns: all class nouns of the benchmark.
-        workdir: for runs and tables.
+        workdir: folder of all runs and tables.
         delete_weights: whether to delete a subject's weights once all arms have been scored.
-        destinations: where the numbers and pictures of runs go besides.
+        destinations: additional destinations of the runs' numbers and pictures.
 
     Returns:
         The tables as Markdown.
@@ -242,8 +247,8 @@ def conduct(
                 bar.update()
             if delete_weights:
                 for arm in study.arms:
-                    forget_weights(workdir / arm.name / subject.name)
-    scores = {arm: summary(of_arm) for arm, of_arm in rows.items()}
+                    remove_weights(workdir / arm.name / subject.name)
+    scores = {arm: summary(arm_rows) for arm, arm_rows in rows.items()}
     return tables.write(scores, study.findings, study.paper, workdir / study.name)
 
 
@@ -257,42 +262,51 @@ def scored_run(
     workdir: Path,
     destinations: Destinations = NO_DESTINATIONS,
 ) -> list[Row]:
-    """The rows of one subject in one arm: personalised and scored, or read where that was done before."""
+    """The rows of one subject in one arm: personalised and scored, or read where they are of this evaluation already.
+
+    Args:
+        study: the experiment.
+        arm: one of its arms.
+        subject: the subject.
+        nouns: all class nouns of the benchmark.
+        pretrained: the cascade.
+        encoders: encoders of the metrics, by name.
+        workdir: folder of all runs.
+        destinations: additional destinations of the run's numbers and pictures.
+    """
     folder = workdir / arm.name / subject.name
-    config = in_workdir(arm, workdir)
+    out = folder / "evaluation"
+    config = run_config(arm, workdir)
     manifest.record_config(config, folder, may_change=["subject.registry"])  # the folders may have been moved
-    scored = folder / "evaluation" / "rows.jsonl"
-    measured = folder / "evaluation" / f"{study.name}.jsonl"
-    if not scored.exists() or (study.measure and not measured.exists()):
-        first = workdir / study.arms[0].name / subject.name
+    rows, measured = read_scored(out, config.evaluation), out / f"{study.name}.jsonl"
+    if rows is None or (study.measure and not measured.exists()):
         noun = arm.class_noun(subject.class_noun, nouns)
-        prompts = [worded(prompt, subject.class_noun, noun, config.subject.label) for prompt in subject.prompts]
+        prompts = [reword(prompt, subject.class_noun, noun, config.subject.label) for prompt in subject.prompts]
         truth = None if subject.truth is None else truth_of(subject.truth)
-        settings, out = config.evaluation, folder / "evaluation"
         before = shared_folder(workdir, "class_before", noun, pretrained, config)
         tracked = destinations.of(folder, f"{arm.name}/{subject.name}")
         with tracked.running(config):
-            tuned = tuned_run(arm, config, subject, noun, pretrained, workdir, first, tracked)
-            rows = evaluate(
-                tuned, pretrained, subject.name, prompts, encoders, settings, out, subject.photos, truth, before
-            )
+            first = workdir / study.arms[0].name / subject.name
+            tuned = tune_arm(arm, config, subject, noun, pretrained, workdir, first, tracked)
+            inputs = prompts, encoders, config.evaluation, out, subject.photos, truth, before
+            rows = evaluate(tuned, pretrained, subject.name, *inputs)
             if study.measure:
                 write_rows(study.measure(tuned, subject), measured)
-            hand_on(rows, num_steps(config), out, tracked)
-    return read_rows(scored) + (read_rows(measured) if study.measure else [])
+            track_scores(rows, num_steps(config), out, tracked)
+    return rows + (read_rows(measured) if study.measure else [])
 
 
-def hand_on(rows: Sequence[Row], step: int, folder: Path, tracked: Tracking) -> None:
-    """Hand on a run's scores, and a sheet with the first picture of each prompt, from the evaluation's folder."""
+def track_scores(rows: Sequence[Row], step: int, folder: Path, tracked: Tracking) -> None:
+    """Send a run's scores, and a sheet of the first picture of each prompt in `folder`, to additional destinations."""
     if tracked == JSONL_ONLY:
         return
     (scores,) = summary(rows).values()
     tracked.of("scores").scalars(step, scores)
-    drawn = np.stack([read_image(folder / row.file) for row in rows if (row.role, row.seed) == ("subject", 0)])
-    tracked.of("pictures").pictures(step, sheets([Panel("Evaluation", "the first picture of each prompt", drawn)]))
+    images = np.stack([read_image(folder / row.file) for row in rows if (row.role, row.seed) == ("subject", 0)])
+    tracked.of("pictures").pictures(step, sheets([Panel("Evaluation", "the first picture of each prompt", images)]))
 
 
-def tuned_run(
+def tune_arm(
     arm: Arm,
     config: ConfigDict,
     subject: BenchmarkSubject,
@@ -302,65 +316,65 @@ def tuned_run(
     first: Path,
     tracked: Tracking,
 ) -> Personalized:
-    """The cascade of one subject, tuned as an arm says, in `workdir/<arm>/<subject>`.
+    """Tune the cascade to one subject in one arm, in `workdir/<arm>/<subject>`.
 
     Args:
-        arm: the way of personalising.
-        config: of the run.
-        subject: of the benchmark.
-        noun: what it is said to be.
+        arm: the arm.
+        config: configuration of the run.
+        subject: the subject.
+        noun: the class noun that is used for it.
         pretrained: the cascade.
-        workdir: of all arms.
-        first: run directory of the first arm, for arms that vary one stage of it.
-        tracked: where metrics go besides.
+        workdir: folder of all runs.
+        first: run directory of the first arm, for arms that tune only one stage.
+        tracked: additional destinations of metrics.
     """
     folder = workdir / arm.name / subject.name
     if arm.stage is not None:
         return retune_stage(pretrained, load_personalized(first), arm.stage, config, first, folder / arm.stage, tracked)
     resolution = pretrained.stages[-1].resolution
     images = [from_pixels(f"{i:02d}", p, resolution) for i, p in enumerate(subject.photos[: arm.num_photos])]
-    share_class_images(folder, shared_folder(workdir, "class_images", noun, pretrained, config))
-    if arm.goes_on_from is not None:
-        take_checkpoints(workdir / arm.goes_on_from / subject.name, folder, config.tune)
+    link_class_images(folder, shared_folder(workdir, "class_images", noun, pretrained, config))
+    if arm.continues is not None:
+        copy_checkpoints(workdir / arm.continues / subject.name, folder, config.tune)
     return personalize_subject(pretrained, SubjectPhotos(images, noun), config, folder, tracked)
 
 
-def worded(prompt: str, true_noun: str, noun: str, label: str) -> str:
-    """A prompt as it is put to a cascade that was tuned with another noun, or with none."""
-    given = noun if label == "identifier_and_class" else ""
-    return " ".join(prompt.replace(f"{PLACEHOLDER} {true_noun}", f"{PLACEHOLDER} {given}").split())
+def reword(prompt: str, true_noun: str, noun: str, label: str) -> str:
+    """A prompt with another class noun in place of the true one; without any where the subject's labels have none."""
+    used = noun if label == "identifier_and_class" else ""
+    return " ".join(prompt.replace(f"{PLACEHOLDER} {true_noun}", f"{PLACEHOLDER} {used}").split())
 
 
 def shared_folder(workdir: Path, part: str, noun: str, pretrained: Pipeline, config: ConfigDict) -> Path:
-    """Where runs keep what the pretrained cascade draws for a class: one folder for all that draw the same there.
+    """The folder of the pretrained cascade's pictures of a class, which runs that sample the same pictures share.
 
     Args:
-        workdir: of the runs.
+        workdir: folder of all runs.
         part: "class_images" or "class_before".
-        noun: of the class.
-        pretrained: the cascade, which different runs may have different ones of.
-        config: of a run. Pictures depend on how networks compute, and class images on their own keys, but for how many
-            there are.
+        noun: the class noun.
+        pretrained: the cascade; runs of one folder may have different ones.
+        config: configuration of a run. Pictures depend on its `compute` keys, and class images on their own keys except
+            for their number.
     """
     settings = config.class_images if part == "class_images" else {"batch_size": config.evaluation.batch_size}
-    drawn_by = {key: value for key, value in settings.items() if key not in ("count", "folder")}
-    drawn_by |= {"weights": pretrained.fingerprint, "compute": dict(config.get("compute", {}))}
-    digest = hashlib.sha256(json.dumps(drawn_by, sort_keys=True).encode()).hexdigest()[:8]
+    sampled_by = {key: value for key, value in settings.items() if key not in ("count", "folder")}
+    sampled_by |= {"weights": pretrained.fingerprint, "compute": dict(config.get("compute", {}))}
+    digest = hashlib.sha256(json.dumps(sampled_by, sort_keys=True).encode()).hexdigest()[:8]
     return workdir / part / f"{noun.replace(' ', '_')}-{digest}"
 
 
-def share_class_images(folder: Path, shared: Path) -> None:
-    """Let a run find the class images of others that draw the same, see `shared_folder`."""
+def link_class_images(folder: Path, shared: Path) -> None:
+    """Link a run's class images to the folder that it shares with other runs, see `shared_folder`."""
     shared.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    link, target = folder / "class_images", os.path.relpath(shared, folder)  # so that all can be moved together
+    link, target = folder / "class_images", os.path.relpath(shared, folder)  # relative, so that all can be moved
     if link.is_symlink() and os.readlink(link) != target:
         link.unlink()
     if not link.is_symlink():
         link.symlink_to(target)
 
 
-def take_checkpoints(source: Path, folder: Path, stages: Sequence[str]) -> None:
+def copy_checkpoints(source: Path, folder: Path, stages: Sequence[str]) -> None:
     """Begin a run with the checkpoints of another one."""
     for stage in stages:
         if not (folder / stage).exists():
@@ -368,8 +382,8 @@ def take_checkpoints(source: Path, folder: Path, stages: Sequence[str]) -> None:
             temporary.rename(folder / stage)
 
 
-def forget_weights(folder: Path) -> None:
-    """Delete what a run has trained, which has been scored: checkpoints and results."""
+def remove_weights(folder: Path) -> None:
+    """Delete the checkpoints and the trained parameters of a run that has been scored."""
     for file in folder.glob(f"*/{trained.FILE}"):
         file.unlink(missing_ok=True)
     for checkpoints in folder.glob("*/checkpoints"):

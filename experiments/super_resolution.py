@@ -2,9 +2,9 @@
 
     python -m experiments.super_resolution --config=configs/world.py --workdir=runs/paper
 
-Ruiz et al. 2023, section 3.4, has pictures and no table. The base stage is the first arm's. Views of the subject that
-no arm was tuned on, known at full resolution, are enlarged from their low-resolution versions: "view PSNR" is the peak
-signal-to-noise ratio over the object.
+Ruiz et al. 2023, section 3.4, has pictures and no table. All arms have the first arm's base stage. Views of the subject
+that no arm was tuned on, known at full resolution, are enlarged from their low-resolution versions: "view PSNR" is the
+peak signal-to-noise ratio over the object.
 """
 
 import numpy as np
@@ -27,10 +27,10 @@ STAGE = "super_resolution"
 
 
 def view_fidelity(tuned: Personalized, subject: BenchmarkSubject) -> list[Row]:
-    """PSNR of unseen views of a rendered subject, enlarged from their low-resolution versions; none of a real one."""
-    if subject.truth is None:
-        return []
+    """PSNR of unseen views of a rendered subject, enlarged from their low-resolution versions; none for a real one."""
     stage = tuned.pipeline.stage(STAGE)
+    if subject.truth is None or stage.low_resolution is None:
+        return []
     views = unseen_views(subject.truth, NUM_VIEWS)
     truth = downsample_uint8(views, stage.resolution)
     low = downsample_uint8(views[..., :3], stage.low_resolution)
@@ -54,7 +54,7 @@ def object_psnr(picture: np.ndarray, truth: np.ndarray) -> float:
 
 
 def make_study(config: ConfigDict) -> Study:
-    """Tuned at the configured, reduced augmentation; at the pretrained stage's own; and not tuned."""
+    """The stage tuned at the configured, reduced augmentation; at its pretrained augmentation; and not tuned."""
     if "pretrained_augmentation_levels" not in config:
         raise UserError("This configuration is of a model without a super-resolution stage; give one of a cascade.")
     normal = config.pretrained_augmentation_levels

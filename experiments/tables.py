@@ -1,4 +1,4 @@
-"""Tables and figure of an experiment: its arms, the paper's rows beside them, and what was found."""
+"""Tables and figure of an experiment: its arms beside the paper's rows, and whether its findings hold."""
 
 import csv
 import io
@@ -24,13 +24,13 @@ from personalize_jax.runtime.files import replacing, write_text
 
 
 class Finding(NamedTuple):
-    """What is expected: that a metric is greater in one arm than in another.
+    """An expectation: a metric is greater in one arm than in another.
 
     Attributes:
-        claim: in words.
-        metric: of the tables.
-        greater: name of an arm.
-        less: of another.
+        claim: the finding in words.
+        metric: name of the metric.
+        greater: name of the arm in which it is greater.
+        less: name of the arm in which it is less.
     """
 
     claim: str
@@ -48,28 +48,29 @@ def write(
     """Write `tables.md`, `tables.csv`, `subjects.csv` and `figure.png`.
 
     Args:
-        scores: of every arm.
-        findings: what is expected of them.
+        scores: scores of the subjects by arm.
+        findings: expected findings.
         paper: the paper's own rows.
-        folder: to write to.
+        folder: folder of the files.
 
     Returns:
         The tables as Markdown.
     """
-    table = {arm: estimates(of_arm) for arm, of_arm in scores.items()}
+    table = {arm: estimates(arm_scores) for arm, arm_scores in scores.items()}
     text = tables(table, paper, len(next(iter(scores.values()))))
     if findings:
-        text += "\n" + verdicts(scores, findings)
+        text += "\n" + findings_table(scores, findings)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "tables.md", text)
     write_text(folder / "tables.csv", comma_separated(table))
-    write_text(folder / "subjects.csv", of_subjects(scores))
-    draw(table, folder / "figure.png")
+    write_text(folder / "subjects.csv", subjects_csv(scores))
+    with replacing(folder / "figure.png") as temporary:
+        plot(table).savefig(temporary, format="png")
     return text
 
 
 def tables(table: Table, paper: Mapping[str, Mapping[str, float]], num_subjects: int) -> str:
-    """The similarities with the paper's own rows, and the exact metrics of the rendered world, as far as measured."""
+    """Markdown tables of the similarities, with the paper's own rows, and of the exact metrics that were measured."""
     first = next(iter(table.values()))
     measured = dict.fromkeys(name for metrics in table.values() for name in metrics)
     real = {name.removesuffix(" (real)"): value for name, value in first.items() if name.endswith(" (real)")}
@@ -85,19 +86,19 @@ def tables(table: Table, paper: Mapping[str, Mapping[str, float]], num_subjects:
     return text
 
 
-def of_subjects(scores: Mapping[str, SubjectScores]) -> str:
-    """What the means are of, as CSV: arm, subject, metric, value."""
+def subjects_csv(scores: Mapping[str, SubjectScores]) -> str:
+    """The values of every subject as CSV: arm, subject, metric, value."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["arm", "subject", "metric", "value"])
-    for arm, of_arm in scores.items():
-        for subject, metrics in of_arm.items():
+    for arm, subjects in scores.items():
+        for subject, metrics in subjects.items():
             writer.writerows([arm, subject, metric, f"{value:.6g}"] for metric, value in metrics.items())
     return text.getvalue()
 
 
-def verdicts(scores: Mapping[str, SubjectScores], findings: Sequence[Finding]) -> str:
-    """For each finding the difference, subject by subject, and whether its interval excludes zero.
+def findings_table(scores: Mapping[str, SubjectScores], findings: Sequence[Finding]) -> str:
+    """A Markdown table of the findings, each with the difference, subject by subject, and whether it holds.
 
     Findings about metrics that were not measured, such as exact ones of real pictures, are left out.
     """
@@ -111,16 +112,16 @@ def verdicts(scores: Mapping[str, SubjectScores], findings: Sequence[Finding]) -
 
 
 def verdict(difference: Estimate) -> str:
-    """Whether a difference that is expected to be positive is so."""
+    """Whether a difference that is expected to be positive is so: its interval excludes zero."""
     if difference.low > 0:
         return "yes"
     return "no, the opposite" if difference.high < 0 else "undecided"
 
 
-def draw(table: Table, file: Path) -> None:
+def plot(table: Table) -> Figure:
     """A panel for each metric: the arms from top to bottom, with their intervals."""
-    of_figure = [metric.name for metric in metric_registry.METRICS if metric.in_figure]
-    shown = [name for name in of_figure if any(name in metrics for metrics in table.values())]
+    in_figure = [metric.name for metric in metric_registry.METRICS if metric.in_figure]
+    shown = [name for name in in_figure if any(name in metrics for metrics in table.values())]
     columns = min(4, len(shown))
     lines = -(-len(shown) // columns)
     height = 0.28 * len(table) + 0.9
@@ -138,5 +139,4 @@ def draw(table: Table, file: Path) -> None:
         axes.grid(axis="x", alpha=0.3)
         axes.set_yticks(range(len(table)), list(table), fontsize=8)
         axes.set_ylim(len(table) - 0.5, -0.5)
-    with replacing(file) as temporary:
-        figure.savefig(temporary, format="png")
+    return figure

@@ -2,7 +2,7 @@
 
     python -m experiments.training_length --config=configs/world.py --workdir=runs/paper
 
-The base stage alone, at a constant learning rate, so that a longer training goes on from a shorter one.
+Only the base stage is tuned, at a constant learning rate, so that a longer training continues a shorter one.
 """
 
 from ml_collections import ConfigDict
@@ -22,35 +22,22 @@ def lengths(config: ConfigDict) -> list[int]:
 
 
 def make_study(config: ConfigDict) -> Study:
-    """Longer and longer trainings, with the prior term and without."""
+    """Trainings of increasing length, with the prior term and without."""
     base_alone = changed(config, tune=("base",), training__optimizer__decay_steps=0)
     arms: list[Arm] = []
     for name, weight in (("with_prior", config.training.prior.weight), ("without_prior", 0.0)):
         before = None
         for steps in lengths(config):
-            varied = changed(base_alone, training__prior__weight=weight, training__num_steps=steps)
-            arms.append(Arm(f"{name}_{steps}_steps", varied, goes_on_from=before))
+            longer = changed(base_alone, training__prior__weight=weight, training__num_steps=steps)
+            arms.append(Arm(f"{name}_{steps}_steps", longer, continues=before))
             before = arms[-1].name
     shortest, longest = lengths(config)[0], lengths(config)[-1]
+    short, long = f"with_prior_{shortest}_steps", f"with_prior_{longest}_steps"
+    without = f"without_prior_{longest}_steps"
     findings = [
-        Finding(
-            "long training without the prior term spoils the class",
-            "PRES",
-            f"without_prior_{longest}_steps",
-            f"with_prior_{longest}_steps",
-        ),
-        Finding(
-            "long training costs prompt fidelity",
-            "CLIP-T",
-            f"with_prior_{shortest}_steps",
-            f"with_prior_{longest}_steps",
-        ),
-        Finding(
-            "long training shows the subject better",
-            "DINO",
-            f"with_prior_{longest}_steps",
-            f"with_prior_{shortest}_steps",
-        ),
+        Finding("long training without the prior term spoils the class", "PRES", without, long),
+        Finding("long training costs prompt fidelity", "CLIP-T", short, long),
+        Finding("long training shows the subject better", "DINO", long, short),
     ]
     return Study("training_length", arms, findings, paper={}, num_subjects=10)
 

@@ -1,7 +1,7 @@
-"""A Cloud TPU VM, asked for as a queued resource, by way of gcloud.
+"""A Cloud TPU VM, requested as a queued resource with gcloud.
 
-Every method is one gcloud command. `Machine(..., dry_run=True)` prints the commands instead, such that they can be
-pasted into a shell, and goes on as if each had succeeded.
+Every method is one gcloud command. `Machine(..., dry_run=True)` prints the commands in a form that can be pasted into a
+shell, and continues as if each had succeeded.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# https://cloud.google.com/tpu/docs/runtimes, for JAX. The part of an accelerator type before its dash.
+# The images for JAX by https://cloud.google.com/tpu/docs/runtimes; keys are accelerator types up to the dash.
 RUNTIME_VERSIONS = {
     "v2": "tpu-ubuntu2204-base",
     "v3": "tpu-ubuntu2204-base",
@@ -21,18 +21,17 @@ RUNTIME_VERSIONS = {
     "v6e": "v2-alpha-tpuv6e",
 }
 
-ABSENT = "ABSENT"  # this module's own word for what gcloud does not find; all others are the service's
+ABSENT = "ABSENT"  # this module's own state for a machine that gcloud does not find; all others are the service's
 ACTIVE = "ACTIVE"
-FAILED = "FAILED"  # the request was refused after it was accepted
-OVER = {FAILED, "SUSPENDED", "PREEMPTED", "TERMINATED"}  # no machine comes back from these
+FAILED = "FAILED"  # the request was accepted and then refused
+OVER = {FAILED, "SUSPENDED", "PREEMPTED", "TERMINATED"}  # states that no machine leaves again
 
-SSH_FAILED = 255  # exit status of ssh, and so of gcloud, where no connection came about or it dropped
-# A machine that has gone leaves connections open that nobody answers.
+SSH_FAILED = 255  # exit status of ssh, and so of gcloud, where a connection failed or dropped
+# A machine that is gone leaves connections open that never answer.
 SSH_FLAGS = ("--ssh-flag=-oConnectTimeout=15", "--ssh-flag=-oServerAliveInterval=15")
 SCP_FLAGS = ("--scp-flag=-oConnectTimeout=15", "--scp-flag=-oServerAliveInterval=15")
 
-
-WORKER_SIZE = 8  # what a type counts, chips or cores, of the largest machine of one worker; larger ones have several
+WORKER_SIZE = 8  # the largest number in an accelerator type, of chips or cores, of a machine with one worker
 
 
 class GcloudError(Exception):
@@ -40,7 +39,7 @@ class GcloudError(Exception):
 
     Attributes:
         status: its exit status.
-        message: the end of what it wrote to standard error.
+        message: the end of its standard error.
     """
 
     def __init__(self, status: int, stderr: str) -> None:
@@ -50,20 +49,20 @@ class GcloudError(Exception):
 
     @property
     def summary(self) -> str:
-        """The message's line that says what was wrong."""
+        """The line of the message that names the error."""
         lines = self.message.splitlines()
         return next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1])
 
 
 class State(NamedTuple):
-    """How a machine is.
+    """The state of a machine.
 
     Attributes:
-        word: ACTIVE if it can be used; otherwise the state of the queued resource, or of the VM in it, or ABSENT.
-        reason: what the service says about a failure.
+        name: ACTIVE if it can be used; otherwise the state of the queued resource, or of its VM, or ABSENT.
+        reason: the service's message about a failure.
     """
 
-    word: str
+    name: str
     reason: str = ""
 
 
@@ -72,14 +71,14 @@ class Machine:
     """A TPU VM and the queued resource of the same name that it belongs to.
 
     Attributes:
-        name: of both.
-        accelerator_type: such as v5litepod-16.
-        zone: such as us-west4-a.
-        project: None for gcloud's default.
-        runtime_version: the VM's image.
+        name: name of both.
+        accelerator_type: accelerator type, such as v5litepod-16.
+        zone: zone, such as us-west4-a.
+        project: Google Cloud project; None for gcloud's default.
+        runtime_version: image of the VM.
         spot: whether it may be preempted, and costs less.
         dry_run: whether commands are printed and not run.
-        created: whether this object has created it.
+        created: whether this object has requested it.
     """
 
     name: str
@@ -92,7 +91,7 @@ class Machine:
     created: bool = False
 
     def create(self) -> None:
-        """Ask for the machine; it becomes active when the zone has one to give."""
+        """Request the machine; it becomes active when the zone has one."""
         self._call(
             "queued-resources",
             "create",
@@ -105,7 +104,7 @@ class Machine:
         self.created = True
 
     def state(self) -> State:
-        """How it is."""
+        """The machine's state."""
         reply = {"state": {"state": ACTIVE}} if self.created else None
         resource = self._describe("queued-resources", reply)
         if resource is None:
@@ -119,7 +118,7 @@ class Machine:
         return State(ACTIVE if node["state"] == "READY" else node["state"])
 
     def num_workers(self) -> int:
-        """How many hosts it has."""
+        """The number of its workers, which are its hosts."""
         node = self._describe("tpu-vm", {"networkEndpoints": [{}]})
         return len((node or {}).get("networkEndpoints", []))
 
@@ -129,12 +128,12 @@ class Machine:
         gcloud runs it again, up to ten times, where the connection drops.
 
         Args:
-            script: for bash.
-            worker: its number, or "all".
-            reply: what to go on with in a dry run.
+            script: script for bash.
+            worker: number of the worker, or "all".
+            reply: the assumed output in a dry run.
 
         Returns:
-            Standard output; that of several workers in no order.
+            Standard output; that of several workers in no particular order.
         """
         return self._call(
             "tpu-vm", "ssh", self.name, f"--worker={worker}", f"--command={script}", *SSH_FLAGS, reply=reply
@@ -154,7 +153,7 @@ class Machine:
 
     @property
     def delete_command(self) -> str:
-        """What a user types to delete it."""
+        """The shell command that deletes it."""
         return shlex.join(self._command(*self._deletion))
 
     @property

@@ -1,4 +1,4 @@
-"""A program's run on a TPU VM: waiting for the machine, installing, watching, beginning again, deleting."""
+"""The run of a program on a TPU VM: waiting for the machine, installing, watching, restarting, deleting."""
 
 import json
 import os
@@ -15,9 +15,9 @@ from launch.gcloud import ABSENT, ACTIVE, FAILED, OVER, SSH_FAILED, GcloudError,
 from launch.payload import Program
 from personalize_jax.runtime.errors import UserError
 
-AGAIN = os.EX_TEMPFAIL  # exit status of a command that has saved and stopped: start it again
+RESTART = os.EX_TEMPFAIL  # exit status of a command that has saved and stopped, and is to be restarted
 SETUP_TRIES = 3
-WATCH_TRIES = 30  # with growing pauses, hours: a laptop may be carried home
+WATCH_TRIES = 30  # with growing pauses this takes hours: a laptop may be carried home
 LONGEST_PAUSE = 64  # in units of `poll`
 
 T = TypeVar("T")
@@ -28,20 +28,20 @@ class MachineLost(Exception):
 
 
 class Launch:
-    """A program's run on a machine, and on those that take its place."""
+    """The run of a program on a machine, and on the machines that replace it after preemptions."""
 
     def __init__(
         self, machine: Machine, program: Program, archive: Path, folder: Path, poll: float, token: str = ""
     ) -> None:
-        """A launch.
+        """A launch that has not begun.
 
         Args:
-            machine: may exist already.
-            program: to run on it.
-            archive: of the code.
-            folder: for the logs.
-            poll: seconds between two looks.
-            token: for the Hugging Face hub, if the program needs one.
+            machine: the machine, which may exist already.
+            program: the program.
+            archive: archive of the code.
+            folder: folder of the logs.
+            poll: seconds between two polls of the machine.
+            token: access token for the Hugging Face hub, if the program needs one.
         """
         self.machine = machine
         self.program = program
@@ -55,17 +55,17 @@ class Launch:
         """Run the program until it has ended for good.
 
         Args:
-            max_restarts: how often to begin again.
+            max_restarts: how often the program may be restarted.
             keep: whether to keep the machine.
 
         Returns:
-            The program's exit status; 75 if it was begun again too often; 130 if interrupted; 1 if it could not be run.
+            The program's exit status; 75 after too many restarts; 130 if interrupted; 1 if it could not be run.
 
         Raises:
-            UserError: the machine was refused, or runs something else; there is nothing to delete.
+            UserError: the machine was refused, or runs another command; there is nothing to delete.
         """
         try:
-            status = self._until_done(max_restarts)
+            status = self._run_with_restarts(max_restarts)
         except KeyboardInterrupt:
             self._say(f"interrupted. {self._left_running()}")
             return 130
@@ -78,17 +78,17 @@ class Launch:
             self._say(self._left_running())
             raise
         if keep:
-            self._forget()
+            self._clear()
             self._say(f"the machine is kept, and costs. Delete it with:\n  {self.machine.delete_command}")
             return status
         try:
-            self._patiently(self.machine.delete, SETUP_TRIES)
+            self._retry(self.machine.delete, SETUP_TRIES)
             self._say("the machine is deleted.")
         except (GcloudError, KeyboardInterrupt) as error:
             self._say(f"could not delete the machine ({error}), which costs. {self._left_running()}")
         return status
 
-    def _until_done(self, max_restarts: int) -> int:
+    def _run_with_restarts(self, max_restarts: int) -> int:
         for restart in range(max_restarts + 1):
             if restart:
                 self._say(f"beginning again ({restart} of at most {max_restarts}).")
@@ -98,37 +98,37 @@ class Launch:
                 status = self._run_once(first=restart == 0)
             except MachineLost as error:
                 self._say(f"{error}.")
-                status = AGAIN
-            if status != AGAIN:
+                status = RESTART
+            if status != RESTART:
                 self._say("the program is done." if status == 0 else f"the program failed, with status {status}.")
                 return status
         self._say(f"the program was begun {max_restarts + 1} times and is not done; --max_restarts allows no more.")
-        return AGAIN
+        return RESTART
 
     def _acquire(self, first: bool) -> None:
-        """Wait until the machine is active; ask for it where there is none, or one that is over."""
-        asked, said = False, ""
-        while (state := self._look(first=first and not asked)).word != ACTIVE:
-            if state.word in OVER:
-                self._patiently(self.machine.delete, SETUP_TRIES)
-                if asked:
-                    self._refused(state.reason or state.word, fatal=first and state.word == FAILED)
-            elif state.word == ABSENT:
+        """Wait until the machine is active; request it if there is none, or only one that is over."""
+        requested, reported = False, ""
+        while (state := self._state(first=first and not requested)).name != ACTIVE:
+            if state.name in OVER:
+                self._retry(self.machine.delete, SETUP_TRIES)
+                if requested:
+                    self._refused(state.reason or state.name, fatal=first and state.name == FAILED)
+            elif state.name == ABSENT:
                 try:
                     self.machine.create()
                 except GcloudError as error:
-                    if self._word_if_known() == ABSENT:  # or else the request came through and only its answer did not
+                    if self._state_name() == ABSENT:  # otherwise the request arrived and only its answer was lost
                         self._refused(error.summary, fatal=first)
-                asked = True
-            elif state.word != said:
-                said = state.word
-                self._say(f"waiting for a {self.machine.accelerator_type} in {self.machine.zone}: {said}")
+                requested = True
+            elif state.name != reported:
+                reported = state.name
+                self._say(f"waiting for a {self.machine.accelerator_type} in {self.machine.zone}: {reported}")
             self._pause(0)
         self._say("the machine is there.")
 
-    def _look(self, first: bool) -> State:
+    def _state(self, first: bool) -> State:
         if not first:
-            return self._patiently(self.machine.state, WATCH_TRIES)
+            return self._retry(self.machine.state, WATCH_TRIES)
         try:
             return self.machine.state()
         except GcloudError as error:  # not signed in, no such project
@@ -139,7 +139,7 @@ class Launch:
         raise UserError(sentence) if fatal else MachineLost(sentence)
 
     def _run_once(self, first: bool) -> int:
-        """The program's exit status on this machine; at first, one that was started before is only watched."""
+        """Run the program on this machine and return its exit status; on the first, one that runs is only watched."""
         if first and self._was_started():
             self._say("the program was started before; watching it.")
         else:
@@ -150,47 +150,47 @@ class Launch:
         status = self._watch(logs / "worker_0.log")
         if status == 0 and not self._manifest_agrees():
             self._say("the program has ended and the manifest of its run does not say done.")
-            status = AGAIN
+            status = RESTART
         self._fetch_logs(logs)
-        if status not in (0, AGAIN):
-            self._check_machine()  # where one worker is preempted, the program fails on the others
+        if status not in (0, RESTART):
+            self._check_machine()  # if one worker is preempted, the program fails on the others
         return status
 
     def _was_started(self) -> bool:
-        statuses = self._statuses(smooth=worker.ABSENT)
-        if any(digest != self.digest and how == worker.RUNNING for digest, how in statuses):
+        statuses = self._statuses(dry_run_status=worker.ABSENT)
+        if any(digest != self.digest and status == worker.RUNNING for digest, status in statuses):
             raise UserError(
                 f"{self.machine.name} is running another command; give another --name, or delete it with: "
                 f"{self.machine.delete_command}"
             )
-        return {digest for digest, how in statuses if how != worker.ABSENT} == {self.digest}
+        return {digest for digest, status in statuses if status != worker.ABSENT} == {self.digest}
 
     def _set_up(self) -> None:
         self._say(f"copying {self.archive} and installing.")
-        self._reaching(lambda: self.machine.copy_to(self.archive, worker.ARCHIVE), SETUP_TRIES)
+        self._connect(lambda: self.machine.copy_to(self.archive, worker.ARCHIVE), SETUP_TRIES)
         self._ssh(worker.install(payload.jax_version()), SETUP_TRIES)
         if self.token:
-            self._bring_token()
+            self._copy_token()
         for bucket in self.program.buckets:
             self._ssh(worker.mount(bucket), SETUP_TRIES)
 
-    def _bring_token(self) -> None:
-        """Copy the token as a file that nobody else can read: command lines are seen by others, and logged."""
+    def _copy_token(self) -> None:
+        """Copy the token as a file that nobody else can read: command lines are visible to others, and logged."""
         with tempfile.TemporaryDirectory() as folder:
-            file = Path(worker.TOKEN)  # where whoever pastes a dry run's commands has to put it
+            file = Path(worker.TOKEN)  # where a user who pastes a dry run's commands has to put it
             if not self.machine.dry_run:
                 file = Path(folder) / worker.TOKEN
                 file.touch(mode=0o600)
                 file.write_text(self.token)
-            self._reaching(lambda: self.machine.copy_to(file, worker.TOKEN), SETUP_TRIES)
+            self._connect(lambda: self.machine.copy_to(file, worker.TOKEN), SETUP_TRIES)
         self._ssh(worker.keep_token(), SETUP_TRIES)
 
     def _watch(self, log: Path) -> int:
-        """Show the log of worker 0 until the program has ended; its exit status."""
+        """Show the log of worker 0 until the program has ended, and return its exit status."""
         self._say(f"running {shlex.join(self.program.command)}")
         offset = 0
         while True:
-            status = exit_status([how for _, how in self._statuses()])
+            status = exit_status([worker_status for _, worker_status in self._statuses()])
             new = worker.read_log(self._ssh(worker.new_log(offset), WATCH_TRIES, "0"))
             offset += len(new)
             if not self.machine.dry_run:
@@ -201,11 +201,11 @@ class Launch:
                 return status
             self._pause(0)
 
-    def _statuses(self, smooth: str = "0") -> list[tuple[str, str]]:
-        return worker.read_statuses(self._ssh(worker.status(), WATCH_TRIES, reply=f"{self.digest} {smooth}"))
+    def _statuses(self, dry_run_status: str = "0") -> list[tuple[str, str]]:
+        return worker.read_statuses(self._ssh(worker.status(), WATCH_TRIES, reply=f"{self.digest} {dry_run_status}"))
 
     def _manifest_agrees(self) -> bool:
-        """Whether the run is done; of commands that leave no manifest, the exit status has said it."""
+        """Whether the run's manifest says done, or there is none."""
         if self.program.workdir is None:
             return True
         try:
@@ -215,7 +215,7 @@ class Launch:
         return bool(manifest.get("done", True))
 
     def _fetch_logs(self, folder: Path) -> None:
-        """Copy all workers' logs, as far as they can be had."""
+        """Copy the logs of all workers that can be reached."""
         try:
             for i in range(self.machine.num_workers()):
                 self.machine.copy_from(worker.LOG, i, folder / f"worker_{i}.log")
@@ -223,8 +223,8 @@ class Launch:
             self._say(f"not all logs could be copied: {error.summary}")
         self._say(f"logs are in {folder}.")
 
-    def _forget(self) -> None:
-        """So that the same command runs again on a kept machine, and no token stays there."""
+    def _clear(self) -> None:
+        """Remove program and token from a machine that is kept, so that the same command can run there again."""
         try:
             self._ssh(worker.stop(), SETUP_TRIES)
             if self.token:
@@ -233,7 +233,7 @@ class Launch:
             self._say(f"the program could not be cleared away: {error}")
 
     def _new_log_folder(self) -> Path:
-        """A numbered folder for each time that the program is begun or watched."""
+        """A new numbered folder; there is one for each time that the program is started or watched."""
         number = 1
         while (self.folder / str(number)).exists():
             number += 1
@@ -242,10 +242,10 @@ class Launch:
         return self.folder / str(number)
 
     def _ssh(self, script: str, tries: int, worker_number: str = "all", reply: str = "") -> str:
-        return self._reaching(lambda: self.machine.ssh(script, worker_number, reply), tries)
+        return self._connect(lambda: self.machine.ssh(script, worker_number, reply), tries)
 
-    def _reaching(self, step: Callable[[], T], tries: int) -> T:
-        """Do what needs a connection; where it fails, see whether the machine is still there."""
+    def _connect(self, step: Callable[[], T], tries: int) -> T:
+        """Repeat a step that needs a connection while it fails and the machine is still there."""
 
         def attempt() -> T:
             try:
@@ -254,20 +254,20 @@ class Launch:
                 self._check_machine()
                 raise
 
-        return self._patiently(attempt, tries)
+        return self._retry(attempt, tries)
 
     def _check_machine(self) -> None:
-        if (word := self._word_if_known()) not in (ACTIVE, None):
-            raise MachineLost(f"the machine is gone: {word}")
+        if (name := self._state_name()) not in (ACTIVE, None):
+            raise MachineLost(f"the machine is gone: {name}")
 
-    def _word_if_known(self) -> str | None:
+    def _state_name(self) -> str | None:
         try:
-            return self.machine.state().word
+            return self.machine.state().name
         except GcloudError:  # this computer is offline
             return None
 
-    def _patiently(self, step: Callable[[], T], tries: int) -> T:
-        """Repeat a step that fails, with growing pauses, and at last let its error through."""
+    def _retry(self, step: Callable[[], T], tries: int) -> T:
+        """Repeat a step while it fails, with growing pauses; the last failure is raised."""
         for failures in range(1, tries):
             try:
                 return step()
@@ -292,21 +292,21 @@ class Launch:
             print(f"[{self.machine.name}] {text}", file=sys.stderr, flush=True)
 
 
-def exit_status(words: list[str]) -> int | None:
-    """The program's exit status by what its workers say, or None while it runs.
+def exit_status(statuses: list[str]) -> int | None:
+    """The program's exit status by the statuses of its workers, or None while it runs.
 
-    One worker's failure is the program's, whatever the others still do: they wait for it. A worker that has stopped to
-    be started again, or was killed, lets the others fail, and comes first.
+    The failure of one worker is the program's, because the others wait for it. A worker that stopped to be restarted,
+    or was killed, makes the others fail, so that its status decides.
 
     >>> exit_status(["0", "running"]), exit_status(["0", "0"]), exit_status(["1", "running"]), exit_status(["1", "75"])
     (None, 0, 1, 75)
     """
-    ended = {AGAIN if how in (worker.LOST, worker.ABSENT) else int(how) for how in words if how != worker.RUNNING}
-    if AGAIN in ended:
-        return AGAIN
+    ended = {RESTART if s in (worker.LOST, worker.ABSENT) else int(s) for s in statuses if s != worker.RUNNING}
+    if RESTART in ended:
+        return RESTART
     if failed := ended - {0}:
         return min(failed)
-    return 0 if words and worker.RUNNING not in words else None
+    return 0 if statuses and worker.RUNNING not in statuses else None
 
 
 def _append(file: Path, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""What is run on a machine: the user's command, and the code and files that it needs there."""
+"""The command that is run on a machine, and the code and files that it needs there."""
 
 import itertools
 import os
@@ -16,12 +16,12 @@ from personalize_jax.runtime.errors import UserError
 from personalize_jax.runtime.files import replacing
 
 ROOT = Path(__file__).parent.parent
-OUTPUT_FLAGS = ("workdir", "out", "output")  # by which the project's commands are told where to write
-INPUT_FLAGS = ("images", "photos", "prompts", "sweep", "config")  # and what to read
-MODEL_FLAGS = ("pipeline", "config.pretrained")  # likewise, which may also be names on the hub
+OUTPUT_FLAGS = ("workdir", "out", "output")  # flags of the project's commands with paths to write to
+INPUT_FLAGS = ("images", "photos", "prompts", "sweep", "config")  # and with paths to read
+MODEL_FLAGS = ("pipeline", "config.pretrained")  # likewise, or with names on the hub
 COMMANDS = ("personalize_jax", "experiments", "launch")  # packages of the project's commands
-GATED = "DeepFloyd/"  # how names begin on the hub of which the licence must be accepted
-GATED_CONFIG = "configs/deepfloyd_if.py"  # which names them
+GATED = "DeepFloyd/"  # names on the hub that begin with this need a licence
+GATED_CONFIG = "configs/deepfloyd_if.py"  # the configuration that names them
 
 _BUCKET = re.compile(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(?![a-z0-9._-])")
 
@@ -30,12 +30,12 @@ class Program(NamedTuple):
     """A command as it is run on a machine.
 
     Attributes:
-        command: its words; buckets are named by where they are mounted.
-        buckets: names of those that it uses.
+        command: its words; buckets are replaced by the folders where they are mounted.
+        buckets: names of the buckets.
         workdir: its --workdir, or None.
         local_outputs: paths that it writes on the machine's own disk.
-        inputs: paths on this computer that it names, whether they are there or not.
-        hub_names: what it reads from the Hugging Face hub, as far as that is said.
+        inputs: paths on this computer that it names, existing or not.
+        hub_names: names on the Hugging Face hub in its flags.
     """
 
     command: list[str]
@@ -47,17 +47,17 @@ class Program(NamedTuple):
 
     @property
     def module(self) -> str | None:
-        """The project's module that it runs by `python -m`, if it does."""
+        """The project's module that it runs by `python -m`, or None."""
         return _module(self.command)
 
     @property
     def takes_multihost(self) -> bool:
-        """Whether that module can be one process of several."""
+        """Whether that module can run as one process of several."""
         return self.module is not None and "define_multihost()" in _module_file(self.module).read_text()
 
     @property
     def is_gated(self) -> bool:
-        """Whether it reads models that ask for a licence, and so for an access token."""
+        """Whether it reads models that need a licence, and so an access token."""
         named = any(name.startswith(GATED) for name in self.hub_names)
         return named or (GATED_CONFIG in self.inputs and _value(self.command, "config.pretrained") is None)
 
@@ -66,10 +66,10 @@ def read_command(command: Sequence[str]) -> Program:
     """Read a user's command.
 
     Args:
-        command: its words; `gs://bucket/path` may stand wherever a path may.
+        command: its words; every path may be `gs://bucket/path`.
 
     Raises:
-        UserError: there is none, or it names a bucket that cannot be.
+        UserError: the command is empty, or has an invalid name of a bucket.
     """
     if not command:
         raise UserError(
@@ -84,16 +84,16 @@ def read_command(command: Sequence[str]) -> Program:
     local = [path for path in outputs.values() if not path.startswith(f"{BUCKETS}/")]
     values = [word.partition("=")[2] if word.startswith("-") else word for word in mounted[1:]]
     inputs = [value for value in values if value and value not in outputs.values() and os.path.exists(ROOT / value)]
-    told, names = _told_inputs(mounted) if _module(mounted) else ([], [])
-    inputs = list(dict.fromkeys([*inputs, *told]))
+    paths, names = _flag_inputs(mounted) if _module(mounted) else ([], [])
+    inputs = list(dict.fromkeys([*inputs, *paths]))
     return Program(mounted, buckets, outputs.get("workdir"), local, inputs, names)
 
 
-def _told_inputs(command: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What one of the project's commands is told to read: paths outside buckets, and names on the hub."""
+def _flag_inputs(command: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The inputs that the flags of a project's command name: paths outside buckets, and names on the hub."""
     paths = [re.sub(r"(?<=\.py):.*", "", value) for value in _values(command, INPUT_FLAGS)]
-    given = _values(command, MODEL_FLAGS)
-    models = [model for value in given for model in re.findall(r"['\"]([^'\"]*)['\"]", value) or [value]]
+    values = _values(command, MODEL_FLAGS)
+    models = [model for value in values for model in re.findall(r"['\"]([^'\"]*)['\"]", value) or [value]]
     models = [model for model in models if model not in EMBEDDED]
     names = [model for model in models if hub.is_name(model) and not os.path.exists(ROOT / model)]
     paths += [model for model in models if model not in names]
@@ -101,34 +101,34 @@ def _told_inputs(command: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def project_files(extra: Sequence[str]) -> list[str]:
-    """Files to copy, relative to the project's folder: all that git does not ignore, and what is asked for.
+    """Files to copy, relative to the project's folder: all that git does not ignore, and some extra ones.
 
     Args:
-        extra: further files and folders of the project's folder.
+        extra: files and folders of the project's folder that git ignores.
 
     Raises:
-        UserError: one of them is not there, or is elsewhere; or the project is no git checkout.
+        UserError: one of them is missing or elsewhere, or the project is no git checkout.
     """
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listed = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(f"git cannot list the files of {ROOT}; launch from a git checkout of the project.") from error
-    files = {file for file in listed if file and (ROOT / file).is_file()}  # a deleted one is listed, too
+    files = {file for file in listed if file and (ROOT / file).is_file()}  # git lists deleted files, too
     for path in extra:
         place = (ROOT / path).resolve()
         if not place.exists() or not place.is_relative_to(ROOT.resolve()):
             raise UserError(f"--copy={path} is not in the project's folder {ROOT}; put it there, or into a bucket.")
-        found = [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]
-        files |= {file.relative_to(ROOT.resolve()).as_posix() for file in found}
+        added = [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]
+        files |= {file.relative_to(ROOT.resolve()).as_posix() for file in added}
     return sorted(files)
 
 
 def check_inputs(program: Program, files: Sequence[str]) -> None:
-    """See that what the command names is there and copied, before a machine is paid for that lacks it.
+    """Check that the command's inputs exist and are copied, before a machine without them is paid for.
 
     Raises:
-        UserError: it is not.
+        UserError: one of them is missing or not copied.
     """
     if program.module is not None and not _module_file(program.module).is_file():
         raise UserError(f"There is no command {program.module} in {ROOT}; correct what follows -m.")
@@ -163,19 +163,19 @@ def _value(command: Sequence[str], flag: str) -> str | None:
     return next(reversed(_values(command, [flag])), None)
 
 
-def _values(command: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    """The values of flags, as `--flag=value` or `--flag value`."""
-    found: list[str] = []
+def _values(command: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """The values of flags, given as `--flag=value` or `--flag value`."""
+    values: list[str] = []
     for i, word in enumerate(command):
         name, equals, value = word.lstrip("-").partition("=")
-        if word.startswith("-") and name in wanted:
-            found += [value] if equals else command[i + 1 : i + 2]
-    return found
+        if word.startswith("-") and name in flags:
+            values += [value] if equals else command[i + 1 : i + 2]
+    return values
 
 
 def _module(command: Sequence[str]) -> str | None:
-    named = [name for dash, name in itertools.pairwise(command) if dash == "-m"]
-    return next((name for name in named if name.partition(".")[0] in COMMANDS), None)
+    modules = [name for flag, name in itertools.pairwise(command) if flag == "-m"]
+    return next((name for name in modules if name.partition(".")[0] in COMMANDS), None)
 
 
 def _module_file(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""The points of a sweep: what a file overrides in a configuration, checked before anything is computed.
+"""The points of a sweep: the overrides of a configuration in a file, checked before anything is computed.
 
 A sweep is a Python file with a generator of dotted overrides:
 
@@ -6,7 +6,7 @@ A sweep is a Python file with a generator of dotted overrides:
         for weight in (0.0, 0.5, 1.0):
             yield {"training.prior.weight": weight}
 
-`config` is what the overrides are made in, for values that are multiples of its own.
+`config` is the configuration that is overridden, for values that are multiples of its own.
 """
 
 import difflib
@@ -30,9 +30,9 @@ class Point(NamedTuple):
     """One setting of a sweep.
 
     Attributes:
-        name: of its folder, made from the overrides alone.
-        overrides: values by dotted key, as the configuration holds them.
-        config: with the overrides.
+        name: name of its folder, made from the overrides alone.
+        overrides: values by dotted key, with the types of the configuration's own.
+        config: the configuration with the overrides.
     """
 
     name: str
@@ -44,12 +44,12 @@ def read_points(file: Path, config: ConfigDict) -> list[Point]:
     """Read a sweep.
 
     Args:
-        file: with a generator `sweep(config)`.
-        config: whose keys are overridden.
+        file: a Python file with a generator `sweep(config)`.
+        config: the configuration that is overridden.
 
     Raises:
-        UserError: the file is no sweep, it overrides keys that the configuration lacks or gives them values of other
-            types, or yields nothing or the same twice.
+        UserError: the file is no sweep, overrides keys that the configuration lacks or gives them values of other
+            types, or yields nothing or a point twice.
     """
     points = [_point(file, config, overrides) for overrides in _overrides(file, config)]
     if not points:
@@ -66,13 +66,13 @@ def read_points(file: Path, config: ConfigDict) -> list[Point]:
 def prolonged(point: Point, num_steps: int) -> Point:
     """The point with another number of steps."""
     overrides = {**point.overrides, STEPS: num_steps}
-    return Point(name_of(overrides), overrides, changed(point.config, training__num_steps=num_steps))
+    return Point(point_name(overrides), overrides, changed(point.config, training__num_steps=num_steps))
 
 
-def name_of(overrides: Mapping[str, object]) -> str:
-    """A folder's name: the overrides, sorted, with a digest of them where not all of them can stand in a name.
+def point_name(overrides: Mapping[str, object]) -> str:
+    """The name of a point's folder: its overrides, sorted, with a digest where not all fit or can stand in a name.
 
-    >>> name_of({"training.prior.weight": 0.5, "subject.num_tokens": 2})
+    >>> point_name({"training.prior.weight": 0.5, "subject.num_tokens": 2})
     'subject.num_tokens=2,training.prior.weight=0.5'
     """
     items = sorted(overrides.items())
@@ -86,21 +86,21 @@ def name_of(overrides: Mapping[str, object]) -> str:
 
 def values(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     """All values of a configuration by dotted key."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
-        found |= values(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {f"{prefix}{key}": value}
-    return found
+        flat |= values(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def varied(points: Sequence[Point]) -> dict[str, list[Any]]:
-    """The keys that any of the points overrides, with the value that each point has."""
+    """The keys that at least one point overrides, each with the values of all points."""
     keys = dict.fromkeys(key for point in points for key in point.overrides)
-    of_points = [values(point.config) for point in points]
-    return {key: [of_point[key] for of_point in of_points] for key in keys}
+    point_values = [values(point.config) for point in points]
+    return {key: [by_key[key] for by_key in point_values] for key in keys}
 
 
 def _overrides(file: Path, config: ConfigDict) -> list[Any]:
-    """What the file's generator yields."""
+    """All that the file's generator yields."""
     if not file.is_file():
         raise UserError(f"There is no sweep at {file}; give a Python file such as configs/sweeps/prior_weight.py.")
     spec = importlib.util.spec_from_file_location(f"sweep_{file.stem}", file)
@@ -121,10 +121,10 @@ def _overrides(file: Path, config: ConfigDict) -> list[Any]:
 def _point(file: Path, config: ConfigDict, overrides: Any) -> Point:
     if not isinstance(overrides, Mapping):
         raise UserError(f"{file} yields {overrides!r}; yield a dictionary of dotted overrides.")
-    known, config = values(config), changed(config)
+    own, config = values(config), changed(config)
     for key, value in overrides.items():
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
+        if key not in own:
+            close = difflib.get_close_matches(str(key), own, n=1)
             hint = f"did you mean {close[0]}?" if close else "give a dotted key of it."
             raise UserError(f"{file} overrides {key!r}, which is no key of the configuration; {hint}")
         if key.startswith("evaluation.") or key == "subject.registry":
@@ -132,10 +132,10 @@ def _point(file: Path, config: ConfigDict, overrides: Any) -> Point:
         try:
             config = changed(config, **{key.replace(".", "__"): value})
         except (TypeError, ValueError) as error:
-            kind = type(known[key]).__name__
+            kind = type(own[key]).__name__
             raise UserError(
-                f"{file} overrides {key} by {value!r}; a value of type {kind} is expected, such as {known[key]!r}."
+                f"{file} overrides {key} by {value!r}; a value of type {kind} is expected, such as {own[key]!r}."
             ) from error
-    held = values(config)
-    overrides = {key: held[key] for key in overrides}  # such as 1.0 for 1
-    return Point(name_of(overrides), overrides, config)
+    converted = values(config)
+    overrides = {key: converted[key] for key in overrides}  # such as 1.0 for 1
+    return Point(point_name(overrides), overrides, config)

@@ -1,18 +1,19 @@
-"""Run a command on a Cloud TPU VM, from asking for the machine to deleting it.
+"""Run a command on a Cloud TPU VM, from requesting the machine to deleting it.
 
     python -m launch.tpu_vm --name=rex --type=v5litepod-16 --zone=us-west4-a --spot --copy=photos -- \
         python -m personalize_jax.personalize --config=configs/stable_diffusion.py:2.1 --images=photos \
         --class_noun=dog --workdir=gs://BUCKET/rex --multihost
 
-The machine is a queued resource. Once it is there, it gets the code and its environment, and every worker runs the
-command, apart from the connection, so that it goes on where that drops. If the machine is preempted, or the command
-stops itself (exit status 75) or leaves its run unfinished, all is done again, and the run resumes from its checkpoints.
+The machine is a queued resource. Once it is there, the code and its environment are installed on it, and every worker
+runs the command detached from the connection, so that it survives a dropped connection. If the machine is preempted,
+or the command stops itself (exit status 75) or leaves its run unfinished, everything is repeated, and the run resumes
+from its checkpoints.
 
-Where HF_TOKEN is set here, for models that ask for their licence, it is copied to the workers as the file of a login,
-and never stands on a command line.
+If HF_TOKEN is set here, for models that need a licence, it is copied to the workers as the file of a login, and never
+appears on a command line.
 
-The machine is deleted at the end, whether the program is done, failed, or could not be run. It is kept with --keep;
-and where this command is interrupted (Ctrl-C) or breaks itself, when it says how to watch the run again, by the same
+The machine is deleted at the end, whether the program is done, failed, or could not be run. It is kept with --keep, and
+when this command is interrupted (Ctrl-C) or fails itself: it then tells how to watch the run again, which is the same
 command, and how to delete the machine.
 """
 
@@ -40,39 +41,39 @@ _VERSION = r"[a-z0-9][-.a-z0-9]*"
 
 def define_flags() -> None:
     """The command line."""
-    flags.DEFINE_string("name", None, "Of the machine: lower-case letters, digits and dashes.")
+    flags.DEFINE_string("name", None, "Name of the machine: lower-case letters, digits and dashes.")
     flags.DEFINE_string("type", None, "Accelerator type, such as v5litepod-16, v6e-8, v4-32.")
-    flags.DEFINE_string("zone", None, "Such as us-west4-a.")
+    flags.DEFINE_string("zone", None, "Zone, such as us-west4-a.")
     flags.DEFINE_string("project", None, "Google Cloud project; by default gcloud's.")
-    flags.DEFINE_string("version", None, "The machine's image; by default what Google documents for the type and JAX.")
+    flags.DEFINE_string("version", None, "Image of the machine; by default Google's for the type and JAX.")
     flags.DEFINE_bool("spot", False, "Whether the machine may be preempted, and costs less.")
     flags.DEFINE_multi_string("copy", [], "A file or folder that git ignores, to be copied, too; may be repeated.")
     flags.DEFINE_bool("keep", False, "Do not delete the machine at the end.")
-    flags.DEFINE_integer("max_restarts", 20, "How often to begin again after preemptions.", lower_bound=0)
-    flags.DEFINE_float("poll", 10.0, "Seconds between two looks at the machine.", lower_bound=0.0)
-    flags.DEFINE_string("logs", "runs/tpu_vm", "Folder for the workers' logs, in a folder of the machine's name.")
-    flags.DEFINE_bool("dry_run", False, "Print every command that a smooth run takes, and run none.")
+    flags.DEFINE_integer("max_restarts", 20, "How often to restart the program after preemptions.", lower_bound=0)
+    flags.DEFINE_float("poll", 10.0, "Seconds between two polls of the machine.", lower_bound=0.0)
+    flags.DEFINE_string("logs", "runs/tpu_vm", "Folder of a folder of logs with the machine's name.")
+    flags.DEFINE_bool("dry_run", False, "Print every command of a run without failures, and run none.")
 
 
 def main(argv: list[str]) -> None:
     """The command; exits with the status of the program that it ran."""
     arguments = flags.FLAGS
     launch = prepare(arguments, argv[1:])
-    for end in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: whoever ends this is told that the machine still runs
-        if signal.getsignal(end) != signal.SIG_IGN:  # as under nohup
+    for end in (signal.SIGTERM, signal.SIGHUP):  # handled like Ctrl-C, to tell the user that the machine still runs
+        if signal.getsignal(end) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(end, signal.default_int_handler)
     sys.exit(launch.run(arguments.max_restarts, arguments.keep))
 
 
 def prepare(arguments: flags.FlagValues, command_line: list[str]) -> Launch:
-    """Check all that can be checked before anything costs, and pack the code.
+    """Check everything that can be checked before anything costs, and pack the code.
 
     Args:
         arguments: values of this command's flags.
-        command_line: what to run.
+        command_line: the command to run.
 
     Raises:
-        UserError: it could not be run, or what it makes would be lost.
+        UserError: the command could not run, or its results would be lost.
     """
     machine = requested_machine(arguments)
     program = payload.read_command(command_line)
@@ -102,10 +103,10 @@ def prepare(arguments: flags.FlagValues, command_line: list[str]) -> Launch:
 
 
 def check_workers(program: payload.Program, accelerator_type: str) -> None:
-    """See that on several workers the project's command is one program.
+    """Check that a command of the project runs as one program on several workers.
 
     Raises:
-        UserError: each would run on its own.
+        UserError: each worker would run on its own.
     """
     if program.module is None or int(accelerator_type.rpartition("-")[2]) <= WORKER_SIZE:
         return
@@ -123,7 +124,7 @@ def requested_machine(arguments: flags.FlagValues) -> Machine:
     """The machine that the flags describe.
 
     Raises:
-        UserError: it cannot exist.
+        UserError: a flag is invalid.
     """
     for flag, pattern, example in (
         ("name", _NAME, "rex-1, at most 63 lower-case letters, digits and dashes"),

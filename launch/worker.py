@@ -1,11 +1,11 @@
-"""What runs on the workers: shell scripts that install, start, watch and stop a program.
+"""The shell scripts that install, start, watch and stop a program on the workers.
 
-A program runs apart from the connection that started it. In the home directory of each worker there is
+A program runs detached from the connection that started it. The home directory of each worker has
 
     personalize_jax/    the code, with its environment
-    launch/             of the program: `command` (its digest), `pid`, `log`, and, once it has ended, `status`
+    launch/             files of the program: `command` (its digest), `pid`, `log`, and, once it has ended, `status`
 
-gcloud runs a script a second time where the connection dropped, so each may be run twice.
+gcloud runs a script again where the connection dropped, so every script may run twice.
 """
 
 import base64
@@ -16,12 +16,12 @@ from collections.abc import Sequence
 CODE = "personalize_jax"
 ARCHIVE = "code.tar.gz"
 LOG = "launch/log"
-TOKEN = "hf_token"  # as it is copied, before it lies where the Hugging Face hub's own login puts it
-BUCKETS = "/gcs"  # where Vertex AI mounts them, too
+TOKEN = "hf_token"  # the copied file, which is then moved to where the Hugging Face hub's login puts it
+BUCKETS = "/gcs"  # Vertex AI mounts buckets there, too
 
 ABSENT = "absent"  # no program was started
 RUNNING = "running"
-LOST = "lost"  # it has ended without a status: killed, or the worker was started anew
+LOST = "lost"  # the program has ended without a status: it was killed, or the worker was restarted
 
 _LOGIN = ".cache/huggingface"
 _UV = "0.13.9"
@@ -30,12 +30,12 @@ _ALIVE = 'kill -0 -- "-$(cat pid)" 2>/dev/null'
 
 
 def digest(command: Sequence[str]) -> str:
-    """What tells one command from another."""
+    """A short digest that identifies a command."""
     return hashlib.sha256(shlex.join(command).encode()).hexdigest()[:16]
 
 
 def install(jax_version: str) -> str:
-    """Unpack the code and make its environment."""
+    """Unpack the code and install its environment."""
     return (
         f"mkdir -p {CODE} && tar -xzf {ARCHIVE} -C {CODE} && cd {CODE} && "
         '{ [ -x "$HOME/.local/bin/uv" ] || '
@@ -49,8 +49,8 @@ def install(jax_version: str) -> str:
 def mount(bucket: str) -> str:
     """Mount a bucket at /gcs/<bucket>, with gcsfuse.
 
-    Directories are renamed, as checkpoints are when they are complete; and what one worker has written is seen by the
-    others at once.
+    The mount allows renaming directories, as is done with complete checkpoints, and caches nothing, so that workers see
+    each other's files at once.
     """
     folder = f"{BUCKETS}/{bucket}"
     source = "https://packages.cloud.google.com/apt"
@@ -68,17 +68,17 @@ def mount(bucket: str) -> str:
 
 
 def keep_token() -> str:
-    """Put an access token for the Hugging Face hub where its library looks for one, for nobody else to read."""
+    """Move an access token for the Hugging Face hub to where its library looks for one; others cannot read it."""
     return f"umask 077 && mkdir -p {_LOGIN} && {{ [ ! -e {TOKEN} ] || mv {TOKEN} {_LOGIN}/token; }}"
 
 
 def forget_token() -> str:
-    """Delete it."""
+    """Delete the access token."""
     return f"rm -f {TOKEN} {_LOGIN}/token"
 
 
 def start(command: Sequence[str]) -> str:
-    """Start a program, unless there is one."""
+    """Start a program, unless one was started."""
     program = (
         f"cd ../{CODE} && . .venv/bin/activate && export PYTHONUNBUFFERED=1 && {shlex.join(command)}; "
         "echo $? > ../launch/ended && mv ../launch/ended ../launch/status"
@@ -91,7 +91,7 @@ def start(command: Sequence[str]) -> str:
 
 
 def stop() -> str:
-    """End the program, if there is one: it has a minute to save; and forget it."""
+    """End the program, which has a minute to save, and remove its files."""
     return (
         "cd launch 2>/dev/null || exit 0; if [ -e pid ]; then "
         f'kill -TERM -- "-$(cat pid)" 2>/dev/null; for i in $(seq 600); do {_ALIVE} || break; sleep 0.1; done; '
@@ -100,31 +100,31 @@ def stop() -> str:
 
 
 def status() -> str:
-    """Say how the program is: see `read_statuses`."""
+    """Print the program's status, see `read_statuses`."""
     return (
         f"cd launch 2>/dev/null && [ -e command ] || {{ echo - {ABSENT}; exit 0; }}; "
-        f"if [ -e status ]; then how=$(cat status); elif {_ALIVE}; then how={RUNNING}; "
-        # It may have ended between the two looks.
-        f'elif [ -e status ]; then how=$(cat status); else how={LOST}; fi; echo "$(cat command) $how"'
+        f"if [ -e status ]; then state=$(cat status); elif {_ALIVE}; then state={RUNNING}; "
+        # It may have ended between the two tests.
+        f'elif [ -e status ]; then state=$(cat status); else state={LOST}; fi; echo "$(cat command) $state"'
     )
 
 
 def read_statuses(output: str) -> list[tuple[str, str]]:
-    """What `status` said on each worker: the command's digest, and a word above or an exit status."""
+    """The output of `status` on each worker: the command's digest, and ABSENT, RUNNING, LOST or an exit status."""
     return [(words[0], words[1]) for line in output.splitlines() if len(words := line.split()) == 2]
 
 
 def new_log(offset: int) -> str:
-    """Give what the log has from a byte on: see `read_log`."""
+    """Print the log from a byte on, see `read_log`."""
     return f"echo; tail -c +{offset + 1} {LOG} | base64 -w0; echo"
 
 
 def read_log(output: str) -> bytes:
-    """What `new_log` gave; where it was run twice, the last time."""
+    """The output of `new_log`; where it ran twice, that of the last time."""
     lines = output.split()
     return base64.b64decode(lines[-1]) if lines else b""
 
 
 def manifest(workdir: str) -> str:
-    """Give a run's manifest, or nothing where there is none."""
+    """Print a run's manifest, or nothing where there is none."""
     return f"cd {CODE} && cat -- {shlex.quote(f'{workdir}/manifest.json')} 2>/dev/null || true"

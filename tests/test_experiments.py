@@ -84,33 +84,33 @@ def test_a_finding_holds_when_its_interval_excludes_zero():
 
 
 def test_parts_share_the_subjects_out():
-    assert sorted(i for k in (1, 2, 3) for i in study.select(range(30), 10, f"{k}/3")) == list(range(10))
-    assert study.select("abcd", 3, "1/1") == ["a", "b", "c"]
+    assert sorted(i for k in (1, 2, 3) for i in study.select_subjects(range(30), 10, f"{k}/3")) == list(range(10))
+    assert study.select_subjects("abcd", 3, "1/1") == ["a", "b", "c"]
     for wrong in ("0/2", "3/2", "2", "a/b", "1/", "11/11"):
         with pytest.raises(UserError, match="--part"):
-            study.select(range(30), 10, wrong)
+            study.select_subjects(range(30), 10, wrong)
     with pytest.raises(UserError, match="31 subjects were asked for and the benchmark has 30"):
-        study.select(range(30), 31, "1/1")
+        study.select_subjects(range(30), 31, "1/1")
 
 
 def test_prompts_are_worded_as_the_labels_are():
     prompt = "a red [V] stuffed animal on the beach"
     both, alone = "identifier_and_class", "identifier"
-    assert study.worded(prompt, "stuffed animal", "stuffed animal", both) == prompt
-    assert study.worded(prompt, "stuffed animal", "dog", both) == "a red [V] dog on the beach"
-    assert study.worded(prompt, "stuffed animal", "stuffed animal", alone) == "a red [V] on the beach"
+    assert study.reword(prompt, "stuffed animal", "stuffed animal", both) == prompt
+    assert study.reword(prompt, "stuffed animal", "dog", both) == "a red [V] dog on the beach"
+    assert study.reword(prompt, "stuffed animal", "stuffed animal", alone) == "a red [V] on the beach"
 
 
 def test_some_arms_take_their_findings_along():
     whole = prior_preservation.make_study(world.get_config())
-    some = study.with_arms(whole, ["dreambooth", "without_prior"])
+    some = study.select_arms(whole, ["dreambooth", "without_prior"])
     assert [arm.name for arm in some.arms] == ["dreambooth", "without_prior"]
     assert 0 < len(some.findings) < len(whole.findings)
-    assert study.with_arms(whole, None) == whole
+    assert study.select_arms(whole, None) == whole
     with pytest.raises(UserError, match="names nobody; the arms are dreambooth"):
-        study.with_arms(whole, ["nobody"])
+        study.select_arms(whole, ["nobody"])
     with pytest.raises(UserError, match="vary dreambooth"):
-        study.with_arms(whole, ["without_prior"])
+        study.select_arms(whole, ["without_prior"])
 
 
 def test_a_wrong_noun_is_another_one():
@@ -123,8 +123,8 @@ def test_trainings_go_on_from_shorter_ones():
     arms = training_length.make_study(world.get_config()).arms
     by_name = {arm.name: arm for arm in arms}
     for arm in arms:
-        if arm.goes_on_from is not None:
-            before = by_name[arm.goes_on_from]
+        if arm.continues is not None:
+            before = by_name[arm.continues]
             assert arms.index(before) < arms.index(arm)
             assert before.config.training.num_steps < arm.config.training.num_steps
             assert before.config.training.prior.weight == arm.config.training.prior.weight

@@ -68,9 +68,9 @@ def test_every_experiment_runs_and_tables_its_arms(name, count, folder, config, 
     monkeypatch.setattr(training_length, "SHARES", (1.0, 2.0))  # every arm takes seconds to compile
     monkeypatch.setattr(num_images, "COUNTS", (1, 2))
     made = importlib.import_module(f"experiments.{name}").make_study(config)
-    made = study.with_arms(made, [arm.name for arm in made.arms[:count]])
+    made = study.select_arms(made, [arm.name for arm in made.arms[:count]])
     runs = folder / ("enlarged" if name == "super_resolution" else "runs")
-    text = study.conduct(made, config, load_pretrained(config), subjects[:1], NOUNS, runs)
+    text = study.run_study(made, config, load_pretrained(config), subjects[:1], NOUNS, runs)
     for arm in made.arms:
         assert f"| {arm.name} |" in text
     for finding in made.findings:
@@ -87,18 +87,18 @@ def test_every_experiment_runs_and_tables_its_arms(name, count, folder, config, 
 
 def test_what_was_scored_is_only_read(folder, config, subjects, monkeypatch):
     made = importlib.import_module("experiments.prior_preservation").make_study(config)
-    made = study.with_arms(made, [arm.name for arm in made.arms[:2]])
-    text = study.conduct(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "runs")
+    made = study.select_arms(made, [arm.name for arm in made.arms[:2]])
+    text = study.run_study(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "runs")
     monkeypatch.setattr(study, "personalize_subject", None)
     monkeypatch.setattr(study, "evaluate", None)
-    assert study.conduct(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "runs") == text
+    assert study.run_study(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "runs") == text
 
 
 @pytest.mark.slow
 def test_a_killed_experiment_goes_on(folder, config, subjects, monkeypatch):
     """The second subject's run is cut short while it is being scored."""
     made = study.Study("alone", [study.Arm("alone", config)], [], {}, 2)
-    whole = study.conduct(made, config, load_pretrained(config), subjects, NOUNS, folder / "whole")
+    whole = study.run_study(made, config, load_pretrained(config), subjects, NOUNS, folder / "whole")
     evaluate = study.evaluate
 
     def dies(*arguments, **named):
@@ -108,9 +108,9 @@ def test_a_killed_experiment_goes_on(folder, config, subjects, monkeypatch):
 
     monkeypatch.setattr(study, "evaluate", dies)
     with pytest.raises(KeyboardInterrupt):
-        study.conduct(made, config, load_pretrained(config), subjects, NOUNS, folder / "killed")
+        study.run_study(made, config, load_pretrained(config), subjects, NOUNS, folder / "killed")
     monkeypatch.undo()
-    assert study.conduct(made, config, load_pretrained(config), subjects, NOUNS, folder / "killed") == whole
+    assert study.run_study(made, config, load_pretrained(config), subjects, NOUNS, folder / "killed") == whole
 
 
 def test_identifiers_do_not_depend_on_who_asks_first(tmp_path, config):
@@ -147,18 +147,18 @@ def test_runs_share_what_the_pretrained_cascade_draws_if_they_draw_the_same(conf
 
     run = tmp_path / "arm" / "rex"
     for shared in (folder("class_images", config=fewer), folder("class_images")):  # the first as it was called before
-        study.share_class_images(run, shared)
+        study.link_class_images(run, shared)
         assert (run / "class_images").resolve() == shared.resolve()
 
 
 def test_weights_can_be_deleted_once_scored(folder, config, subjects):
     made = study.Study("alone", [study.Arm("alone", config)], [], {}, 1)
     how = {"delete_weights": True, "destinations": Destinations(tensorboard=True)}
-    study.conduct(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "light", **how)
+    study.run_study(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "light", **how)
     run = folder / "light" / "alone" / subjects[0].name
     assert not [*run.glob("*/checkpoints"), *run.glob("*/trained.safetensors")]
     assert len(read_rows(run / "evaluation" / "rows.jsonl")) == 5 + 2 * 2 + 2 * 4
-    study.conduct(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "light", **how)
+    study.run_study(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "light", **how)
     check_tracked(run, config)
 
 
@@ -180,7 +180,7 @@ def test_another_configuration_needs_another_directory(folder, config, subjects)
     made = study.Study("alone", [study.Arm("alone", other)], [], {}, 1)
     manifest.record_config(config, folder / "another" / "alone" / subjects[0].name)
     with pytest.raises(UserError, match="begun with another configuration"):
-        study.conduct(made, other, load_pretrained(other), subjects[:1], NOUNS, folder / "another")
+        study.run_study(made, other, load_pretrained(other), subjects[:1], NOUNS, folder / "another")
 
 
 def test_encoders_are_looked_for_before_anything_is_begun(folder, tmp_path):

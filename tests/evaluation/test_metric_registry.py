@@ -8,7 +8,7 @@ from configs import common, world
 from experiments import tables
 from launch import sweep
 from launch.sweep_points import Point
-from launch.sweep_table import Result, draw, markdown, ranked
+from launch.sweep_table import Result, markdown, plot, ranked
 from personalize_jax.evaluation import metric_registry, scoring
 from personalize_jax.evaluation.scoring import encoder_names, find_encoders, load_encoders, score, summary
 from personalize_jax.evaluation.showcase import exact_scores
@@ -135,7 +135,7 @@ def test_a_registered_metric_ranks_a_sweep_in_its_direction(brightness):
     ]
     assert [result.point.name for result in ranked(results, "brightness")] == ["0.2", "0.5", "0.9"]
     assert "Best by brightness: 0.2" in markdown(results, "brightness", 1)
-    assert [label.get_text() for label in draw(results, "brightness").axes[0].get_xticklabels()] == [
+    assert [label.get_text() for label in plot(results, "brightness").axes[0].get_xticklabels()] == [
         "brightness\n(lower is better)"
     ]
 

@@ -29,7 +29,7 @@ def test_its_keys_are_skypilots():
 
 
 def test_it_begins_again_by_the_status_that_asks_for_it():
-    assert TASK["resources"]["job_recovery"]["recover_on_exit_codes"] == [lifecycle.AGAIN]
+    assert TASK["resources"]["job_recovery"]["recover_on_exit_codes"] == [lifecycle.RESTART]
 
 
 def test_an_access_token_is_a_secret_that_may_be_left_out():

@@ -6,8 +6,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import deepfloyd_if, stable_diffusion, world
-from launch.sweep_engines import _asked
-from launch.sweep_points import MAX_NAME, name_of, prolonged, read_points, values, varied
+from launch.sweep_engines import _models_key
+from launch.sweep_points import MAX_NAME, point_name, prolonged, read_points, values, varied
 from personalize_jax.method.configuration import changed
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.training.program import mesh_of
@@ -52,15 +52,15 @@ def test_the_sweeps_that_ship_name_their_command(file):
 
 def test_a_name_depends_on_the_overrides_alone():
     overrides = {"training.prior.weight": 0.5, "subject.rule": "rarest"}
-    assert name_of(overrides) == name_of(dict(reversed(overrides.items())))
-    assert name_of(overrides) == "subject.rule=rarest,training.prior.weight=0.5"
+    assert point_name(overrides) == point_name(dict(reversed(overrides.items())))
+    assert point_name(overrides) == "subject.rule=rarest,training.prior.weight=0.5"
 
 
 @pytest.mark.parametrize(
     "value", ["../../escape", "a/b", "", ".", "a b\n", "x" * 500, "ä,b=c", (("denoiser/.*", True),), None, -1e-5]
 )
 def test_a_name_is_a_folders_whatever_the_value(value, tmp_path):
-    name = name_of({"training.x": value})
+    name = point_name({"training.x": value})
     assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]*", name) and len(name) <= MAX_NAME
     assert (tmp_path / name).resolve().parent == tmp_path.resolve()
 
@@ -70,7 +70,7 @@ def test_different_overrides_have_different_names():
         *({"a.b": v} for v in ("x y", "x/y", "x_y", "x  y", 1, 1.5, -1, True, None, "x" * 500, "x" * 501)),
         *({"a.b": "1,c.d=2"}, {"a.b": 1, "c.d": 2}, {"a.b": 1, "c.d": "2 "}, {}),
     ]
-    assert len({name_of(overrides) for overrides in all_of_them}) == len(all_of_them)
+    assert len({point_name(overrides) for overrides in all_of_them}) == len(all_of_them)
 
 
 def test_values_become_what_the_configuration_holds(tmp_path):
@@ -96,7 +96,7 @@ def test_values_may_depend_on_the_configuration(tmp_path):
 def test_a_prolonged_point_differs_in_its_steps_alone(tmp_path):
     (point,) = read_points(sweep(tmp_path, "yield {'training.prior.weight': 2.0}"), world.get_config())
     longer = prolonged(point, 1000)
-    assert longer.name == name_of({"training.num_steps": 1000, "training.prior.weight": 2.0})
+    assert longer.name == point_name({"training.num_steps": 1000, "training.prior.weight": 2.0})
     before, after = values(point.config), values(longer.config)
     assert {key for key in after if after[key] != before[key]} == {"training.num_steps"}
 
@@ -141,7 +141,7 @@ def test_models_are_read_anew_only_for_points_whose_parameters_lie_elsewhere(tmp
     config = deepfloyd_if.get_config("XL")
 
     def asked(**changes):
-        return _asked(changed(config, **changes))
+        return _models_key(changed(config, **changes))
 
     named = ConfigDict(json.loads(asked()))
     for part in ("training", "super_resolution_training"):

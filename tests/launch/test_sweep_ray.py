@@ -10,7 +10,7 @@ import pytest
 from configs import world
 from experiments import study
 from launch import sweep
-from launch.sweep_engines import Ray
+from launch.sweep_engines import RayEngine
 from launch.sweep_points import read_points
 from personalize_jax.benchmark.loading import load_benchmark
 from personalize_jax.runtime.errors import UserError
@@ -70,11 +70,11 @@ def kill_halfway(cluster, workdir):
 def test_a_node_dies_halfway_and_all_points_finish_and_none_twice(cluster, config, subjects, tmp_path):
     points = read_points(ROOT / "configs" / "sweeps" / "prior_weight.py", config)
     workdir = tmp_path / "sweep"
-    engine = Ray(cluster.address, {"CPU": 1}, max_retries=2)
+    engine = RayEngine(cluster.address, {"CPU": 1}, max_retries=2)
     engine.check(points)
     killing = threading.Thread(target=kill_halfway, args=(cluster, workdir), daemon=True)
     killing.start()
-    results = sweep.conduct(points, subjects, engine, workdir, "DINO")
+    results = sweep.run_points(points, subjects, engine, workdir, "DINO")
     assert not killing.is_alive() and len(cluster.list_all_nodes()) == 1
     assert [result.status for result in results] == ["done"] * 6
     of_points = calls(workdir)
@@ -84,7 +84,7 @@ def test_a_node_dies_halfway_and_all_points_finish_and_none_twice(cluster, confi
     log = workdir / interrupted / subjects[0].name / "base" / "metrics.jsonl"
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [5, 10, 15, 20]
 
-    assert sweep.conduct(points, subjects, engine, workdir, "DINO") == results
+    assert sweep.run_points(points, subjects, engine, workdir, "DINO") == results
     assert calls(workdir) == of_points
 
 
@@ -93,12 +93,12 @@ def test_failures_come_back_in_words(cluster, config, subjects, tmp_path):
     file = tmp_path / "forms.py"
     file.write_text("def sweep(config):\n    yield {'training.prior.form': 'none'}\n")
     (point,) = read_points(file, config)
-    engine = Ray(cluster.address, {"CPU": 1}, max_retries=0)
+    engine = RayEngine(cluster.address, {"CPU": 1}, max_retries=0)
     with pytest.raises(
         UserError, match="The point training.prior.form=none cannot be run: .*prior.form is 'none'; give"
     ):
         engine.check([point])
-    (result,) = sweep.conduct([point], subjects, engine, tmp_path, "DINO")
+    (result,) = sweep.run_points([point], subjects, engine, tmp_path, "DINO")
     assert result.status.startswith("failed: config.training.prior.form is 'none'; give one of")
 
 
@@ -106,12 +106,12 @@ def test_a_cluster_that_is_not_there(tmp_path, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     with pytest.raises(UserError, match="No Ray cluster at 'auto'.*ray start --head"):
-        Ray("auto", {"CPU": 1}, 0)
+        RayEngine("auto", {"CPU": 1}, 0)
     (tmp_path / "ray").mkdir(exist_ok=True)
     (tmp_path / "ray" / "ray_current_cluster").write_text("localhost:1")  # which one that was killed has left
     with pytest.raises(UserError, match="No Ray cluster at 'auto'.*refused"):
-        Ray("auto", {"CPU": 1}, 0)
+        RayEngine("auto", {"CPU": 1}, 0)
     monkeypatch.setenv("RAY_ADDRESS", "localhost:1")  # of one that is gone
     for address in ("auto", "localhost:1"):
         with pytest.raises(UserError, match=f"No Ray cluster at '{address}'.*refused"):
-            Ray(address, {"CPU": 1}, 0)
+            RayEngine(address, {"CPU": 1}, 0)

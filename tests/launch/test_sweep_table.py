@@ -6,7 +6,7 @@ from matplotlib.colors import to_hex
 
 from configs import world
 from launch.sweep_points import read_points
-from launch.sweep_table import Result, comma_separated, draw, markdown, ranked, write
+from launch.sweep_table import Result, comma_separated, markdown, plot, ranked, write
 from personalize_jax.metrics.similarity import Estimate
 
 SCORES = ({"DINO": 0.5, "PRES": 0.1}, {"DINO": 0.7, "PRES": 0.4}, {}, {"DINO": 0.6, "PRES": 0.2})
@@ -74,7 +74,7 @@ def test_without_any_success_there_is_a_table_and_no_figure(results, tmp_path):
 
 
 def test_the_figure_has_a_line_a_scored_point_coloured_by_the_metric(results, tmp_path):
-    axes, colour_bar = draw(results, "DINO").axes
+    axes, colour_bar = plot(results, "DINO").axes
     names = [label.get_text().replace("\n", "") for label in axes.get_xticklabels()]
     overrides = ["training.prior.weight", "training.optimizer.learning_rate"]
     assert names == [*overrides, "DINO", "PRES(lower is better)"]
@@ -91,5 +91,5 @@ def test_the_figure_has_a_line_a_scored_point_coloured_by_the_metric(results, tm
 def test_words_and_single_points_can_be_drawn(results):
     words = [result._replace(metrics=results[0].metrics) for result in results]
     for some in (words, results[:1]):
-        (axes, _) = draw(some, "DINO").axes
+        (axes, _) = plot(some, "DINO").axes
         assert all(0 <= y <= 1 for line in axes.lines for y in line.get_ydata())
