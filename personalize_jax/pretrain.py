@@ -22,6 +22,7 @@ from personalize_jax.families.world import World
 from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.method.configuration_keys import check_keys, rules_of_pretraining
 from personalize_jax.method.personalized import with_trained
+from personalize_jax.models.params import Params
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Pipeline, load_pipeline, save_pipeline
 from personalize_jax.runtime import command, hosts, manifest
@@ -52,7 +53,7 @@ def starting_pipeline(config: ConfigDict) -> Pipeline:
         tokenizer = Tokenizer.read(ASSETS / "world" / "tokenizer.json", config.text_encoder.max_length)
         encoder = TextEncoder(vocab_size=tokenizer.size, **config.text_encoder)
         tokens = np.ones((1, encoder.max_length), np.int32)
-        params = {"text_encoder": encoder.init(jax.random.fold_in(key, 0), tokens)["params"]}
+        params: Params = {"text_encoder": encoder.init(jax.random.fold_in(key, 0), tokens)["params"]}
         before = Pipeline(World(tokenizer, encoder, (), ()), params)
     if not isinstance(before.family, World):
         raise UserError(f"{config.pretrained} is a public model; pretraining goes on from one of this project's own.")
@@ -89,13 +90,13 @@ def pretrain(
     """Train the stage and write the pipeline to `workdir/pipeline`.
 
     Args:
-        config: of `configs/pretrain_world.py`.
+        config: a configuration of `configs/pretrain_world.py`.
         workdir: run directory.
         data: see `world_examples`.
-        tracking: where metrics go besides `metrics.jsonl`.
+        tracking: additional destinations of metrics.
     """
     pipeline = starting_pipeline(config)
-    pictures = hashlib.sha256(np.ascontiguousarray(data["image"])).hexdigest()
+    pictures = hashlib.sha256(np.ascontiguousarray(data["image"]).data).hexdigest()
     made_from = {"start": pipeline.fingerprint, "pictures": pictures}
     with manifest.record(workdir, {"training": config.seed}, made_from), tracking.running(config):
         with manifest.phase(workdir, f"pretraining {pipeline.stages[-1].name}"):
@@ -117,13 +118,13 @@ def _trained(
         state = train(program, workdir, progress, tracking.of(stage.name))
     trained = trained_of(state)
     pipeline = with_trained(pipeline, stage.name, lambda: trained)
-    if state.token_counts is not None:
-        counts = hosts.to_numpy(state.token_counts).astype(np.int64)
-        counts[sorted(pipeline.tokenizer.special_ids)] = 0  # padding is not processed
-        counts += pipeline.tokenizer.counts
-        family = dataclasses.replace(pipeline.family, tokenizer=dataclasses.replace(pipeline.tokenizer, counts=counts))
-        pipeline = dataclasses.replace(pipeline, family=family)
-    return pipeline
+    if state.token_counts is None:
+        return pipeline
+    counts = hosts.to_numpy(state.token_counts).astype(np.int64)
+    counts[sorted(pipeline.tokenizer.special_ids)] = 0  # padding is not processed
+    family = pipeline.family
+    assert isinstance(family, World)  # see `starting_pipeline`
+    return dataclasses.replace(pipeline, family=family.with_counts(counts))
 
 
 def define_flags() -> None:
@@ -145,8 +146,9 @@ def main(_: list[str]) -> None:
     before = manifest.recorded(workdir, "training.num_steps", config.training.num_steps)
     check_length(workdir, config.training, before)
     manifest.record_config(config, workdir, may_change=["training.num_steps"])
-    wanted = config.dataset.resolution, "train", config.dataset.count, flags.FLAGS.data_dir
-    load = functools.cache(lambda: dataset_builder.load(*wanted))
+    load = functools.cache(
+        lambda: dataset_builder.load(config.dataset.resolution, "train", config.dataset.count, flags.FLAGS.data_dir)
+    )
     hosts.first_does(load)  # whoever else shares the folder finds it rendered
     pretrain(config, workdir, load(), tracked)
 

@@ -66,6 +66,12 @@ class World(TextConditioned, PixelDenoising):
         specs = tuple({**spec, "sampling": stage.sampling._asdict()} for spec, stage in pairs)
         return dataclasses.replace(self, stages=tuple(stages), specs=specs)
 
+    def with_counts(self, counts: np.ndarray) -> "World":
+        """The same model with int64 [V] added to how often its text encoder has processed each token."""
+        assert self.tokenizer is not None and self.tokenizer.counts is not None  # both are in a folder of this family
+        tokenizer = dataclasses.replace(self.tokenizer, counts=self.tokenizer.counts + counts)
+        return dataclasses.replace(self, tokenizer=tokenizer)
+
     def with_stage(self, spec: Mapping[str, Any]) -> "World":
         """The same model up to a stage that a spec describes, which replaces its stage of that name or comes last."""
         i = next((i for i, stage in enumerate(self.stages) if stage.name == spec["name"]), len(self.stages))

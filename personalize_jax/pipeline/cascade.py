@@ -49,6 +49,7 @@ class Pipeline:
     @property
     def tokenizer(self) -> Tokenizer:
         """The vocabulary that identifiers are chosen from."""
+        assert self.family.tokenizer is not None, "a model that is only planned with has no vocabulary"
         return self.family.tokenizer
 
     @property
