@@ -1,1 +1,1 @@
-"""What methods of personalisation are measured on: 30 subjects with their photos, and 25 prompts for each."""
+"""The benchmarks of personalisation: 30 subjects with photos, and 25 prompts for each."""

@@ -47,7 +47,7 @@ NUM_STEPS = 7_000
 OPTIMIZER = {"learning_rate": 2e-3, "b1": 0.9, "b2": 0.99, "weight_decay": 1e-2}
 MAX_SHIFT = 2  # pixels
 BLANK_SHARE = 1 / 16  # of a batch; see `_blanks`
-MILD_NOISE, MILD_BLUR = 0.1, 0.6  # about what samples of a good cascade have; see `degrade`
+MILD_NOISE, MILD_BLUR = 0.1, 0.6  # about those of a good cascade's samples; see `degrade`
 LOG_EVERY, CHECKPOINT_EVERY = 50, 500  # steps
 
 NUM_PROPORTIONS = 4  # of a class; since they differ by class, each has outputs of its own
