@@ -284,7 +284,7 @@ def scored_run(
         prompts = [reword(prompt, subject.class_noun, noun, config.subject.label) for prompt in subject.prompts]
         truth = None if subject.truth is None else truth_of(subject.truth)
         before = shared_folder(workdir, "class_before", noun, pretrained, config)
-        tracked = destinations.of(folder, f"{arm.name}/{subject.name}")
+        tracked = destinations.tracking(folder, f"{arm.name}/{subject.name}")
         with tracked.running(config):
             first = workdir / study.arms[0].name / subject.name
             tuned = tune_arm(arm, config, subject, noun, pretrained, workdir, first, tracked)

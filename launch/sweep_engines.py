@@ -77,7 +77,7 @@ def check_points(points: Sequence[Point], destinations: Destinations) -> None:
     Raises:
         UserError: a configuration cannot be used, or models or destinations are missing.
     """
-    destinations.of(Path())
+    destinations.tracking(Path())
     for point in points:
         try:
             pretrained, _ = _load_models(_models_key(point.config))

@@ -42,7 +42,7 @@ def main(_: list[str]) -> None:
     arguments = flags.FLAGS
     config, workdir = arguments.config, Path(arguments.workdir)
     configuration.check_values(config)  # before weights are read
-    tracked = tracking.asked_for().of(workdir)
+    tracked = tracking.from_flags().tracking(workdir)
     pipeline = load_pretrained(config)
     images = arguments.images[0] if len(arguments.images) == 1 else arguments.images
     photos = load_subject(images, arguments.class_noun, pipeline.stages[-1].resolution)

@@ -115,7 +115,7 @@ def _trained(
     examples = {INSTANCE: world_examples(pipeline, data)}
     program = stage_program(stage, pipeline.family, start, examples, config.training, config.seed)
     with command.steps_bar(f"pretraining {stage.name}", config.training.num_steps) as progress:
-        state = train(program, workdir, progress, tracking.of(stage.name))
+        state = train(program, workdir, progress, tracking.for_part(stage.name))
     trained = trained_of(state)
     pipeline = with_trained(pipeline, stage.name, lambda: trained)
     if state.token_counts is None:
@@ -141,7 +141,7 @@ def main(_: list[str]) -> None:
     config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
     check_keys(config, rules_of_pretraining(config))
     check_sizes(config.training, mesh_of(config.training))
-    tracked = tracking.asked_for().of(workdir)
+    tracked = tracking.from_flags().tracking(workdir)
     hosts.check_shared(workdir)
     before = manifest.recorded(workdir, "training.num_steps", config.training.num_steps)
     check_length(workdir, config.training, before)

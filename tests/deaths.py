@@ -29,17 +29,16 @@ def die_in_call(module, name, count):
 
 def die_in_training(directory):
     """Die after step 4 of that training, once the checkpoint of step 3 is there."""
-    write = tracking.MetricsLog.write
+    write = tracking.TrainingLog.write
 
-    def dying(log, step, *metrics):
-        line = write(log, step, *metrics)
+    def dying(log, step, metrics):
+        write(log, step, metrics)
         if log.file.parent.name == directory and step == 4:
             while not (log.file.parent / "checkpoints" / "3").exists():
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
-        return line
 
-    tracking.MetricsLog.write = dying
+    tracking.TrainingLog.write = dying
 
 
 def die_writing_the_subject():
@@ -97,7 +96,7 @@ def stop_saving_the_second_picture():
 
 
 def stop_tuning_base():
-    signal_in_call(signal.SIGINT, tracking.MetricsLog, "write", 2)
+    signal_in_call(signal.SIGINT, tracking.TrainingLog, "write", 2)
 
 
 # After each, the phase that was not finished, and what is there: what was being done, and nothing of what comes next.

@@ -8,7 +8,6 @@ losses, train states and the personalised cascade must be the same bit for bit.
 """
 
 import collections
-import json
 import logging
 import multiprocessing
 import random
@@ -21,9 +20,9 @@ import numpy as np
 from absl import app, flags
 
 from personalize_jax.runtime import manifest
-from personalize_jax.training.tracking import MEASURED
 from personalize_jax.training.trained import latest_state
 from tests import processes
+from tests.logged import metrics_of
 
 COMMAND = "personalize_jax.personalize"
 IMAGES = Path(__file__).parent.parent / "personalize_jax" / "assets" / "world" / "subject"
@@ -139,9 +138,7 @@ def assert_same(expected, found):
         jax.tree.map(np.testing.assert_array_equal, *states)
         trained = [(run / name / "trained.safetensors").read_bytes() for run in (expected, found)]
         assert trained[0] == trained[1]
-        lines = [(run / name / "metrics.jsonl").read_text().splitlines() for run in (expected, found)]
-        logged = [[json.loads(line) | dict.fromkeys(MEASURED) for line in of_run] for of_run in lines]
-        assert logged[0] == logged[1]
+        assert metrics_of(expected / name) == metrics_of(found / name)
     assert (expected / "metrics.json").read_bytes() == (found / "metrics.json").read_bytes()
     manifests = [manifest.read(run) for run in (expected, found)]
     for key in ("seeds", "data", "done"):

@@ -116,7 +116,7 @@ def make_report(
     with phase(workdir, "report"):
         panels = _panels(subject, in_contexts, enlarged)
         if tracking != JSONL_ONLY:
-            tracking.of("pictures").pictures(num_steps(config), sheets(panels))
+            tracking.for_part("pictures").write(num_steps(config), sheets(panels))
         curves = {file.parent.name: read_metrics(file) for file in sorted(workdir.glob("*/metrics.jsonl"))}
         noun = subject.class_noun
         about = usage(subject, workdir, config.report.contexts[0]) | {

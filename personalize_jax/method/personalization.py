@@ -249,7 +249,7 @@ def tune(
         read_float32 = partial(pipeline.float32_network, stage.name)
         program = stage_program(stage, pipeline.family, pretrained, examples, config, seed, identifier, read_float32)
         with command.steps_bar(f"tuning {directory.name.replace('_', ' ')}", config.num_steps) as progress:
-            save_trained(trained_of(train(program, directory, progress, tracking.of(directory.name))), directory)
+            save_trained(trained_of(train(program, directory, progress, tracking.for_part(directory.name))), directory)
     place = partial(sharding.shardings, rules=config.sharding, mesh=mesh_of(config))
     return with_trained(pipeline, stage.name, partial(load_trained, directory, place))
 

@@ -58,7 +58,7 @@ def train(
                 raise interruption.Stopped
             if advance is None:  # ahead of time, so that it is no part of a step's; and only if there are steps to do
                 advance = program.lower().compile()
-                log.begin(Work.of(advance, program.images, config.microbatches))
+                log.begin(Work.of_program(advance, program.images, config.microbatches))
             # The host does not wait for the devices but to log and to save.
             with log.dispatching(step, metrics):
                 state, metrics = advance(state, program.frozen_params, program.examples)

@@ -18,20 +18,20 @@ VERSION = "0.31.0"  # that this was written for
 
 
 class WandbRun:
-    """One run for all trainings of a run directory, and for its pictures.
+    """The W&B run of a run directory, for all of its trainings, pictures and scores.
 
-    `wandb.json` there keeps its id, by which a call that resumes goes on with the same run, and how far each part of it
-    has come: a step is sent once, also where a call does it again. It is kept before it is sent. So what a machine
-    that breaks down could not send any more is missing there; `metrics.jsonl` has it.
+    `wandb.json` in that directory keeps the run's id, so that a later call continues the run, and the last step sent of
+    each part, so that a step which is done again is not sent again. The file is written before the step is sent: the
+    last steps before a machine breaks down may be missing at W&B, while `metrics.jsonl` has them.
     """
 
     def __init__(self, workdir: Path, project: str, name: str | None = None) -> None:
-        """Ready to be started; nothing is sent or written yet.
+        """Prepare the run; nothing is sent or written before `running`.
 
         Args:
             workdir: the run directory.
-            project: of Weights & Biases.
-            name: that the run is shown by; by default the directory's.
+            project: the project of Weights & Biases.
+            name: the run's name there; by default the directory's.
 
         Raises:
             UserError: wandb is not installed, or the file is damaged.
@@ -43,29 +43,29 @@ class WandbRun:
                 f"--wandb={project} needs Weights & Biases, which is not installed ({error}): "
                 f"pip install wandb=={VERSION}, or leave the flag out."
             ) from error
-        self._workdir, self._project = workdir, project
+        self._file, self._project = workdir / FILE, project
         self._name = name or workdir.resolve().name
         self._run: Any = None
-        self._kept = {"id": secrets.token_hex(4), "steps": {}} | self._read().get(project, {})
+        self._progress = {"id": secrets.token_hex(4), "steps": {}} | self._read().get(project, {})
 
     @contextlib.contextmanager
     def running(self, config: Mapping[str, Any]) -> Iterator[None]:
-        """Begin the run or go on with it; end it after, well or not.
+        """Begin or continue the run at W&B, and mark it as finished or failed afterwards.
 
         Args:
-            config: of the run, to be shown with it.
+            config: the run's configuration, which W&B shows.
 
         Raises:
-            UserError: Weights & Biases does not let it begin.
+            UserError: Weights & Biases refuses the run.
         """
-        self._keep()
+        self._save_progress()
         try:
             self._run = self._wandb.init(
                 project=self._project,
-                id=self._kept["id"],
+                id=self._progress["id"],
                 resume="allow",
                 name=self._name,
-                dir=str(self._workdir),
+                dir=str(self._file.parent),
                 config=dict(config),
                 allow_val_change=True,  # the numbers of steps may differ from what the run began with
             )
@@ -82,31 +82,30 @@ class WandbRun:
             raise
         self._run.finish()
 
-    def scalars(self, part: str, step: int, values: Mapping[str, float]) -> None:
-        """Send numbers of one part of the run, such as "base", unless that step has been sent.
+    def write(self, part: str, step: int, values: Mapping[str, float | np.ndarray]) -> None:
+        """Send numbers, and pictures as uint8 [H, W, 3], unless that step of the part has been sent before.
 
         Args:
-            part: the numbers are shown as part/name over part/step.
-            step: of the part, counted on its own.
-            values: by name.
+            part: the part of the run, such as "base"; W&B shows part/name over part/step.
+            step: the part's own step.
+            values: numbers and pictures by name.
         """
-        if step <= self._kept["steps"].get(part, -1):
+        if step <= self._progress["steps"].get(part, -1):
             return
-        self._kept["steps"][part] = step
-        self._keep()
+        self._progress["steps"][part] = step
+        self._save_progress()
         self._run.define_metric(f"{part}/*", step_metric=f"{part}/step")
-        self._run.log({f"{part}/step": step, **{f"{part}/{name}": value for name, value in values.items()}})
-
-    def pictures(self, part: str, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Send pictures, uint8 [H, W, 3], by name, as `scalars` does."""
-        self.scalars(part, step, {name: self._wandb.Image(pixels, caption=name) for name, pixels in pictures.items()})
+        row = {
+            f"{part}/{name}": self._wandb.Image(value, caption=name) if isinstance(value, np.ndarray) else value
+            for name, value in values.items()
+        }
+        self._run.log({f"{part}/step": step, **row})
 
     def _read(self) -> dict[str, Any]:
-        file = self._workdir / FILE
         try:
-            return json.loads(file.read_text()) if file.exists() else {}
+            return json.loads(self._file.read_text()) if self._file.exists() else {}
         except ValueError as error:
-            raise UserError(f"{file} is damaged ({error}); delete it, and a new W&B run is begun.") from error
+            raise UserError(f"{self._file} is damaged ({error}); delete it, and a new W&B run is begun.") from error
 
-    def _keep(self) -> None:
-        write_text(self._workdir / FILE, json.dumps(self._read() | {self._project: self._kept}, indent=2))
+    def _save_progress(self) -> None:
+        write_text(self._file, json.dumps(self._read() | {self._project: self._progress}, indent=2))

@@ -18,7 +18,7 @@ from personalize_jax.evaluation.report import (
     report_html,
     smooth,
 )
-from personalize_jax.training.tracking import MEASURED
+from tests.logged import MEASURED
 
 NASTY = "<script>alert(\"x\")</script> & 'y' $\\alpha$"
 

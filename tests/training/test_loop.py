@@ -1,6 +1,5 @@
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import shutil
@@ -24,9 +23,9 @@ from personalize_jax.training import loop
 from personalize_jax.training.checkpoint import Checkpoints
 from personalize_jax.training.loop import train
 from personalize_jax.training.program import stage_program
-from personalize_jax.training.tracking import MEASURED
 from personalize_jax.training.trained import latest_state, trained_of, trained_params
 from tests import tiny
+from tests.logged import metrics_of
 from tests.training import worker
 
 ROOT = Path(__file__).parents[2]
@@ -40,11 +39,6 @@ def train_linear(directory, progress=lambda step, metrics: None, start=None, nam
     config = tiny.training(**changes)
     program = stage_program(STAGE, FAMILY, start or tiny.linear_params(), examples, config, seed)
     return train(program, directory, progress)
-
-
-def metrics_of(directory):
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 def no_steps():

@@ -20,7 +20,6 @@ from personalize_jax.training import loop, tracking
 from personalize_jax.training.program import stage_program
 from personalize_jax.training.tracking import (
     JSONL_ONLY,
-    MEASURED,
     NO_DESTINATIONS,
     Destinations,
     Tracking,
@@ -29,6 +28,7 @@ from personalize_jax.training.tracking import (
 )
 from personalize_jax.training.wandb_run import VERSION, WandbRun
 from tests import event_files, tiny
+from tests.logged import MEASURED, lines_of
 
 ROOT = Path(__file__).parents[2]
 STAGE = dataclasses.replace(read_stage(tiny.BASE), network=tiny.LinearNetwork())
@@ -50,10 +50,6 @@ def train(directory, tracking=JSONL_ONLY, die_at=None, **changes):
 
 def program_of(examples, config):
     return stage_program(STAGE, tiny.LinearFamily(), tiny.linear_params(), examples, config, 0)
-
-
-def lines_of(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 # Rates.
@@ -92,8 +88,8 @@ def test_a_training_logs_both_groups_and_the_memory_it_holds(tmp_path):
 def test_operations_are_those_of_a_matrix_product():
     a, b = jnp.ones((64, 128)), jnp.ones((128, 32))
     program = jax.jit(jnp.matmul).lower(a, b).compile()
-    assert Work.of(program, images=8, microbatches=1) == (8, 2 * 64 * 128 * 32, None)
-    assert Work.of(program, images=8, microbatches=3).flops == 3 * 2 * 64 * 128 * 32
+    assert Work.of_program(program, images=8, microbatches=1) == (8, 2 * 64 * 128 * 32, None)
+    assert Work.of_program(program, images=8, microbatches=3).flops == 3 * 2 * 64 * 128 * 32
 
 
 def test_operations_of_several_devices_are_those_of_all():
@@ -105,7 +101,7 @@ mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 b = jax.device_put(jnp.ones((128, 32)), NamedSharding(mesh, P()))
 for spec in (P("data"), P()):
     a = jax.device_put(jnp.ones((64, 128)), NamedSharding(mesh, spec))
-    print(Work.of(jax.jit(jnp.matmul).lower(a, b).compile(), 8, 1).flops)
+    print(Work.of_program(jax.jit(jnp.matmul).lower(a, b).compile(), 8, 1).flops)
 """
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, check=True, capture_output=True, text=True)
@@ -129,7 +125,7 @@ def test_utilisation_is_of_the_peak_of_all_devices(monkeypatch):
     monkeypatch.setattr(tracking.jax, "devices", lambda: [tpu] * 4)
     monkeypatch.setattr(tracking.jax, "device_count", lambda: 4)
     program = types.SimpleNamespace(cost_analysis=lambda: {"flops": 1e12})
-    assert Work.of(program, 8, 1).rates(0.1)["model_flops_utilization"] == pytest.approx(1e12 / 0.1 / 197e12)
+    assert Work.of_program(program, 8, 1).rates(0.1)["model_flops_utilization"] == pytest.approx(1e12 / 0.1 / 197e12)
 
 
 def test_memory_is_that_of_the_fullest_device(monkeypatch):
@@ -182,10 +178,10 @@ def test_event_files_hold_what_the_lines_say_once_also_after_a_resume(tmp_path):
 
 
 def test_pictures_drawn_anew_take_the_place_of_those_before(tmp_path):
-    tracked = Tracking(tensorboard=tmp_path).of("pictures")
+    tracked = Tracking(tensorboard=tmp_path).for_part("pictures")
     drawn = np.random.default_rng(0).integers(0, 256, (3, 24, 40, 3), np.uint8)
     for step, pixels in ((6, drawn[0]), (6, drawn[1]), (8, drawn[2])):
-        tracked.pictures(step, {"a [V] dog": pixels})
+        tracked.write(step, {"a [V] dog": pixels})
     found = event_files.read(tmp_path / "pictures")
     assert set(found) == {"a [V] dog"} and set(found["a [V] dog"]) == {6, 8}
     np.testing.assert_array_equal(found["a [V] dog"][6], drawn[1])
@@ -269,23 +265,23 @@ def test_run_directories_and_projects_have_wandb_runs_of_their_own(wandb, tmp_pa
 
 
 def test_pictures_are_sent_once_a_step(wandb, tmp_path):
-    tracked = Tracking(wandb=WandbRun(tmp_path, "dogs")).of("pictures")
+    tracked = Tracking(wandb=WandbRun(tmp_path, "dogs")).for_part("pictures")
     with tracked.running(ConfigDict()):
         for step in (6, 6, 8):
-            tracked.pictures(step, {"a dog": np.zeros((2, 3, 3), np.uint8)})
+            tracked.write(step, {"a dog": np.zeros((2, 3, 3), np.uint8)})
     picture = {"pictures/a dog": ((2, 3, 3), "a dog")}
     assert wandb.runs[0].rows == [{"pictures/step": 6, **picture}, {"pictures/step": 8, **picture}]
 
 
 def test_scores_go_wherever_the_command_line_says(wandb, tmp_path):
-    tracked = Destinations(tensorboard=True, wandb="dogs").of(tmp_path, "lora/rex").of("scores")
+    tracked = Destinations(tensorboard=True, wandb="dogs").tracking(tmp_path, "lora/rex").for_part("scores")
     with tracked.running(ConfigDict()):
         for value in (0.5, 0.75):
-            tracked.scalars(6, {"DINO": value})
+            tracked.write(6, {"DINO": value})
     assert wandb.runs[0].arguments["name"] == "lora/rex"
     assert wandb.runs[0].rows == [{"scores/step": 6, "scores/DINO": 0.5}]  # which keeps what was sent first
     assert event_files.read(tmp_path / "tensorboard" / "scores") == {"DINO": {6: 0.75}}
-    assert NO_DESTINATIONS.of(tmp_path) == JSONL_ONLY
+    assert NO_DESTINATIONS.tracking(tmp_path) == JSONL_ONLY
 
 
 def test_without_wandb_it_says_what_to_install(tmp_path, monkeypatch):
