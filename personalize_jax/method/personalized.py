@@ -133,7 +133,7 @@ def with_trained(pipeline: Pipeline, stage: str, read: Callable[[], Trained]) ->
     start = pipeline.networks(stage)
 
     def network(name: str, trained: Trained) -> Params:
-        part = trained._replace(params=parameterizations.of_network(trained.params, name))
+        part = trained._replace(params=parameterizations.part_of_network(trained.params, name))
         whole = flatten(start[name]).keys() == flatten(part.params.get(name, {})).keys()
         return trained_params(part, {name: start[name] if whole else pipeline.float32_network(stage, name)})[name]
 
@@ -141,7 +141,7 @@ def with_trained(pipeline: Pipeline, stage: str, read: Callable[[], Trained]) ->
         return network(name, read())
 
     trained = read()
-    names = {stage if name == "denoiser" else name: name for name in parameterizations.networks(trained.params)}
+    names = {stage if name == "denoiser" else name: name for name in parameterizations.trained_networks(trained.params)}
     return pipeline.replace_networks(
         {key: network(name, trained) for key, name in names.items()},
         {key: partial(read_network, name) for key, name in names.items()},

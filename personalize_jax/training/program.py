@@ -164,8 +164,8 @@ def stage_program(
         mesh=mesh,
         images=config.batch_size * len(objective.groups),
         frozen_params=sharding.placed(frozen, config.sharding, mesh),
-        start=parameterizations.start(selection, shapes.__getitem__),
-        read_start=partial(parameterizations.start, selection, read_float32 or pretrained.__getitem__),
+        start=parameterizations.pretrained_values(selection, shapes.__getitem__),
+        read_start=partial(parameterizations.pretrained_values, selection, read_float32 or pretrained.__getitem__),
         identifier=identifier,
         vocabulary_size=family.vocabulary_size if selection.networks & {*family.encoders} else None,
     )

@@ -59,9 +59,9 @@ def random_adapters():
 
 
 def test_targets_match_whole_paths_and_the_first_one_decides():
-    targets = (("denoiser/.*/query/kernel", 2), *TARGETS, ("denoiser/.*/kernel", 1))
+    targets = (*TARGETS, ("denoiser/.*/kernel", 2))
     assert select(targets) == {
-        "denoiser/attention/query/kernel": ((8, 2, RANK), (RANK, 4)),
+        "denoiser/attention/query/kernel": ((8, RANK), (RANK, 2, 4)),
         "denoiser/attention/out/kernel": ((2, 4, RANK), (RANK, 8)),
         "denoiser/conv/kernel": ((3, 3, 8, RANK), (RANK, 6)),
         "text_encoder/mlp/kernel": ((4, RANK), (RANK, 5)),
@@ -76,6 +76,7 @@ def test_targets_match_whole_paths_and_the_first_one_decides():
         (4, (*TARGETS, ("decoder/.*", 1)), "'decoder/.*' of lora.targets matches no parameter"),
         (4, ((".*/mlp/kernel", 2),), "'text_encoder/mlp/kernel' 2 input dimensions of 2 altogether"),
         (4, ((".*/conv/kernel", 1),), "'denoiser/conv/kernel' 1 input dimensions of 4 altogether"),
+        (4, ((".*/query/kernel", 2),), "'denoiser/attention/query/kernel' 2 input dimensions of 3 altogether"),
         (4, ((".*/bias", 1),), "'denoiser/attention/query/bias' 1 input dimensions of 2 altogether; match kernels"),
         (-1, TARGETS, "lora.rank is -1"),
     ],

@@ -5,7 +5,7 @@ import pytest
 
 from personalize_jax.models.params import flatten
 from personalize_jax.runtime.errors import UserError
-from personalize_jax.training.parameterizations import apply, export, init, needed_identifier, select, start
+from personalize_jax.training.parameterizations import apply, export, init, needed_identifier, pretrained_values, select
 from personalize_jax.training.parameterizations.base import Identifier
 from tests import tiny
 
@@ -22,7 +22,7 @@ def begun(params, rules, identifier=None, **changes):
     """What is trained before the first step, and all else."""
     selection = selected(params, rules, **changes)
     identifier = needed_identifier(selection, identifier)
-    values = start(selection, params.get)
+    values = pretrained_values(selection, params.get)
     return init(selection, values, identifier, jax.random.key(0)), selection.frozen
 
 
@@ -102,8 +102,8 @@ def test_only_networks_whose_values_are_needed_are_read():
         read.append(name)
         return KERNELS[name]
 
-    assert start(selected(KERNELS, [(".*", False)], **ADAPTED), network) == {} and read == []
-    values = start(selected(KERNELS, [("text_encoder", True), (".*", False)], **ADAPTED), network)
+    assert pretrained_values(selected(KERNELS, [(".*", False)], **ADAPTED), network) == {} and read == []
+    values = pretrained_values(selected(KERNELS, [("text_encoder", True), (".*", False)], **ADAPTED), network)
     assert values == {"full": {"text_encoder/norm": 1}} and read == ["text_encoder"]
 
 

@@ -1,7 +1,8 @@
 """Which parameters are trained and how they act: in full, as rows of an embedding, or as low-rank adapters.
 
-Each way is in a file of its own, and all go together: what is trained is {"denoiser": ..., "text_encoder": ..., "rows":
-..., "lora": ...}, the parameters that are trained in full under their networks' names, and all else under its way's.
+Each parameterization is a file here. All that a training trains is one tree, {"denoiser": ..., "text_encoder": ...,
+"rows": ..., "lora": ...}: parameters trained in full stand under the names of their networks, and all others under the
+name of their parameterization.
 """
 
 from collections.abc import Callable
@@ -18,14 +19,14 @@ from personalize_jax.training.parameterizations.lora import LORA
 from personalize_jax.training.parameterizations.rows import ROWS
 
 # In the order in which they act: adapters, beside layers, are the last.
-PARAMETERIZATIONS = {how.name: how for how in (FULL, ROWS, LORA)}
+PARAMETERIZATIONS = {parameterization.name: parameterization for parameterization in (FULL, ROWS, LORA)}
 
 
 class Selection(NamedTuple):
-    """What a training changes, and what it leaves.
+    """The parameters that a training changes, and those that it leaves.
 
     Attributes:
-        chosen: what each parameterization trains, by its name; without those that train nothing.
+        chosen: the parameters that each parameterization trains, by its name; without those that train nothing.
         frozen: the parameters that are not trained in full.
     """
 
@@ -39,7 +40,7 @@ class Selection(NamedTuple):
 
 
 def select(params: Params, config: ConfigDict) -> Selection:
-    """Tell what a configuration trains.
+    """Select the parameters that a configuration trains.
 
     Args:
         params: arrays or shapes of all parameters, such as {"denoiser": ..., "text_encoder": ...}.
@@ -49,7 +50,7 @@ def select(params: Params, config: ConfigDict) -> Selection:
         UserError: rules or targets do not fit the parameters, train one in two ways, or leave nothing to train.
     """
     flat = flatten(params)
-    chosen = {name: how.select(flat, config) for name, how in PARAMETERIZATIONS.items()}
+    chosen = {name: each.select(flat, config) for name, each in PARAMETERIZATIONS.items()}
     chosen = {name: paths for name, paths in chosen.items() if paths}
     if not chosen:
         raise UserError(
@@ -60,15 +61,25 @@ def select(params: Params, config: ConfigDict) -> Selection:
     return Selection(chosen, unflatten({path: flat[path] for path in flat if path not in chosen.get(FULL.name, ())}))
 
 
-def start(selection: Selection, read: Callable[[str], Params]) -> dict[str, dict[str, Array]]:
-    """The pretrained values that `init` needs.
+def needed_identifier(selection: Selection, identifier: Identifier | None) -> Identifier | None:
+    """The identifier if its tokens are trained, and otherwise None.
+
+    Raises:
+        UserError: its tokens are to be trained, and there is none.
+    """
+    if not any(PARAMETERIZATIONS[name].needs_identifier for name in selection.chosen):
+        return None
+    if identifier is None:
+        raise UserError("The rows of an identifier are to be trained where there is none; give True or False instead.")
+    return identifier
+
+
+def pretrained_values(selection: Selection, read: Callable[[str], Params]) -> dict[str, dict[str, Array]]:
+    """The pretrained values that `init` needs, by the name of a parameterization and by path.
 
     Args:
         selection: from `select`.
-        read: gives the float32 parameters of a network by name; called for those alone whose values are needed.
-
-    Returns:
-        By the name of a parameterization, values by path.
+        read: reads the float32 parameters of a network by its name; called only for networks that are needed.
     """
     chosen = {name: paths for name, paths in selection.chosen.items() if PARAMETERIZATIONS[name].starts_from_values}
     networks = {path.partition("/")[0] for paths in chosen.values() for path in paths}
@@ -79,13 +90,13 @@ def start(selection: Selection, read: Callable[[str], Params]) -> dict[str, dict
 def init(
     selection: Selection, values: dict[str, dict[str, Array]], identifier: Identifier | None, key: Array
 ) -> Params:
-    """What is trained, before the first step; traceable.
+    """The trained parameters before the first step; traceable.
 
     Args:
         selection: from `select`.
-        values: from `start`.
+        values: from `pretrained_values`.
         identifier: from `needed_identifier`.
-        key: for adapters; used here alone.
+        key: random key of adapters, used here alone.
     """
     trained = {
         name: PARAMETERIZATIONS[name].init(values.get(name, {}), paths, identifier, key)
@@ -94,29 +105,16 @@ def init(
     return {**trained.pop(FULL.name, {}), **trained}
 
 
-def needed_identifier(selection: Selection, identifier: Identifier | None) -> Identifier | None:
-    """The identifier, if something of its tokens is trained.
-
-    Raises:
-        UserError: there is none.
-    """
-    if not any(PARAMETERIZATIONS[name].needs_identifier for name in selection.chosen):
-        return None
-    if identifier is None:
-        raise UserError("The rows of an identifier are to be trained where there is none; give True or False instead.")
-    return identifier
-
-
 def apply(trained: Params, others: Params, token_ids: Array | None = None) -> Networks:
     """The networks as a train step runs and differentiates them; traceable.
 
     Args:
-        trained: as `init` gives it.
+        trained: the trained parameters, laid out as by `init`.
         others: the parameters that are not trained in full.
-        token_ids: int32 [n], the identifier's tokens, where something of them is trained.
+        token_ids: int32 [n], the identifier's tokens, where their rows are trained.
 
     Raises:
-        UserError: what is trained is not of these networks.
+        UserError: the trained parameters are not those of these networks.
     """
     for name, part in _parts(trained).items():
         others = PARAMETERIZATIONS[name].apply(others, part, token_ids)
@@ -130,24 +128,25 @@ def export(trained: Params, others: Params, token_ids: Array | None = None) -> P
     return others
 
 
-def networks(trained: Params) -> list[str]:
+def trained_networks(trained: Params) -> list[str]:
     """Names of the networks that trained parameters belong to."""
     return sorted({name for part in _parts(trained).values() for name in part})
 
 
-def of_network(trained: Params, name: str) -> Params:
-    """The trained parameters of one network alone, laid out alike."""
-    parts = {way: {name: part[name]} for way, part in _parts(trained).items() if name in part}
+def part_of_network(trained: Params, network: str) -> Params:
+    """The trained parameters of one network alone, in the same layout."""
+    parts = {name: {network: part[network]} for name, part in _parts(trained).items() if network in part}
     return parts.pop(FULL.name, {}) | parts
 
 
 def _parts(trained: Params) -> dict[str, Params]:
-    """What each parameterization trains, in the order in which they act."""
+    """The trained parameters of each parameterization by its name, in the order in which they act."""
     beside = {name: trained[name] for name in PARAMETERIZATIONS if name in trained}
     return {FULL.name: {name: network for name, network in trained.items() if name not in beside}, **beside}
 
 
 def _check_once(chosen: dict[str, Chosen]) -> None:
+    """Refuse a parameter that two parameterizations train."""
     seen: dict[str, str] = {}
     for name, paths in chosen.items():
         keys = PARAMETERIZATIONS[name].keys

@@ -1,4 +1,4 @@
-"""What a way to train parameters is made of, and the rules that tell which parameters are trained."""
+"""The protocol of a parameterization, and the rules that say which parameters are trained."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +11,9 @@ from personalize_jax.models.adapters import Adapted
 from personalize_jax.models.params import Params
 from personalize_jax.runtime.errors import UserError
 
-Rule = tuple[str, bool | Literal["identifier"]]  # a pattern, and what is trained of the parameters that it matches
-Chosen = Mapping[str, Any]  # parameters by slash-separated path, each with what `init` has to know of it
-Networks = Mapping[str, Params | Adapted]  # what networks run with, such as {"denoiser": ..., "text_encoder": ...}
+Rule = tuple[str, bool | Literal["identifier"]]  # a pattern for paths, and what is trained there, see `matching`
+Chosen = Mapping[str, Any]  # the chosen parameters by slash-separated path, each with what `init` needs of it
+Networks = Mapping[str, Params | Adapted]  # by name, such as {"denoiser": ..., "text_encoder": ...}
 
 
 class Identifier(NamedTuple):
@@ -21,7 +21,7 @@ class Identifier(NamedTuple):
 
     Attributes:
         token_ids: int32 [n], each token once.
-        start_ids: int32 [n, k], for each of them the tokens whose rows' mean it starts from.
+        start_ids: int32 [n, k]; each token's row starts from the mean of the rows of these k tokens.
     """
 
     token_ids: Array
@@ -32,11 +32,11 @@ class Parameterization(NamedTuple):
     """A way to train parameters.
 
     Attributes:
-        name: the key under which its arrays are trained.
-        keys: the keys of `configs.common.training()` that choose its parameters, as sentences name them.
+        name: the key of its arrays in the tree of trained parameters.
+        keys: the keys of `configs.common.training()` that choose its parameters, as error messages name them.
         starts_from_values: whether `init` needs the pretrained values of the chosen parameters.
-        needs_identifier: whether it trains something of the identifier's tokens.
-        select: (arrays or shapes of all parameters by path, config) -> the chosen ones. Raises UserError where the
+        needs_identifier: whether it trains rows of the identifier's tokens.
+        select: (arrays or shapes of all parameters by path, config) -> the chosen ones. It raises UserError where the
             configuration does not fit the parameters.
         init: (pretrained values by path, the chosen parameters, identifier, key) -> the arrays to train, nested by
             path; traceable.
@@ -51,21 +51,22 @@ class Parameterization(NamedTuple):
     needs_identifier: bool
     select: Callable[[Mapping[str, Array], ConfigDict], Chosen]
     init: Callable[[Mapping[str, Array], Chosen, Identifier | None, Array], Params]
-    apply: Callable[[Networks, Params, Array | None], Networks]
+    apply: Callable[[Params, Params, Array | None], Networks]
     export: Callable[[Params, Params, Array | None], Params]
 
 
-def matched(params: Mapping[str, Array], rules: Sequence[Rule], answer: bool | str) -> dict[str, Array]:
-    """The parameters of which the rules say the same.
+def matching(params: Mapping[str, Array], rules: Sequence[Rule], answer: bool | str) -> dict[str, Array]:
+    """The parameters for which the rules give one answer.
 
     Args:
-        params: by path.
-        rules: pairs of a regular expression and what is trained: True for the whole parameter, False, or "identifier"
-            for the rows of the identifier's tokens. The first pattern that matches a path's beginning decides.
-        answer: what the rules are to say.
+        params: parameters by path.
+        rules: pairs of a regular expression and an answer: True to train the whole parameter, False to train nothing,
+            "identifier" to train the rows of the identifier's tokens. The first pattern that matches the beginning of a
+            path decides.
+        answer: the answer.
 
     Raises:
-        UserError: a path that no rule matches, or a rule that says something else.
+        UserError: a path matches no rule, or a rule has none of these answers.
     """
     if wrong := [trained for _, trained in rules if trained not in (True, False, "identifier")]:
         raise UserError(f'A rule of config.training.trainable says {wrong[0]!r}; give True, False or "identifier".')

@@ -7,12 +7,12 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from personalize_jax.models.params import Params, flatten, unflatten
-from personalize_jax.training.parameterizations.base import Chosen, Identifier, Parameterization, matched
+from personalize_jax.training.parameterizations.base import Chosen, Identifier, Parameterization, matching
 
 
 def select(params: Mapping[str, Array], config: ConfigDict) -> Chosen:
     """The parameters whose rule says True."""
-    return matched(params, config.trainable, True)
+    return matching(params, config.trainable, True)
 
 
 def init(values: Mapping[str, Array], chosen: Chosen, identifier: Identifier | None, key: Array) -> Params:

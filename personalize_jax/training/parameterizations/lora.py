@@ -1,10 +1,10 @@
 r"""Low-rank adapters of frozen kernels: of W + down up only down and up are trained.
 
 Hu et al. 2021, "LoRA", eq. 3, with alpha = r, so that nothing scales the product. A train step runs them beside their
-layers, see `models.adapters`; sampled from and saved are kernels with the product added. The adapters of {"denoiser":
-{"to_q": {"kernel": W}}} are {"denoiser": {"to_q": {"kernel": {"down": ..., "up": ...}}}}. A kernel of several input or
-output dimensions has factors of as many: with W [h, w, I, O], down is [h, w, I, r] and up is [r, O], so that a tensor
-product gives W's shape.
+layers, see `models.adapters`; `export` adds the product to the kernels. The adapters of {"denoiser": {"to_q":
+{"kernel": W}}} are {"denoiser": {"to_q": {"kernel": {"down": ..., "up": ...}}}}. Factors have the input and output
+dimensions of their kernel: with W [h, w, I, O], down is [h, w, I, r] and up is [r, O], so that a tensor product gives
+W's shape.
 """
 
 import re
@@ -20,20 +20,20 @@ from personalize_jax.models.params import Params, flatten, unflatten
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.training.parameterizations.base import Chosen, Identifier, Networks, Parameterization
 
-# By a kernel's number of dimensions, how many can be inputs: of a linear layer, of one whose inputs or outputs are
-# heads, and of a convolution.
+# The possible numbers of input dimensions by a kernel's number of dimensions: for linear layers, for those whose inputs
+# or outputs are heads, and for convolutions.
 _INPUT_DIMS = {2: (1,), 3: (1, 2), 4: (3,)}
 
 
 def select(params: Mapping[str, Array], config: ConfigDict) -> Chosen:
     """The kernels that lora.targets matches, each with the shapes of its factors down and up.
 
-    Of the targets, pairs of a regular expression and a number of input dimensions, the first that matches a whole path
-    decides. A rank of 0 switches adapters off.
+    A target is a regular expression and a number of input dimensions; the first one that matches a whole path decides.
+    A rank of 0 switches adapters off.
 
     Raises:
-        UserError: a negative rank, a target that no path matches, or one that matches something else than kernels with
-            so many input dimensions.
+        UserError: the rank is negative, no path matches a target, or a target matches other parameters than kernels
+            with that number of input dimensions.
     """
     rank, found = config.lora.rank, {}
     if rank < 0:
@@ -46,11 +46,13 @@ def select(params: Mapping[str, Array], config: ConfigDict) -> Chosen:
                 f"give a pattern for whole paths such as {next(iter(params))!r}."
             )
         for path in (path for path in matches if path not in found):
-            shape = params[path].shape
-            if not path.endswith("/kernel") or input_dims not in _INPUT_DIMS.get(len(shape), ()):
+            shape, bias = params[path].shape, params.get(path.removesuffix("kernel") + "bias")
+            possible = path.endswith("/kernel") and input_dims in _INPUT_DIMS.get(len(shape), ())
+            if not possible or (bias is not None and bias.shape != shape[input_dims:]):
                 raise UserError(
                     f"The target {pattern!r} of lora.targets gives {path!r} {input_dims} input dimensions of "
-                    f"{len(shape)} altogether; match kernels only, and give 1 for linear layers, 3 for convolutions."
+                    f"{len(shape)} altogether; match kernels only, and give 1 for linear layers, 2 for those that join "
+                    "heads, 3 for convolutions."
                 )
             found[path] = (*shape[:input_dims], rank), (rank, *shape[input_dims:])
     return found
@@ -69,11 +71,11 @@ def init(values: Mapping[str, Array], chosen: Chosen, identifier: Identifier | N
     return unflatten(factors)
 
 
-def apply(networks: Networks, adapters: Params, token_ids: Array | None) -> Networks:
+def apply(networks: Params, adapters: Params, token_ids: Array | None) -> Networks:
     """The networks with adapters beside their layers.
 
     Raises:
-        UserError: an adapter whose kernel the networks lack, or have in another shape.
+        UserError: the networks lack an adapter's kernel, or have it in another shape.
     """
     _check_kernels(networks, adapters)
     return {**networks, **{name: Adapted(networks[name], adapters[name]) for name in adapters}}
@@ -83,7 +85,7 @@ def export(networks: Params, adapters: Params, token_ids: Array | None) -> Param
     """The networks with W + down up in place of every adapted W.
 
     Raises:
-        UserError: an adapter whose kernel the networks lack, or have in another shape.
+        UserError: the networks lack an adapter's kernel, or have it in another shape.
     """
     _check_kernels(networks, adapters)
     params = flatten(networks)
