@@ -24,17 +24,17 @@ from personalize_jax.runtime.files import FULL
 
 logger = logging.getLogger(__name__)
 
-# What lies whole on several devices is written in parts, one by each: of small arrays, slicing takes longer to compile
-# than it saves.
-_TYPES = ocp.type_handlers.create_type_handler_registry(
+# Replicated arrays are written in parts, one by each device, but for small ones: compiling the slices takes longer than
+# they save.
+_TYPE_HANDLERS = ocp.type_handlers.create_type_handler_registry(
     (int, ocp.type_handlers.ScalarHandler()),
     (np.ndarray, ocp.type_handlers.NumpyHandler()),
     (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)),
 )
 
-_DAMAGED = "damaged-"  # before the step in the name of a checkpoint that was set aside
+_DAMAGED = "damaged-"  # the prefix of a checkpoint that was set aside, before its step
 
-# With which damage shows; and the statuses of tensorstore's by which the storage is to blame.
+# Errors that a damaged checkpoint raises, and tensorstore's statuses that blame the storage instead.
 _DAMAGE = (ValueError, LookupError, TypeError, AttributeError, FileNotFoundError)
 _PASSING = (
     *("UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED"),
@@ -45,66 +45,65 @@ _PASSING = (
 class Checkpoints:
     """The last few train states of one stage, in one directory.
 
-    A checkpoint appears under its final name only when it is complete. One that is damaged is set aside under another
-    name: left in place it would keep its step, and every step before it, from being saved again.
+    A checkpoint appears under its final name only when it is complete. A damaged one is renamed: in its place it would
+    prevent its own and every earlier step from being saved again.
     """
 
-    def __init__(self, directory: Path, keep: int = 2, read_only: bool = False) -> None:
-        """Name a directory, which is made when it is first read or written.
+    def __init__(self, directory: Path, read_only: bool = False) -> None:
+        """Refer to a directory, which is made when it is first read or written.
 
         Args:
-            directory: of the checkpoints.
-            keep: how many of the latest stay; two, so that one survives if the other is damaged.
-            read_only: another process may be writing here; otherwise, what killed ones left unfinished is deleted.
+            directory: folder of the checkpoints.
+            read_only: whether another process may be writing here; if not, unfinished checkpoints of killed processes
+                are deleted.
         """
         self.directory = directory.absolute()
-        self._keep = keep
         self._read_only = read_only
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
-        # Not orbax's own read_only, which warns of itself.
+        # Orbax's own read_only logs warnings.
         writable = not self._read_only
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep,
+            max_to_keep=2,  # so that one survives if the other is damaged
             create=writable,
             cleanup_tmp_directories=writable,
-            lightweight_initialize=True,  # without when and how each was made: that may be damaged, and none is needed
+            lightweight_initialize=True,  # without reading when each was made, which may be damaged and is not needed
         )
-        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_TYPES)  # also tells what a checkpoint holds
+        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_TYPE_HANDLERS)  # reads metadata, too
         return ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
 
     def steps(self) -> list[int]:
-        """The steps after which there is a checkpoint, in order."""
+        """The steps that have a checkpoint, in order."""
         if not self.directory.is_dir():
             return []
         return sorted(int(folder.name) for folder in self.directory.iterdir() if folder.name.isdecimal())
 
     def save(self, step: int, state: Any) -> None:
-        """Write in the background, once the numbers are on this host; the state may be donated as soon as this returns.
+        """Write a state in the background; it may be donated as soon as this returns.
 
-        What is waited for takes a second or two for each gigabyte: the checksum is taken of every byte, too.
+        The call takes a second or two for each gigabyte, which it copies to this host and sums up.
 
         Raises:
-            UserError: the checkpoint before could not be written.
+            UserError: the previous checkpoint could not be written.
         """
         with self._writing():
             args = ocp.args.PyTreeSave(state)
             self._manager.save(step, args=args, custom_metadata=_checksums(state))
 
     def restore(self, abstract_state: Any | None, defaults: Mapping[str, Any] | None = None) -> Any | None:
-        """The latest state that can be read, or None without any.
+        """Read the latest state; None if there is no checkpoint.
 
-        A damaged checkpoint is passed over with a warning, and set aside once an older one has been read.
+        A damaged checkpoint is skipped with a warning, and renamed once an older one has been read.
 
         Args:
-            abstract_state: shapes, dtypes and shardings of the state; None for a nested dict as it was saved.
-            defaults: fields of the state, a named tuple, that a checkpoint of an earlier version may lack, and what
-                they are then.
+            abstract_state: shapes, dtypes and shardings of the state, a named tuple or a dict; None to read a nested
+                dict as it was saved.
+            defaults: values for the fields of a named tuple that a checkpoint of an earlier version lacks.
 
         Raises:
             UserError: there are checkpoints, and all are damaged.
-            OSError: one cannot be read now, though it may be sound; everything is left as it is.
+            OSError: a checkpoint cannot be read now, though it may be sound; everything is left as it is.
         """
         steps = self.steps()[::-1]
         for i, step in enumerate(steps):
@@ -134,9 +133,9 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, abstract_state: Any | None, defaults: Mapping[str, Any]) -> Any:
-        if lacking := self._lacking(step, defaults):
-            fields = {name: value for name, value in abstract_state._asdict().items() if name not in lacking}
-            return type(abstract_state)(**self._read(step, fields, {}), **lacking)
+        if abstract_state is not None and (missing := self._missing(step, defaults)):
+            fields = {name: value for name, value in abstract_state._asdict().items() if name not in missing}
+            return type(abstract_state)(**self._read(step, fields, {}), **missing)
         if abstract_state is None:  # on this host, whatever devices it was saved from
             here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             abstract_state = jax.tree.map(
@@ -147,8 +146,8 @@ class Checkpoints:
         _check_numbers(state, self._known_checksums(step))
         return state
 
-    def _lacking(self, step: int, defaults: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of the defaults that a checkpoint of an earlier version lacks; of a damaged one, none."""
+    def _missing(self, step: int, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """The defaults of the fields that a checkpoint of an earlier version lacks; none for a damaged one."""
         try:
             saved = self._manager.item_metadata(step).tree if defaults else {}
             return {name: value for name, value in defaults.items() if name not in saved}
@@ -156,23 +155,24 @@ class Checkpoints:
             return {}
 
     def _damage(self, step: int, error: Exception) -> str:
-        """What is wrong with a checkpoint that could not be read; if that was not why, the error is raised instead."""
-        if (of_system := _system_error(error, self.directory / str(step))) is not None:
-            raise of_system from error
+        """Say what is wrong with a checkpoint that could not be read; raise the error if it may be sound."""
+        if (system_error := _system_error(error, self.directory / str(step))) is not None:
+            raise system_error from error
         if not isinstance(_first_cause(error), _DAMAGE):
             raise error
         return _reason(_first_cause(error))
 
     def _known_checksums(self, step: int) -> dict[str, Any]:
         file = self.directory / str(step) / "_CHECKPOINT_METADATA"
+        known: dict[str, Any] = {"checksum": None, "checksums": None}
         try:
-            return {"checksum": None, "checksums": None} | json.loads(file.read_text())["custom_metadata"]
+            return known | json.loads(file.read_text())["custom_metadata"]
         except (FileNotFoundError, ValueError, LookupError, TypeError) as error:
             logger.warning("%s is damaged (%s): the checkpoint is taken without its checksum.", file, _reason(error))
-            return {"checksum": None, "checksums": None}
+            return known
 
     def _set_aside(self, damaged: list[int]) -> None:
-        """Rename damaged checkpoints; the latest stays under that name, for whoever wants to see to it."""
+        """Rename damaged checkpoints; only the latest is kept under its new name, to be looked into."""
 
         def rename() -> None:
             for step in sorted(damaged):
@@ -184,7 +184,7 @@ class Checkpoints:
         self._manager.reload()
 
     def close(self) -> None:
-        """Wait for what is being written.
+        """Wait until the last checkpoint is written.
 
         Raises:
             UserError: it cannot be written.
@@ -207,12 +207,11 @@ class Checkpoints:
 
 
 def checksum(state: Any) -> int | None:
-    """A number that damage to a state changes, as orbax's files have none of their own for the numbers in arrays.
+    """The checksum of a state's arrays, as orbax's files have none; None where other processes hold parts of them.
 
-    It depends on neither the devices that the arrays lie on nor the kinds of containers that hold them. None where
-    other processes hold a part of them.
+    It depends neither on the devices of the arrays nor on the types of the containers.
     """
-    arrays = _by_name(state)
+    arrays = _leaves_by_path(state)
     if not all(a.is_fully_addressable for a in arrays.values() if isinstance(a, jax.Array)):
         return None
     crc = 0
@@ -222,11 +221,11 @@ def checksum(state: Any) -> int | None:
 
 
 def checksum_of_parts(state: Any) -> tuple[int, int]:
-    """The same for those parts of a state that this process holds, after a number that says which parts those are."""
+    """Two checksums of the parts of a state that this process holds: of their places, and of their numbers."""
     place, crc = 0, 0
-    for name, array in sorted(_by_name(state).items()):
+    for name, array in sorted(_leaves_by_path(state).items()):
         shards = array.addressable_shards if isinstance(array, jax.Array) else []
-        parts = {str(shard.index): shard.data for shard in shards}  # what is on several devices counts once
+        parts = {str(shard.index): shard.data for shard in shards}  # replicated parts count once
         for index in sorted(parts):
             place = zlib.crc32(f"{name} {index}".encode(), place)
             crc = zlib.crc32(_bytes_of(parts[index]), crc)
@@ -234,18 +233,18 @@ def checksum_of_parts(state: Any) -> tuple[int, int]:
 
 
 def _checksums(state: Any) -> dict[str, Any]:
-    """What is kept with a checkpoint: its checksum, or of several processes that of each one's parts."""
+    """The metadata of a checkpoint: its checksum, or with several processes those of each one's parts."""
     if jax.process_count() == 1:
         return {"checksum": checksum(state)}
-    of_all = multihost_utils.process_allgather(np.array(checksum_of_parts(state), np.uint32))
-    return {"checksums": of_all.tolist()}
+    checksums = multihost_utils.process_allgather(np.array(checksum_of_parts(state), np.uint32))
+    return {"checksums": checksums.tolist()}
 
 
 def _check_numbers(state: Any, known: dict[str, Any]) -> None:
-    """Compare a state with what was kept with its checkpoint, if the same parts of it are on this host again.
+    """Compare a state with the checksums of its checkpoint, if this process holds the same parts as when it was saved.
 
     Raises:
-        ValueError: it is another.
+        ValueError: the numbers differ.
     """
     if known["checksum"] is not None and (found := checksum(state)) not in (None, known["checksum"]):
         raise ValueError(f"its checksum is {found} in place of {known['checksum']}")
@@ -255,28 +254,28 @@ def _check_numbers(state: Any, known: dict[str, Any]) -> None:
             raise ValueError(f"the checksum of its parts on this host is {found} in place of {expected}")
 
 
-def _by_name(state: Any) -> dict[str, Any]:
+def _leaves_by_path(state: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _bytes_of(array: Any) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+def _bytes_of(array: Any) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _first_cause(error: Exception) -> BaseException:
+def _first_cause(error: BaseException) -> BaseException:
     return error if error.__cause__ is None else _first_cause(error.__cause__)
 
 
 def _system_error(error: Exception, folder: Path) -> OSError | None:
-    """The error of the system or of the storage for which a checkpoint could not be read, if that was why.
+    """The error of the system or of the storage that kept a checkpoint from being read, if there was one.
 
-    What tensorstore raises is a ValueError for all reasons, whose message begins with a status and holds the number of
-    the system's error if there was one.
+    Tensorstore raises a ValueError whatever the reason; its message begins with a status, and has the number of the
+    system's error if there was one.
 
     Args:
-        error: as it was raised.
-        folder: of the checkpoint, to be named.
+        error: the error that was raised.
+        folder: the checkpoint's folder, which the new error names.
     """
     cause = _first_cause(error)
     number = cause.errno if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError) else None
@@ -291,5 +290,5 @@ def _system_error(error: Exception, folder: Path) -> OSError | None:
 
 def _reason(error: BaseException) -> str:
     text = f"{type(error).__name__}: {error}"
-    full = [reason for number in FULL if (reason := os.strerror(number)) in text]  # amid much else
+    full = [reason for number in FULL if (reason := os.strerror(number)) in text]  # in a long message
     return full[0] if full else text.splitlines()[0][:200]

@@ -16,25 +16,25 @@ from personalize_jax.pipeline.cascade import to_float
 
 
 class Examples(NamedTuple):
-    """A labelled set of N pictures and M captions.
+    """A labelled set of N pictures and M captions: arrays on the host or on devices, or their shapes.
 
     Attributes:
-        image: uint8 [N, H, W, 3]; None where latents are in its place.
-        caption: int32 [N, K], rows of `tokens`: the captions of a picture, one of which is sampled each time.
+        image: uint8 [N, H, W, 3]; None where `latent` takes its place.
+        caption: int32 [N, K], rows of `tokens`: the K captions of a picture, one of which is sampled each time.
         tokens: tokens of M captions; row 0 is the unconditional one.
-        cond: conditioning of the M captions when the encoders are frozen and it was computed once.
-        low_res: uint8 [N, h, w, 3], each picture at the resolution of the stage before (super-resolution only).
-        object_mask: uint8 [N, H, W], where the object is, for weighting the loss; or None.
-        latent: mean and standard deviation, float32 [N, h, w, C] each, of the pictures' latents where those are
-            denoised, computed once; a batch then holds samples of them.
+        cond: conditioning of the M captions, computed once; None where the encoders are trained.
+        low_res: uint8 [N, h, w, 3], each picture at the resolution of the previous stage (super-resolution only).
+        object_mask: uint8 [N, H, W], the object's pixels, for weighting the loss; or None.
+        latent: mean and standard deviation, float32 [N, h, w, C] each, of the pictures' latents, computed once, where
+            latents are denoised; a batch then has samples of them.
     """
 
-    image: Array | None
-    caption: Array
+    image: Array | np.ndarray | None
+    caption: Array | np.ndarray
     tokens: Tokens
     cond: Conditioning | None = None
-    low_res: Array | None = None
-    object_mask: Array | None = None
+    low_res: Array | np.ndarray | None = None
+    object_mask: Array | np.ndarray | None = None
     latent: tuple[Array, Array] | None = None
 
 
@@ -50,7 +50,7 @@ def make_examples(
     Args:
         images: uint8 [N, H, W, 3].
         captions_NK: K captions for each picture, strings.
-        tokenize: gives captions their tokens, see `families.base.Family`.
+        tokenize: `families.base.Family.tokenize`.
         low_res: see `Examples`.
         object_mask: see `Examples`.
     """
@@ -68,9 +68,9 @@ def sample_batch(
         examples: the set.
         key: random key, used here alone.
         batch_size: B.
-        caption_dropout: probability of the empty caption, in [0, 1]; it keeps the unconditional branch that guidance
-            needs.
-        object_weight: added to the loss weight of 1 on the object's pixels.
+        caption_dropout: probability of the empty caption, in [0, 1], which trains the unconditional prediction that
+            guidance needs.
+        object_weight: additional loss weight of the object's pixels, beside 1 for every pixel.
     """
     picture_key, caption_key, drop_key, latent_key = jax.random.split(key, 4)
     i_B = jax.random.randint(picture_key, (batch_size,), 0, examples.caption.shape[0])
@@ -80,11 +80,12 @@ def sample_batch(
     weight = None
     if examples.object_mask is not None:
         weight = 1 + object_weight * examples.object_mask[i_B][..., None].astype(jnp.float32) / 255
-    if examples.latent is None:
-        x = to_float(examples.image[i_B])
-    else:
+    if examples.latent is not None:
         mean, std = (a[i_B] for a in examples.latent)
         x = mean + std * jax.random.normal(latent_key, mean.shape)
+    else:
+        assert examples.image is not None, "examples have pictures or their latents"
+        x = to_float(examples.image[i_B])
     return Batch(
         x=x,
         tokens=jax.tree.map(lambda a: a[m_B], examples.tokens),
@@ -97,11 +98,11 @@ def sample_batch(
 def sample_batches(
     groups: Sequence[Group], examples: Mapping[str, Examples], key: Array, batch_size: int, object_weight: float
 ) -> dict[str, Batch]:
-    """Sample a batch of each group, with a key of its own; traceable.
+    """Sample a batch for each group, each with its own key; traceable.
 
     Args:
         groups: the groups.
-        examples: examples by the name of their group.
+        examples: each group's examples by its name.
         key: random key, used here alone.
         batch_size: examples of each group.
         object_weight: additional loss weight of the object's pixels, where masks are known.
@@ -114,13 +115,13 @@ def sample_batches(
 
 
 def count_tokens(counts_V: Array, batches: Mapping[str, Batch]) -> Array:
-    """Add the tokens of a batch of each group to how often each token has been met; traceable."""
+    """Add the tokens of all groups' batches to the count of each token; traceable."""
     ids = jax.tree.leaves([batch.tokens for batch in batches.values()])
     return counts_V.at[jnp.concatenate([tokens.ravel() for tokens in ids])].add(1)
 
 
 def downsample_uint8(u: np.ndarray, size: int) -> np.ndarray:
-    """Area averages of uint8 pictures [N, H, H, C] as uint8 [N, size, size, C]; on the host, sparing with memory.
+    """Area averages of uint8 pictures [N, H, H, C] as uint8 [N, size, size, C], on the host in little memory.
 
     Raises:
         ValueError: H is no multiple of size.

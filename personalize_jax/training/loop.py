@@ -27,8 +27,8 @@ def train(
     Args:
         program: the training's program.
         directory: folder of `checkpoints/`, `metrics.jsonl` and traces.
-        progress: called with the number of steps done and the latest logged metrics, at first before any is done, and
-            then after each dispatch.
+        progress: called with the number of steps done and the latest logged metrics, before the first step and after
+            each dispatch.
         tracking: additional destinations of metrics.
 
     Returns:
@@ -36,12 +36,12 @@ def train(
 
     Raises:
         UserError: the loss is not finite, or more steps are done than the configuration asks for.
-        Stopped: on request, after saving.
+        Stopped: a stop was requested; the state has been saved.
     """
     config = program.config
     with contextlib.ExitStack() as opened:
         checkpoints = opened.enter_context(contextlib.closing(Checkpoints(directory / "checkpoints")))
-        state = checkpoints.restore(program.state, program.in_earlier_checkpoints())
+        state = checkpoints.restore(program.state, program.checkpoint_defaults())
         if state is None:
             state = program.init()
         step = saved = int(state.step)
@@ -56,10 +56,10 @@ def train(
                     check_finite(step, metrics)
                     checkpoints.save(step, state)
                 raise interruption.Stopped
-            if advance is None:  # ahead of time, so that it is no part of a step's; and only if there are steps to do
+            if advance is None:  # ahead of time, so that no step's time includes it; and only if there are steps to do
                 advance = program.lower().compile()
-                log.begin(Work.of_program(advance, program.images, config.microbatches))
-            # The host does not wait for the devices but to log and to save.
+                log.begin(Work.of_program(advance, program.images_per_step, config.microbatches))
+            # The host waits for the devices only to log and to save.
             with log.dispatching(step, metrics):
                 state, metrics = advance(state, program.frozen_params, program.examples)
             step += config.steps_per_dispatch
@@ -75,15 +75,15 @@ def train(
 
 
 def check_length(directory: Path, config: ConfigDict, before: int) -> None:
-    """Refuse another number of steps for a training that would then be none that has run without a break.
+    """Refuse a new number of steps with which a resumed training would differ from an uninterrupted one.
 
     Args:
-        directory: of the training, as given to `train`, begun or not.
-        config: its keys, with the number of steps that is asked for.
-        before: the number of steps that has been asked for so far.
+        directory: the training's directory, as given to `train`; it may not exist yet.
+        config: keys of `configs.common.training()`, with the new number of steps.
+        before: the number of steps that the training was begun with.
 
     Raises:
-        UserError: more steps are done already, or their learning rates would have been others.
+        UserError: more steps are done already, or they would have had other learning rates.
     """
     done = max(Checkpoints(directory / "checkpoints", read_only=True).steps(), default=0)
     _check_not_shorter(directory, done, config.num_steps)

@@ -11,12 +11,12 @@ MOMENT_DTYPES = ("float32", "bfloat16")
 def make_learning_rate(config: ConfigDict, num_steps: int) -> optax.Schedule:
     """The learning rate by the number of steps done.
 
-    It rises linearly for `warmup_steps`, stays, and falls linearly to 0 over the last `decay_steps`: training can be
-    prolonged at any time before its decay begins.
+    It rises linearly for `warmup_steps`, stays, and falls linearly to 0 over the last `decay_steps`. A training can be
+    prolonged until its decay begins.
 
     Args:
         config: learning_rate, warmup_steps, decay_steps.
-        num_steps: of the whole training.
+        num_steps: steps of the whole training.
     """
     return optax.join_schedules(
         [
@@ -29,13 +29,13 @@ def make_learning_rate(config: ConfigDict, num_steps: int) -> optax.Schedule:
 
 
 def same_learning_rates(config: ConfigDict, num_done: int, before: int, after: int) -> bool:
-    """Whether the steps that a training has done would have had the same learning rates in one of another length.
+    """Whether the steps done so far would have had the same learning rates in a training of another length.
 
     Args:
         config: learning_rate, warmup_steps, decay_steps.
-        num_done: steps done, the first ones.
-        before: steps of the whole training, as they were done.
-        after: steps of the whole training, as it is to go on.
+        num_done: number of steps done.
+        before: steps of the whole training with which they were done.
+        after: steps of the whole training with which it is to continue.
     """
     steps = np.arange(num_done)
     return np.array_equal(*(make_learning_rate(config, num_steps)(steps) for num_steps in (before, after)))
@@ -50,7 +50,7 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
 
     Args:
         config: learning_rate, warmup_steps, decay_steps, b1, b2, weight_decay, clip_norm, moment_dtype.
-        num_steps: of the whole training.
+        num_steps: steps of the whole training.
     """
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),

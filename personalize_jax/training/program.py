@@ -1,6 +1,6 @@
-"""The program of a training: what it computes, what of, and where that lies on the mesh.
+"""The program of a training: its jitted train steps, their inputs, and the shardings of both on a mesh.
 
-It is made of arrays, or of their shapes alone, so that what a machine would have to hold is known without that machine.
+A program can be made from shapes alone, so that its memory and its compilation are known without the machine.
 """
 
 import dataclasses
@@ -33,22 +33,22 @@ from personalize_jax.training.step import Loss, TrainState, init_state, make_tra
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """What `loop.train` runs, whatever is trained.
+    """A training that `loop.train` can run, of any network.
 
     Attributes:
-        loss: (parameters, frozen parameters, batch, key) -> (loss, metrics).
+        loss: see `step.make_train_step`.
         sample_batch: (examples, key) -> batch; traceable.
-        init_params: (start, identifier, key) -> the parameters to train; traceable.
-        examples: what batches are sampled from, whole on every device; arrays or shapes.
-        config: the keys of `configs.common.training()` that are about steps, average, mesh and optimiser.
-        key: random key from which all randomness of the training comes.
+        init_params: (pretrained values, identifier, key) -> the parameters to train; traceable.
+        examples: the examples that batches are sampled from, replicated; arrays or shapes.
+        config: the keys of `configs.common.training()` about steps, average, mesh and optimiser.
+        key: the random key from which all randomness of the training comes.
         mesh: the mesh that the program runs on.
-        images: pictures trained in a step.
+        images_per_step: pictures trained in a step.
         frozen_params: parameters that are read and not trained, on the mesh; arrays or shapes.
-        start: shapes of the arrays that `init_params` starts from.
-        read_start: gives these arrays; called once, and only where there is no checkpoint.
+        pretrained_values: shapes of the arrays that `init_params` starts from.
+        read_pretrained_values: reads these arrays; called once, and only where there is no checkpoint.
         identifier: tokens whose rows are trained, if any are.
-        vocabulary_size: number of tokens to count, or None not to.
+        vocabulary_size: number of tokens to count, or None to count none.
     """
 
     loss: Loss
@@ -58,28 +58,28 @@ class Program:
     config: ConfigDict
     key: Array
     mesh: Mesh
-    images: int
+    images_per_step: int
     frozen_params: Params = dataclasses.field(default_factory=dict)
-    start: Any = None
-    read_start: Callable[[], Any] = lambda: None
+    pretrained_values: Any = None
+    read_pretrained_values: Callable[[], Any] = lambda: None
     identifier: Identifier | None = None
     vocabulary_size: int | None = None
 
     @cached_property
     def state(self) -> TrainState:
         """Shapes, dtypes and shardings of the train state."""
-        shapes = jax.eval_shape(self._first_state, self.key, self.start, self.identifier)
+        shapes = jax.eval_shape(self._init_state, self.key, self.pretrained_values, self.identifier)
         return sharding.placed(shapes, self.config.sharding, self.mesh)
 
     def init(self) -> TrainState:
         """The state before the first step."""
         key, identifier = hosts.device_put((self.key, self.identifier), sharding.replicated(self.mesh))
-        start = sharding.placed(self.read_start(), self.config.sharding, self.mesh)
-        return jax.jit(self._first_state, out_shardings=_shardings(self.state))(key, start, identifier)
+        values = sharding.placed(self.read_pretrained_values(), self.config.sharding, self.mesh)
+        return jax.jit(self._init_state, out_shardings=_shardings(self.state))(key, values, identifier)
 
     @cached_property
     def advance(self) -> jax.stages.Wrapped:
-        """One dispatch, (state, frozen_params, examples) -> (state, metrics); jitted, and the state is donated."""
+        """One jitted dispatch, (state, frozen_params, examples) -> (state, metrics), which donates the state."""
         config, mesh = self.config, self.mesh
         gather = partial(sharding.gathered, rules=config.sharding, mesh=mesh)
         train_step = make_train_step(self.loss, self._optimizer, config.ema_decay, config.microbatches, gather)
@@ -92,12 +92,12 @@ class Program:
         return jax.jit(steps, donate_argnums=0, out_shardings=out_shardings)
 
     def lower(self) -> jax.stages.Lowered:
-        """`advance` for the arrays of this training, to be compiled."""
+        """`advance` lowered for the arrays of this training, ready to be compiled."""
         with attention.over(self.mesh):
             return self.advance.lower(self.state, self.frozen_params, self.examples)
 
-    def in_earlier_checkpoints(self) -> dict[str, Any]:
-        """Fields that states in checkpoints of earlier versions lack, with the values that these trainings had."""
+    def checkpoint_defaults(self) -> dict[str, Any]:
+        """The values that fields of the state had in earlier versions, whose checkpoints lack these fields."""
         key = hosts.device_put(jax.random.key_data(jax.random.split(self.key)[1]), sharding.replicated(self.mesh))
         return {"key": key, "token_ids": None}
 
@@ -105,9 +105,9 @@ class Program:
     def _optimizer(self) -> optax.GradientTransformation:
         return make_optimizer(self.config.optimizer, self.config.num_steps)
 
-    def _first_state(self, key: Array, start: Any, identifier: Identifier | None) -> TrainState:
+    def _init_state(self, key: Array, pretrained_values: Any, identifier: Identifier | None) -> TrainState:
         init_key, steps_key = jax.random.split(key)
-        params = self.init_params(start, identifier, init_key)
+        params = self.init_params(pretrained_values, identifier, init_key)
         token_ids = None if identifier is None else identifier.token_ids
         has_ema = self.config.ema_decay > 0
         return init_state(params, self._optimizer, steps_key, has_ema, self.vocabulary_size, token_ids)
@@ -129,15 +129,15 @@ def stage_program(
     Args:
         stage: the stage to train.
         family: the model's family.
-        pretrained: {"denoiser": ...} and the family's encoders to start from, arrays or shapes; frozen parameters are
-            taken from it. They may be rounded, see `read_float32`.
+        pretrained: {"denoiser": ...} and the family's encoders, arrays or shapes: the frozen parameters, and those that
+            the training starts from. They may be rounded, see `read_float32`.
         examples: the examples of each group of `objective.groups_of` by its name; arrays or shapes.
         config: keys of `configs.common.training()`.
         seed: seed of all randomness in this training.
         identifier: tokens of the subject's identifier, for rules that train their rows.
-        read_float32: reads the parameters of a network in float32, by the name it has in `pretrained`, where those are
-            rounded; called only for networks that are trained.
-        devices: devices of the mesh; by default those of this process's program.
+        read_float32: reads the float32 parameters of a network by its name in `pretrained`, where those are rounded;
+            called only for networks that are trained.
+        devices: devices of the mesh; by default all of them.
 
     Raises:
         UserError: the configuration does not fit the parameters or the mesh.
@@ -148,8 +148,8 @@ def stage_program(
     identifier = parameterizations.needed_identifier(selection, identifier)
     needs_frozen = any(group.target.needs_frozen for group in objective.groups)
     frozen = dict(pretrained if needs_frozen else selection.frozen)
-    if all(of_group.cond is not None for of_group in examples.values()):
-        for name in family.encoders:  # they are not read, and placing them may mean to hold them twice
+    if all(group.cond is not None for group in examples.values()):
+        for name in family.encoders:  # they are not read, and placing them may mean holding them twice
             frozen.pop(name, None)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), pretrained)
     return Program(
@@ -162,10 +162,12 @@ def stage_program(
         config=config,
         key=training_key(seed, stage.name),
         mesh=mesh,
-        images=config.batch_size * len(objective.groups),
+        images_per_step=config.batch_size * len(objective.groups),
         frozen_params=sharding.placed(frozen, config.sharding, mesh),
-        start=parameterizations.pretrained_values(selection, shapes.__getitem__),
-        read_start=partial(parameterizations.pretrained_values, selection, read_float32 or pretrained.__getitem__),
+        pretrained_values=parameterizations.pretrained_values(selection, shapes.__getitem__),
+        read_pretrained_values=partial(
+            parameterizations.pretrained_values, selection, read_float32 or pretrained.__getitem__
+        ),
         identifier=identifier,
         vocabulary_size=family.vocabulary_size if selection.networks & {*family.encoders} else None,
     )
@@ -176,14 +178,14 @@ def _shardings(state: TrainState) -> TrainState:
 
 
 def training_key(seed: int, stage_name: str) -> Array:
-    """The key that all randomness of a stage's training comes from.
+    """The random key from which all randomness of a stage's training comes.
 
-    Neither another stage's training nor a picture of the same seed shares any of its keys: pictures fold in the small
-    number of their stage, a training this large one of its name.
+    It is shared neither with another stage's training nor with a picture of the same seed: pictures fold in the small
+    number of their stage, trainings this large number of its name.
 
     Args:
-        seed: of the run.
-        stage_name: of the stage in training.
+        seed: seed of the run.
+        stage_name: name of the stage in training.
     """
     purpose = zlib.crc32(f"training {stage_name}".encode())
     return jax.random.fold_in(jax.random.key(seed), np.uint32(purpose))
@@ -195,14 +197,14 @@ def mesh_of(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def check_sizes(config: ConfigDict, mesh: Mesh) -> None:
-    """Refuse batches and numbers of steps that do not divide as they must.
+    """Refuse batches that the mesh and the microbatches do not divide, and steps that dispatches do not.
 
     Args:
-        config: of a training.
-        mesh: that it is to run on.
+        config: keys of `configs.common.training()`.
+        mesh: the mesh of the training.
 
     Raises:
-        UserError: such a number.
+        UserError: a number is no multiple of the other.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.batch_size % shards:

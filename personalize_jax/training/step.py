@@ -18,16 +18,17 @@ Loss = Callable[[Networks, Params, Any, Array], tuple[Array, Metrics]]
 
 
 class TrainState(NamedTuple):
-    """What training changes, and what its randomness comes from; everything a checkpoint holds.
+    """All that a training changes, and the source of its randomness: everything that a checkpoint holds.
 
     Attributes:
         step: number of updates done, int32.
-        params: what is trained, and nothing else, as `parameterizations.init` gives it.
+        params: the trained parameters alone, as `parameterizations.init` gives them.
         ema: their exponential moving average, or None when it is off.
         opt_state: state of the optimiser.
-        token_counts: int32 [V], how often each token went through the text encoder in training it; or None when the
-            text encoder is frozen.
-        key: uint32 [2], the data of the random key from which all steps take theirs; None in checkpoints of before.
+        token_counts: int32 [V], how often each token went through the text encoder in training it; None when the text
+            encoder is frozen.
+        key: uint32 [2], the data of the random key from which the keys of all steps are folded; None only in a state
+            that was read from a checkpoint of an earlier version.
         token_ids: int32 [n], the tokens whose rows are trained; None where no rows are.
     """
 
@@ -58,7 +59,7 @@ def init_state(
         optimizer: optax chain.
         key: random key of the training, used here alone.
         ema: whether to keep a moving average.
-        vocabulary_size: number of tokens to count, or None not to.
+        vocabulary_size: number of tokens to count, or None to count none.
         token_ids: see `TrainState`.
     """
     return TrainState(
@@ -82,27 +83,24 @@ def make_train_step(
     """Build `train_step(state, frozen_params, batch, rng) -> (state, metrics)`.
 
     `frozen_params` is a pytree of its own: never differentiated, never donated. The networks run with `state.params`
-    wherever a parameter is trained, and with `frozen_params` elsewhere. Nothing of a run is built in but its constants:
-    `jax.vmap` of the step trains several subjects at once.
+    wherever a parameter is trained, and with `frozen_params` elsewhere. The step closes over a run's constants, but not
+    over its data: `jax.vmap` of it trains several subjects at once.
 
     Args:
-        loss: (networks' parameters, frozen params, batch, rng) -> (loss, metrics).
+        loss: (networks, frozen_params, batch, rng) -> (loss, metrics).
         optimizer: optax chain.
         ema_decay: decay of the moving average, used when the state has one.
         microbatches: parts of the batch that go through the networks one after another, see `accumulated`.
-        gather: makes parameters that lie in parts whole, before a network uses them; see `sharding.gathered`.
+        gather: gathers sharded parameters before a network uses them, see `sharding.gathered`.
     """
 
-    def loss_of(
-        params: Params, frozen_params: Params, token_ids: Array | None, batch: Any, rng: Array
-    ) -> tuple[Array, Metrics]:
-        networks = parameterizations.apply(params, frozen_params, token_ids)
-        return loss(gather(networks), gather(frozen_params), batch, rng)
-
-    gradient_of = accumulated(jax.value_and_grad(loss_of, has_aux=True), microbatches)
-
     def train_step(state: TrainState, frozen_params: Params, batch: Any, rng: Array) -> tuple[TrainState, Metrics]:
-        (value, metrics), gradient = gradient_of(state.params, frozen_params, state.token_ids, batch, rng)
+        def loss_of(params: Params, batch: Any, rng: Array) -> tuple[Array, Metrics]:
+            networks = parameterizations.apply(params, frozen_params, state.token_ids)
+            return loss(gather(networks), gather(frozen_params), batch, rng)
+
+        gradient_of = accumulated(jax.value_and_grad(loss_of, has_aux=True), microbatches)
+        (value, metrics), gradient = gradient_of(state.params, batch, rng)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params, ema = optax.apply_updates(state.params, updates), state.ema
         if ema is not None:
@@ -117,18 +115,17 @@ def make_train_step(
 
 
 def accumulated(gradient_of: Callable, count: int) -> Callable:
-    """Go through a batch in parts, for a large batch in little memory.
+    """Accumulate the gradient over parts of a batch, so that a large batch takes little memory.
 
-    Each part has a key of its own. What the loss stratifies over its batch, such as times, is stratified over each
-    part. The parts run in a loop, whose convolution gradients are slow on CPU, see `make_train_steps`.
+    Each part has its own key. Whatever the loss stratifies over its batch, such as times, is stratified over each part.
+    The parts run in a loop, whose convolution gradients are slow on CPU, see `make_train_steps`.
 
     Args:
-        gradient_of: (params, frozen params, token ids, batch, rng) -> ((loss, metrics), gradient), means over the
-            batch.
+        gradient_of: (params, batch, rng) -> ((loss, metrics), gradient), means over the batch.
         count: number of parts, a divisor of the batch size; with 1 there is no loop.
 
     Returns:
-        The same function of a whole batch.
+        The same function for a whole batch.
     """
     if count == 1:
         return gradient_of
@@ -137,9 +134,9 @@ def accumulated(gradient_of: Callable, count: int) -> Callable:
         # Part i has rows i, i + count, ...: a sharded batch stays in place, and every part is spread over the devices.
         return jnp.moveaxis(a.reshape(-1, count, *a.shape[1:]), 1, 0)
 
-    def means(params: Params, frozen_params: Params, token_ids: Array | None, batch: Any, rng: Array) -> tuple:
+    def means(params: Params, batch: Any, rng: Array) -> tuple:
         def add_part(total: Params, part: tuple[Any, Array]) -> tuple[Params, tuple[Array, Metrics]]:
-            metrics, gradient = gradient_of(params, frozen_params, token_ids, *part)
+            metrics, gradient = gradient_of(params, *part)
             return jax.tree.map(jnp.add, total, gradient), metrics
 
         parts = jax.tree.map(split, batch), jax.random.split(rng, count)
@@ -152,10 +149,10 @@ def accumulated(gradient_of: Callable, count: int) -> Callable:
 def make_train_steps(
     train_step: TrainStep, sample_batch: Callable[[Any, Array], Any], count: int = 1
 ) -> Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]:
-    """Chain `count` steps into one program, each with a batch of its own sampled on the device.
+    """Chain `count` steps into one program; each samples its own batch on the device.
 
-    The keys of a step are folded from the state's key and the step's number: a resumed run samples what the
-    uninterrupted run would have sampled.
+    The keys of a step are folded from the state's key and the step's number, so that a resumed run samples the batches
+    of the uninterrupted run.
 
     Args:
         train_step: from `make_train_step`.
@@ -168,6 +165,7 @@ def make_train_steps(
     """
 
     def step(state: TrainState, frozen_params: Params, examples: Any) -> tuple[TrainState, Metrics]:
+        assert state.key is not None, "states of earlier versions are given one, see `Program.checkpoint_defaults`"
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         batch_key, step_key = jax.random.split(key)
         return train_step(state, frozen_params, sample_batch(examples, batch_key), step_key)

@@ -1,4 +1,4 @@
-"""What a training has trained: all that a run directory keeps for good, beside the pretrained parameters it changes."""
+"""The result of a training: the parameters that it trained, which a run directory keeps in `trained.safetensors`."""
 
 import contextlib
 import json
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+import jax.numpy as jnp
 from jax import Array
 
 from personalize_jax.formats.parameters import load_params, read_metadata, save_params
@@ -24,37 +24,37 @@ FILE = "trained.safetensors"
 
 
 class Trained(NamedTuple):
-    """The result of a training, or what it has come to so far.
+    """The result of a training so far.
 
     Attributes:
-        params: the average of the trained parameters, or their last values without one, as `parameterizations.init`
-            lays them out: whole parameters, adapters, rows.
+        params: the moving average of the trained parameters, or their last values where there is none, in the layout of
+            `parameterizations.init`: whole parameters, adapters, rows.
         step: number of steps done.
         token_ids: int32 [n], the tokens whose rows were trained; None where no rows were.
     """
 
     params: Params
     step: int
-    token_ids: Array | np.ndarray | None
+    token_ids: Array | None
 
 
 def trained_of(state: TrainState) -> Trained:
-    """The result of a training whose state this is."""
+    """The result of a training from its state."""
     return Trained(state.params if state.ema is None else state.ema, int(state.step), state.token_ids)
 
 
 def trained_params(trained: Trained, pretrained: Params) -> Params:
-    """The networks to sample with: pretrained float32 ones with what was trained, adapters merged into their kernels.
+    """The networks to sample with: the pretrained ones with the trained parameters, adapters merged into their kernels.
 
     Args:
         trained: the result of a training.
-        pretrained: networks by name, all that were trained among them.
+        pretrained: float32 networks by name, at least those that were trained.
     """
     return parameterizations.export(trained.params, pretrained, trained.token_ids)
 
 
 def save_trained(trained: Trained, directory: Path) -> None:
-    """Write the result of a training to the directory of its checkpoints.
+    """Write the result of a training to the training's directory.
 
     Raises:
         UserError: the file cannot be written.
@@ -71,10 +71,10 @@ def save_trained(trained: Trained, directory: Path) -> None:
 
 
 def load_trained(directory: Path, place: Callable[[Params], Params] | None = None) -> Trained:
-    """Read what `save_trained` wrote.
+    """Read the result that `save_trained` wrote.
 
     Args:
-        directory: of the training.
+        directory: the training's directory.
         place: from a tree of shapes to a tree of shardings for the parameters; None for the default device.
 
     Raises:
@@ -82,12 +82,12 @@ def load_trained(directory: Path, place: Callable[[Params], Params] | None = Non
     """
     metadata = read_metadata(directory / FILE)
     tokens = json.loads(metadata["token_ids"])
-    token_ids = None if tokens is None else np.array(tokens, np.int32)
+    token_ids = None if tokens is None else jnp.array(tokens, jnp.int32)
     return Trained(load_params(directory / FILE, place), int(metadata["step"]), token_ids)
 
 
 def steps_trained(directory: Path) -> int:
-    """The steps after which `save_trained` wrote a training's result; 0 where it has not, or the file is damaged."""
+    """The number of steps of the result that `save_trained` wrote; 0 where there is none, or its file is damaged."""
     try:
         return int(read_metadata(directory / FILE)["step"]) if (directory / FILE).exists() else 0
     except UserError as error:
@@ -96,17 +96,22 @@ def steps_trained(directory: Path) -> int:
 
 
 class Kept(NamedTuple):
-    """What a training has kept: the number of steps done, and what reads their result."""
+    """A result that is kept on the disk.
+
+    Attributes:
+        step: number of steps done.
+        read: reads the result.
+    """
 
     step: int
     read: Callable[[], Trained]
 
 
 def latest_trained(directory: Path, place: Callable[[Params], Params] | None = None) -> Kept | None:
-    """The latest result in a training's directory: its file, or a checkpoint of more steps; None before the first.
+    """The latest result in a training's directory: its file, or a checkpoint of more steps; None if there is neither.
 
     Args:
-        directory: of the training.
+        directory: the training's directory.
         place: see `load_trained`; a checkpoint is read to this host.
 
     Raises:
@@ -120,7 +125,7 @@ def latest_trained(directory: Path, place: Callable[[Params], Params] | None = N
 
 
 def latest_state(directory: Path) -> TrainState | None:
-    """The state of a training's latest checkpoint, begun on whatever devices: on this host; None before the first.
+    """The state of a training's latest checkpoint on this host, whatever devices saved it; None if there is none.
 
     Raises:
         UserError: there are checkpoints, but none can be read.

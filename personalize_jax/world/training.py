@@ -73,12 +73,12 @@ def network_program(
     return Program(
         loss=loss_of,
         sample_batch=sample_batch,
-        init_params=lambda start, identifier, key: init(key),
+        init_params=lambda values, identifier, key: init(key),
         examples=sharding.placed(examples, config.sharding, mesh),
         config=config,
         key=jax.random.key(SEED),
         mesh=mesh,
-        images=config.batch_size,
+        images_per_step=config.batch_size,
     )
 
 
