@@ -1,1 +1,1 @@
-"""What every room needs of the machine: errors, files, several hosts, stopping, the command line, the mesh."""
+"""Services that every room uses: errors, files, several hosts, stopping, the command line, the mesh."""

@@ -1,4 +1,4 @@
-"""TPU chips: what one holds and does."""
+"""TPU chips: memory, speed and links."""
 
 from typing import NamedTuple
 
@@ -9,13 +9,13 @@ class Chip(NamedTuple):
     """One chip of a TPU generation.
 
     Attributes:
-        kinds: what JAX may call the device (`device_kind`).
+        kinds: JAX's names of the device (`device_kind`).
         hbm_bytes: memory of the chip.
         flops: bfloat16 operations a second.
-        hbm_bandwidth: bytes a second.
+        hbm_bandwidth: bytes a second between the chip and its memory.
         link_bandwidth: bytes a second over one link between chips, in one direction.
-        dimensions: of a slice's torus.
-        ring: sides of a multiple of so many chips close to a ring; others are lines.
+        dimensions: number of dimensions of a slice's torus.
+        ring: sides of a slice whose length is a multiple of this number of chips are rings; others are lines.
     """
 
     kinds: tuple[str, ...]
@@ -38,5 +38,5 @@ CHIPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """bfloat16 operations a second that a device can do, by what JAX calls it; None of one that is not known."""
+    """bfloat16 operations a second of a device, by JAX's name of its kind; None for an unknown one."""
     return next((chip.flops for chip in CHIPS.values() if device_kind in chip.kinds), None)

@@ -1,7 +1,7 @@
-"""What the commands share: flags, devices, one-sentence errors, exit statuses, progress bars.
+"""The frame of every command: flags, several hosts, one-sentence errors, exit statuses, progress bars.
 
-Exit statuses: 0, all is done; 2, one sentence says what is wrong; 75 (EX_TEMPFAIL), stopped by SIGTERM or Ctrl-C after
-saving, and the same command goes on.
+Exit statuses: 0, everything is done; 2, one sentence on stderr says what is wrong; 75 (EX_TEMPFAIL), stopped by SIGTERM
+or Ctrl-C after saving, and the same command continues.
 """
 
 import contextlib
@@ -32,13 +32,13 @@ def run(
     required: Sequence[str],
     takes_words: bool = False,
 ) -> None:
-    """Run a command: `UserError` and failures to write end it with one sentence and exit status 2, signals with 75.
+    """Run a command. A `UserError` or a failure to write ends it with one sentence and exit status 2, a signal with 75.
 
     Args:
         main: the command, called with its name and the words beside its flags.
         define_flags: defines its flags; a function, so that importing a command's module defines none.
         required: names of the flags that must be given.
-        takes_words: whether words beside the flags mean something to it; otherwise they are refused.
+        takes_words: whether the command takes words beside its flags; otherwise they are refused.
     """
 
     def guarded(argv: list[str]) -> None:
@@ -61,15 +61,15 @@ def run(
 
 
 def define_multihost() -> None:
-    """Flags of commands that may be several processes of one program."""
+    """Define the flags of commands that can run as several processes of one program."""
     flags.DEFINE_bool("multihost", False, "Run with the same command on the other hosts, which TPU VMs and Slurm name.")
     flags.DEFINE_string("coordinator", None, "With --multihost, where nothing names them: process 0's host and port.")
-    flags.DEFINE_integer("num_processes", None, "Likewise: of all hosts.", lower_bound=1)
-    flags.DEFINE_integer("process_id", None, "Likewise: which this one is, from 0.", lower_bound=0)
+    flags.DEFINE_integer("num_processes", None, "Likewise: the number of processes.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Likewise: the number of this process, from 0.", lower_bound=0)
 
 
 def _join() -> None:
-    """Become one of several processes, if the flags say so."""
+    """Join the other processes of the program if the flags ask for it."""
     arguments = flags.FLAGS
     if "multihost" not in arguments:
         return
@@ -83,9 +83,9 @@ def _join() -> None:
 
 
 def set_up() -> None:
-    """What a process does before it computes: silence what is no warning, keep compiled programs and memory."""
-    logging.getLogger("jax").setLevel(logging.WARNING)  # it tells which backends it did not find
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs at length what it also raises
+    """Prepare a process for computing: silence loggers, cache compiled programs, keep memory."""
+    logging.getLogger("jax").setLevel(logging.WARNING)  # it lists the backends that it did not find
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs at length the errors that it also raises
     sys.unraisablehook = _report_unraisable
     _keep_compiled_programs()
     _keep_memory()
@@ -93,7 +93,7 @@ def set_up() -> None:
 
 @contextlib.contextmanager
 def steps_bar(description: str, total: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """A progress bar over steps; yields `progress(steps done, metrics)`, whose first call says where it begins."""
+    """A progress bar over steps; yields `progress(steps done, metrics)`, whose first call sets where the bar begins."""
     bar: tqdm | None = None
 
     def progress(step: int, metrics: dict[str, float]) -> None:
@@ -111,7 +111,7 @@ def steps_bar(description: str, total: int) -> Iterator[Callable[[int, dict[str,
 
 
 def _parse(argv: list[str], takes_words: bool) -> list[str]:
-    """As absl does, but with one sentence for what cannot be used, and with "~" for the home folder.
+    """Parse flags as absl does, but with one-sentence errors, and with "~" for the home folder.
 
     Shells expand "~" in `--workdir ~/rex`, but not in `--workdir=~/rex`.
     """
@@ -119,7 +119,7 @@ def _parse(argv: list[str], takes_words: bool) -> list[str]:
         words = flags.FLAGS(argv)
     except flags.Error as error:
         *before, last = str(error).strip().splitlines()
-        if before and not last.startswith("ValueError: "):  # by which configurations refuse their arguments
+        if before and not last.startswith("ValueError: "):  # with which configurations refuse their arguments
             print(*before, sep="\n", file=sys.stderr)
         sys.exit(_fail(last.removeprefix("ValueError: ")))
     except (AttributeError, KeyError) as error:
@@ -135,7 +135,7 @@ def _parse(argv: list[str], takes_words: bool) -> list[str]:
 
 
 def _expand_home(config: ConfigDict) -> None:
-    """Put the home folder in place of a leading "~" in all values of a configuration."""
+    """Replace a leading "~" by the home folder in all values of a configuration."""
     for key, value in config.items():
         if isinstance(value, ConfigDict):
             _expand_home(value)
@@ -144,7 +144,7 @@ def _expand_home(config: ConfigDict) -> None:
 
 
 def _left_over(words: Sequence[str]) -> str:
-    """A sentence about words that no flag takes."""
+    """An error message about words that belong to no flag."""
     named = f"{words[0]!r} and {words[1]!r}" if len(words) == 2 else repr(words[0])
     named += f" and {len(words) - 1} more" * (len(words) > 2)
     several = [name for name in flags.FLAGS if isinstance(flags.FLAGS[name], flags.MultiFlag)]
@@ -154,14 +154,14 @@ def _left_over(words: Sequence[str]) -> str:
 
 
 def _expanded(value: object) -> object:
-    """A value, or each of several, with the home folder in place of a leading "~"."""
+    """A value, or a sequence of values, with a leading "~" replaced by the home folder."""
     if isinstance(value, list | tuple):
         return type(value)(map(_expanded, value))
     return os.path.expanduser(value) if isinstance(value, str) and re.match(r"~(/|$)", value) else value
 
 
 def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    """As usual, but for what comes of writes that orbax leaves to themselves once one of them has failed."""
+    """Report an unraisable error, but not those of orbax's remaining writes once one of them has failed."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
@@ -171,7 +171,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _keep_compiled_programs() -> None:
-    """Programs are compiled once for all runs: in the user's cache directory, unless JAX is told of another."""
+    """Cache compiled programs for all runs in the user's cache directory, unless JAX is told of another."""
     if getattr(jax.config, _CACHE_FOLDER) is not None:
         return
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
@@ -180,7 +180,7 @@ def _keep_compiled_programs() -> None:
 
 
 def _keep_memory() -> None:
-    """On CPU, arrays of many megabytes come and go: memory that glibc gives back costs page faults to get again."""
+    """Keep freed memory: on CPU large arrays come and go, and memory that glibc returns costs page faults again."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and where those lie that ship with the package."""
+"""Files that are written completely or not at all, errors that name their file, and the package's assets."""
 
 import contextlib
 import errno
@@ -10,20 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ASSETS = Path(__file__).parents[1] / "assets"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says of a full disk, quota or file
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # error numbers of a full disk, quota or file
 
 _HOST = re.sub(r"[^\w.-]", "_", socket.gethostname())
-_TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)")  # of `replacing`, with the number of its process and the host
+_TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)")  # a temporary file of `replacing`: its process and host
 
 
 @contextlib.contextmanager
 def replacing(file: Path, apart: bool = False) -> Iterator[Path]:
-    """Yield where to write, beside `file`, which what is there replaces at the end, unless there was an error.
+    """Yield a temporary path beside `file`, and move it to `file` at the end unless there was an error.
 
     Args:
-        file: to write or replace.
-        apart: write in a folder of its own, and give the file the mode of any new one: for libraries that write to a
-            file of theirs beside it first, which only this user may read.
+        file: the file to write or replace.
+        apart: whether the temporary file has its own folder, and the mode of a new file: for libraries that first write
+            another file beside it, which only this user may read.
 
     Raises:
         OSError: the file cannot be written; the error names it.
@@ -46,11 +46,11 @@ def replacing(file: Path, apart: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def naming(file: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Have failures to write say which file it was, as the system says only when one is opened.
+    """Add the name of a file to errors, which the system names only when a file is opened.
 
     Args:
-        file: to be named.
-        temporary: another name, in whose place, and in that of what is within it, it is named.
+        file: the file to name.
+        temporary: a path whose name, like that of any path within it, `file` replaces in errors.
     """
     try:
         yield
@@ -62,7 +62,7 @@ def naming(file: Path, temporary: Path | None = None) -> Iterator[None]:
 
 
 def reason(error: OSError) -> str:
-    """A sentence that says which file cannot be used, and why."""
+    """An error message that says which file cannot be used, and why."""
     file = error.filename or "A file"
     if error.errno in FULL:
         return f"{file} cannot be written ({error.strerror}); what is done is kept: make free space, and start again."
@@ -76,9 +76,9 @@ def write_text(file: Path, text: str) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what killed processes of this host have left unfinished below a folder; links are not followed.
+    """Delete temporary files of this host's killed processes below a folder; links are not followed.
 
-    Which processes of other hosts are alive is not known here: theirs stays.
+    Those of other hosts stay, as it is not known here which of their processes are alive.
     """
     for found in list(folder.rglob(".*")):
         match = _TEMPORARY.fullmatch(found.name)

@@ -1,7 +1,7 @@
-"""Several processes of one program, one on each host of a TPU slice as a rule.
+"""Several processes of one program, usually one on each host of a TPU slice.
 
-All of them run the same command on the same input: they compute together, each on its own devices, and must come by
-every call of this module's functions in the same order. Their files lie where all of them see them.
+All of them run the same command on the same input: they compute together, each on its own devices, and must call this
+module's functions in the same order. Their files lie on a file system that all of them see.
 """
 
 import secrets
@@ -21,22 +21,22 @@ from personalize_jax.runtime.files import reason
 from personalize_jax.runtime.interruption import Stopped
 
 _OUTCOME_BYTES = 4096
-# With which a share of work may end, the worst last. Its severity is its place here, from 1; 0 is none.
+# The kinds of errors that work may raise, the worst last. An error's severity is its position, from 1; 0 is success.
 _ERRORS: tuple[type[Exception], ...] = (Stopped, UserError, Exception)
 _FAILED = len(_ERRORS)
-_SHUTDOWN_SECONDS = 60  # that a process which has failed waits for the others, before it ends them
+_SHUTDOWN_SECONDS = 60  # how long a process that has failed waits for the others before it ends them
 
 
 def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
     """Make this process one of several, before anything is computed.
 
     Args:
-        coordinator: host and port on which process 0 is found; None where the machines tell, as TPU VMs and Slurm do.
-        num_processes: of the program; None likewise.
-        process_id: of this process, from 0; None likewise.
+        coordinator: host and port of process 0; None where the environment names it, as TPU VMs and Slurm do.
+        num_processes: number of processes of the program; None likewise.
+        process_id: number of this process, from 0; None likewise.
 
     Raises:
-        UserError: they do not find each other.
+        UserError: the processes do not find each other.
     """
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, shutdown_timeout_seconds=_SHUTDOWN_SECONDS)
@@ -48,28 +48,28 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
 
 
 def is_first() -> bool:
-    """Whether this is process 0, which writes what is written once."""
+    """Whether this is process 0, which writes the files that are written once."""
     return jax.process_index() == 0
 
 
 def first_does(work: Callable[[], object]) -> None:
-    """Have process 0 do something while the others wait.
+    """Do some work in process 0 while the others wait.
 
     Raises:
-        Exception: as `each_does`.
+        Exception: see `each_does`.
     """
     each_does(work if is_first() else lambda: None)
 
 
 def each_does(work: Callable[[], object]) -> None:
-    """Have every process do its share, in which the others take no part, and go on once all have done theirs.
+    """Do some work in every process independently, and continue once all processes have finished theirs.
 
-    A share may ask whether to stop, in one process more often than in another.
+    Unlike elsewhere, processes may ask `interruption.requested` differently often in it.
 
     Raises:
-        UserError: what it raises in one of them, and what keeps one from writing a file, in every process.
+        UserError: the work raised one, or an OSError, in some process; it is raised in all of them.
         Stopped: likewise.
-        Exception: what else it raises, in that process; in the others, one that tells of it.
+        Exception: the work raised another error, which is raised in that process; in the others, one that names it.
     """
     if jax.process_count() == 1:
         work()
@@ -81,60 +81,50 @@ def each_does(work: Callable[[], object]) -> None:
         raised = UserError(reason(error))
     except Exception as error:
         raised = error
-    outcomes = [_read_outcome(written) for written in multihost_utils.process_allgather(_written_outcome(raised))]
-    interruption.count_on_from(max(count for _, count, _ in outcomes))
+    severity = next((i for i, kind in enumerate(_ERRORS, start=1) if isinstance(raised, kind)), 0)
+    sentence = "" if raised is None else str(raised)
+    if severity == _FAILED:
+        sentence = f"Process {jax.process_index()} has failed ({type(raised).__name__}: {sentence})."
+    outcomes = _gather_outcomes(severity, sentence)
+    interruption.set_count(max(count for _, count, _ in outcomes))
     worst, _, sentence = max(outcomes, key=lambda outcome: outcome[0])
-    if raised is not None and worst == _severity(raised):
+    if raised is not None and worst == severity:
         raise raised
     if worst > 0:
         raise _ERRORS[worst - 1](sentence)
 
 
-def _severity(raised: Exception | None) -> int:
-    """The severity of what a share of work has raised."""
-    if raised is None:
-        return 0
-    return next(i for i, kind in enumerate(_ERRORS, start=1) if isinstance(raised, kind))
-
-
-def _written_outcome(raised: Exception | None) -> np.ndarray:
-    """What has come of this process's share, in so many bytes, whatever it is: severity, times asked, sentence."""
-    severity = _severity(raised)
-    sentence = "" if raised is None else str(raised)
-    if severity == _FAILED:
-        sentence = f"Process {jax.process_index()} has failed ({type(raised).__name__}: {sentence})."
-    written = f"{severity} {interruption.count()} {sentence}".encode(errors="replace")[:_OUTCOME_BYTES]
-    return np.frombuffer(written.ljust(_OUTCOME_BYTES, b"\0"), np.uint8)
-
-
-def _read_outcome(written: np.ndarray) -> tuple[int, int, str]:
-    severity, count, sentence = written.tobytes().rstrip(b"\0").decode(errors="ignore").split(" ", 2)
-    return int(severity), int(count), sentence
+def _gather_outcomes(severity: int, sentence: str) -> list[tuple[int, int, str]]:
+    """The severity, the `interruption.count`, and the message of every process; long messages are cut off."""
+    encoded = f"{severity} {interruption.count()} {sentence}".encode(errors="replace")[:_OUTCOME_BYTES]
+    gathered = multihost_utils.process_allgather(np.frombuffer(encoded.ljust(_OUTCOME_BYTES, b"\0"), np.uint8))
+    fields = [row.tobytes().rstrip(b"\0").decode(errors="ignore").split(" ", 2) for row in gathered]
+    return [(int(severity), int(count), sentence) for severity, count, sentence in fields]
 
 
 def wait() -> None:
-    """Go on once every process has come here."""
+    """Wait until every process has called this."""
     each_does(lambda: None)
 
 
 def true_in_all(facts: Sequence[bool]) -> list[bool]:
-    """Which facts hold in every process; of one length everywhere."""
+    """For each fact, whether it is true in every process; all give lists of the same length."""
     if jax.process_count() == 1 or not len(facts):
         return list(facts)
     return multihost_utils.process_allgather(np.array(facts, bool)).all(0).tolist()
 
 
 def to_numpy(array: Any) -> np.ndarray:
-    """An array on this host, wherever its parts lie."""
+    """An array gathered on this host, wherever its parts lie."""
     if isinstance(array, Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         array = multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
 
 
 def gather_on_first(tree: Any) -> Any:
-    """Arrays on the host of process 0, wherever their parts lie; None in the other processes.
+    """Gather arrays on the host of process 0, wherever their parts lie; leaves are None in the other processes.
 
-    An array at a time is whole on every host, and no longer than it takes.
+    Other hosts hold one whole array at a time.
 
     Args:
         tree: pytree of arrays.
@@ -148,13 +138,13 @@ def gather_on_first(tree: Any) -> Any:
 
 
 def device_put(tree: Any, sharding: Sharding | None) -> Any:
-    """`jax.device_put` of arrays of which every process has the same copy, or its part.
+    """`jax.device_put` of arrays of which every process has the same copy, or its own part.
 
-    JAX itself would first compare the copies, sending all of them over the network.
+    JAX itself would first compare the copies by sending them over the network.
 
     Args:
         tree: pytree of arrays.
-        sharding: of all of them; None for the default device.
+        sharding: the sharding of all of them; None for the default device.
     """
 
     def place(value: Any) -> Array:
@@ -170,13 +160,13 @@ def device_put(tree: Any, sharding: Sharding | None) -> Any:
 
 
 def check_shared(folder: Path) -> None:
-    """Refuse a folder that each host has for itself.
+    """Refuse a folder that is not the same on all hosts.
 
     Args:
-        folder: made if missing.
+        folder: the folder, made if missing.
 
     Raises:
-        UserError: what process 0 writes there is not seen by all.
+        UserError: some process does not see a file that process 0 writes there.
     """
     if jax.process_count() == 1:
         return

@@ -1,8 +1,8 @@
 """Stopping early without losing work.
 
-SIGTERM, which a machine gets that is about to be taken away, or Ctrl-C asks a command to stop. It does so where nothing
-is lost: a training saves its state after the steps that are under way, and drawing ends between two batches. Whatever
-else a command was doing is done again by the next call, as after a crash.
+SIGTERM, which a machine gets before it is preempted, or Ctrl-C asks a command to stop. It stops where nothing is lost:
+a training saves its state after the current dispatch, and sampling ends between two batches. Any other work is done
+again by the next call, as after a crash.
 """
 
 import contextlib
@@ -16,26 +16,30 @@ from jax.experimental import multihost_utils
 
 STATUS = os.EX_TEMPFAIL  # 75, the exit status that says: stopped after saving, start again
 
-_asked = False  # signals reach the process, so this is the process's, too
-_agreed = False  # likewise, where there are several processes
-_count = 0  # how often this one has asked the others, or as often as the one that has most
+# Signals reach the process, so its state is global, too.
+_asked = False  # whether a signal has asked this process to stop
+_agreed = False  # whether several processes have agreed to stop
+_count = 0  # the number of times that this process has asked the others
 
 
 class Stopped(Exception):
-    """What was being done has been stopped on request, after saving it."""
+    """The work has been stopped on request, after saving."""
 
 
 @contextlib.contextmanager
 def on_signals() -> Iterator[None]:
-    """Let the first SIGTERM or SIGINT ask to stop; a second one acts as usual.
+    """Have the first SIGTERM or SIGINT ask to stop; a second one acts as usual.
 
-    For the main thread; and before several processes join. JAX then takes SIGTERM for itself, to tell all of them, and
-    keeps it: only SIGINT is handled here from then on.
+    To be entered in the main thread, and before several processes join: JAX then takes over SIGTERM, to tell all of
+    them, and only SIGINT is handled here from then on.
     """
     global _asked
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT) if _is_ours(number)}
-    # Not what is to be ignored, nor what another library has taken, which shows as None.
-    handlers = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    # Not signals that are ignored, nor those that another library has taken, whose handler shows as None.
+    handlers = {
+        number: handler
+        for number in (signal.SIGTERM, signal.SIGINT)
+        if _is_ours(number) and (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None)
+    }
 
     def restore() -> None:
         for number, handler in handlers.items():
@@ -46,7 +50,7 @@ def on_signals() -> Iterator[None]:
         global _asked
         _asked = True
         restore()
-        # Printing is no option: the signal may have come in the midst of it.
+        # Not print, which the signal may have interrupted.
         os.write(2, f"\n{signal.Signals(number).name}: stopping once it is saved; again to stop at once.\n".encode())
 
     for number in handlers:
@@ -59,17 +63,16 @@ def on_signals() -> Iterator[None]:
 
 
 def _is_ours(number: int) -> bool:
-    """Whether a signal is not JAX's, which takes SIGTERM when processes join."""
+    """Whether a signal is handled here: JAX takes over SIGTERM when processes join."""
     return number == signal.SIGINT or not jax.distributed.is_initialized()
 
 
 def requested() -> bool:
     """Whether to save and stop now.
 
-    Processes of one program are told alike, at the same time of asking, even if the signal came to one of them only: by
-    the preemption service of `jax.distributed`, which has a SIGTERM handler of its own and, once there was a signal,
-    names the time after the last one at which any of them has asked. So they must ask equally often, but within
-    `hosts.each_does`, which makes the counts equal again.
+    All processes of a program get the same answer at the same call, even if only one of them got the signal: the
+    preemption service of `jax.distributed` handles SIGTERM, and then chooses a call that none of them has made yet. So
+    all must call this equally often, except within `hosts.each_does`, which makes their counts equal again.
     """
     global _agreed, _asked, _count
     if not jax.distributed.is_initialized():
@@ -84,24 +87,24 @@ def requested() -> bool:
 
 
 def count() -> int:
-    """How often this process has asked the others whether to stop."""
+    """The number of times that this process has asked the others whether to stop."""
     return _count
 
 
-def count_on_from(highest: int) -> None:
-    """Count as the process does that has asked most often; for all of them at once.
+def set_count(highest: int) -> None:
+    """Set this process's count to the highest of all processes, in all of them at once.
 
-    None has passed the time at which all stop, as that comes after the last one at which any of them had asked.
+    None of them misses the call at which all stop, as that comes after the latest call of any of them.
     """
     global _count
     _count = highest
 
 
 def check() -> None:
-    """Stop here, where there is nothing to save, if that is asked for.
+    """Stop here, where there is nothing to save, if a stop is requested.
 
     Raises:
-        Stopped: it is.
+        Stopped: a stop is requested.
     """
     if requested():
         raise Stopped

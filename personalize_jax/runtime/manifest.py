@@ -1,12 +1,12 @@
-"""`manifest.json`: what a run directory is made from, by which calls, and how far it has come.
+"""`manifest.json`: the inputs of a run directory, the calls that worked on it, and its progress.
 
 config    the configuration
-seeds     of what is drawn by chance: one, or the first and the last
-subject   what it is called, by which identifier, and what prompts have in that name's place
-data      hashes of what came from outside: photos, pretrained weights
+seeds     random seeds by purpose: one, or the first and the last
+subject   the subject's name, its identifier, and the words that stand for the name in prompts
+data      hashes of the inputs: photos, pretrained weights
 phases    {name: {"seconds": ..., "done": ...}}, over all calls
-calls     those that began or resumed the run, each with arguments, versions, git revision, devices, phase and status:
-          "running", "done", "stopped" (on request, after saving), "failed", or "killed"
+calls     the calls that began or resumed the run, each with arguments, versions, git revision, devices, phase and
+          status: "running", "done", "stopped" (on request, after saving), "failed", or "killed"
 done      whether every phase is finished
 """
 
@@ -31,7 +31,7 @@ from personalize_jax.runtime.files import remove_temporaries, write_text
 from personalize_jax.runtime.interruption import Stopped
 
 FILE = "manifest.json"
-# What requirements.txt says the project imports, and what computes.
+# The packages that requirements.txt lists as imported, and libtpu.
 PACKAGES = (
     *("absl-py", "array-record", "beautifulsoup4", "einops", "flax", "ftfy", "huggingface-hub", "jax", "jaxlib"),
     *("libtpu", "matplotlib", "ml-collections", "numpy", "optax", "orbax-checkpoint", "pillow", "safetensors"),
@@ -59,7 +59,7 @@ def read_config(workdir: Path) -> ConfigDict:
     """The configuration of a run.
 
     Raises:
-        UserError: the directory holds none.
+        UserError: the directory has no manifest with a configuration.
     """
     manifest = read(workdir)
     if "config" not in manifest:
@@ -68,12 +68,12 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 def recorded(workdir: Path, key: str, default: Any) -> Any:
-    """A value of the configuration that a run has had so far.
+    """A value of the configuration that a run was last called with.
 
     Args:
-        workdir: run directory, begun or not.
+        workdir: run directory, which may not exist yet.
         key: dotted key.
-        default: what to give where the run has no such value.
+        default: the value where the run has none.
     """
     value = read(workdir).get("config", {})
     for part in key.split("."):
@@ -82,10 +82,10 @@ def recorded(workdir: Path, key: str, default: Any) -> Any:
 
 
 def record_config(config: ConfigDict, workdir: Path, may_change: Sequence[str] = ()) -> None:
-    """Keep the configuration in the run directory, or compare it with what the run began with.
+    """Write the configuration to the run directory, or compare it with the run's.
 
     Args:
-        config: of this call.
+        config: the configuration of this call.
         workdir: run directory, made if missing.
         may_change: dotted keys in which a later call may differ; the run is then no longer done.
 
@@ -107,25 +107,25 @@ def record_config(config: ConfigDict, workdir: Path, may_change: Sequence[str] =
 
 
 def record_subject(workdir: Path, name: str, identifier: str, in_prompts: str) -> None:
-    """Tell what the subject is called.
+    """Record the subject's name.
 
     Args:
         workdir: run directory.
-        name: such as "a tar dog".
+        name: the name, such as "a tar dog".
         identifier: the rare word in it.
-        in_prompts: what prompts have for the name, such as "a [V] dog".
+        in_prompts: the words that stand for the name in prompts, such as "a [V] dog".
     """
     _update(workdir, subject={"name": name, "identifier": identifier, "in prompts": in_prompts})
 
 
 @contextlib.contextmanager
 def record(workdir: Path, seeds: Mapping[str, object], data: Mapping[str, object]) -> Iterator[None]:
-    """List a call when it begins; say how it ended, and that the run is done if it ended well.
+    """Record a call when it begins, its status when it ends, and that the run is done if the call succeeded.
 
     Args:
-        workdir: run directory, made if missing; what killed calls left unfinished in it is deleted.
-        seeds: see above.
-        data: see above.
+        workdir: run directory, made if missing; temporary files of killed calls are deleted.
+        seeds: random seeds by purpose.
+        data: hashes of the inputs.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     hosts.each_does(lambda: remove_temporaries(workdir))
@@ -148,7 +148,7 @@ def record(workdir: Path, seeds: Mapping[str, object], data: Mapping[str, object
     try:
         yield
     except BaseException as error:
-        with contextlib.suppress(OSError):  # such as a full disk, which is then why it failed
+        with contextlib.suppress(OSError):  # such as a full disk, which may be why the call failed
             end("stopped" if isinstance(error, Stopped) else "failed")
         raise
     end("done")
@@ -157,7 +157,7 @@ def record(workdir: Path, seeds: Mapping[str, object], data: Mapping[str, object
 
 @contextlib.contextmanager
 def phase(workdir: Path, name: str) -> Iterator[None]:
-    """Record a phase when it begins, and its seconds when it ends; those of calls that resumed it add up."""
+    """Record a phase when it begins, and its seconds when it ends, summed over the calls that worked on it."""
     start = time.monotonic()
     seconds = read(workdir).get("phases", {}).get(name, {}).get("seconds", 0.0)
 
@@ -177,7 +177,7 @@ def phase(workdir: Path, name: str) -> Iterator[None]:
 
 
 def phase_times(workdir: Path) -> dict[str, float]:
-    """Seconds of the phases that are finished."""
+    """Seconds of each finished phase."""
     phases = read(workdir).get("phases", {})
     return {name: state["seconds"] for name, state in phases.items() if state["done"]}
 
@@ -192,7 +192,7 @@ def _update(workdir: Path, **changes: object) -> None:
 
 
 def _update_call(workdir: Path, **changes: object) -> None:
-    """Of the call that goes on; a phase may also be run outside of one."""
+    """Change the record of the current call, if there is one: phases also run outside of calls."""
     if calls := _calls(workdir):
         _update(workdir, calls=[*calls[:-1], calls[-1] | changes])
 
@@ -201,7 +201,7 @@ def _devices() -> dict[str, object]:
     device = jax.devices()[0]
     kind = {"platform": device.platform, "kind": device.device_kind}
     if device.platform == "cpu":
-        kind["cores"] = _cores()  # among which XLA splits sums
+        kind["cores"] = _cores()  # XLA splits sums among them
     return kind | {"count": jax.device_count(), "processes": jax.process_count()}
 
 
@@ -218,7 +218,7 @@ def _versions() -> dict[str, str]:
 
 
 def _git() -> dict[str, object] | None:
-    """Revision of the checkout that this file belongs to, and whether files in it have been changed since."""
+    """Revision of the checkout that this file belongs to, and whether its files differ from it."""
     here = Path(__file__)
 
     def git(*arguments: str) -> str:

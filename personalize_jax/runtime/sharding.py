@@ -23,10 +23,10 @@ def make_mesh(shape: Sequence[int], batch_size: int = 1, devices: Sequence[Any] 
     """The mesh over this program's devices.
 
     Args:
-        shape: sizes of data, fsdp and tensor. One of them may be -1 for "what remains"; or fsdp and tensor both, and
-            then fsdp is as large as the batch can be split and tensor takes the rest.
+        shape: sizes of data, fsdp and tensor. One of them may be -1, for all devices that the others leave; if fsdp and
+            tensor both are, fsdp is as large as the batch can be split, and tensor takes the rest.
         batch_size: pictures of a group that go through a network at once.
-        devices: others than this program's.
+        devices: the devices; by default all of this program.
 
     Raises:
         UserError: the sizes do not multiply to the number of devices.
@@ -48,16 +48,16 @@ def make_mesh(shape: Sequence[int], batch_size: int = 1, devices: Sequence[Any] 
 def shardings(tree: Any, rules: Sequence[tuple[str, Sequence[str | None]]], mesh: Mesh) -> Any:
     """A NamedSharding for every leaf.
 
-    The same rules serve parameters, EMA and optimiser moments, since a path is searched, not matched from its start. A
-    dimension that its mesh axis does not divide stays whole.
+    The same rules serve parameters, EMA and optimiser moments, since patterns are searched anywhere in a path. A
+    dimension that its mesh axis does not divide is not sharded.
 
     Args:
         tree: pytree of arrays or shapes.
-        rules: (regular expression, axis names from the *last* dimension backwards); the first found decides.
+        rules: (regular expression, axis names from the *last* dimension backwards); the first that is found decides.
         mesh: the mesh.
 
     Raises:
-        UserError: a leaf with two dimensions or more that no rule matches.
+        UserError: a leaf of two or more dimensions matches no rule.
     """
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
@@ -77,7 +77,7 @@ def shardings(tree: Any, rules: Sequence[tuple[str, Sequence[str | None]]], mesh
 
 
 def placed(tree: Any, rules: Sequence[tuple[str, Sequence[str | None]]], mesh: Mesh) -> Any:
-    """Arrays where `shardings` puts them; of shapes, shapes that say so."""
+    """Arrays placed as `shardings` says; shapes are given these shardings."""
 
     def place(leaf: Any, target: NamedSharding) -> Any:
         if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -88,41 +88,41 @@ def placed(tree: Any, rules: Sequence[tuple[str, Sequence[str | None]]], mesh: M
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Whole on every device."""
+    """The sharding of arrays that are whole on every device."""
     return NamedSharding(mesh, P())
 
 
 def gathered(params: Any, rules: Sequence[tuple[str, Sequence[str | None]]], mesh: Mesh) -> Any:
-    """Parameters whole over fsdp, as a network uses them; traceable.
+    """Gather parameters over the axis fsdp, for a network to use; traceable.
 
-    Stored in parts, used whole: left to itself XLA may split a convolution's sums over fsdp instead, and then its
-    gradients are wrong where a batch is split over data and fsdp both and features over tensor (jax 0.10.2). Their
-    gradients lie as the parameters do, so that devices add up their own parts only and none holds them all.
+    Left to itself, XLA may split a convolution's sums over fsdp instead, and then its gradients are wrong where a batch
+    is split over both data and fsdp, and features over tensor (jax 0.10.2). Gradients are sharded like the parameters,
+    so that each device sums up its own part only.
 
     Args:
-        params: parameters that lie as `shardings` with the same rules puts them.
+        params: parameters, sharded as `shardings` says by the same rules.
         rules: see `shardings`.
         mesh: the mesh.
     """
     if mesh.shape["fsdp"] == 1:
         return params
-    in_parts = shardings(params, rules, mesh)
+    sharded = shardings(params, rules, mesh)
     whole = shardings(params, [(p, [None if axis == "fsdp" else axis for axis in axes]) for p, axes in rules], mesh)
-    # Each by itself, so that frozen ones get no gradients beside others that are differentiated.
-    return jax.tree.map(_gather, params, in_parts, whole)
+    # Leaf by leaf, so that frozen parameters get no gradients beside others that are differentiated.
+    return jax.tree.map(_gather, params, sharded, whole)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x: Array, in_parts: NamedSharding, whole: NamedSharding) -> Array:
+def _gather(x: Array, sharded: NamedSharding, whole: NamedSharding) -> Array:
     return jax.lax.with_sharding_constraint(x, whole)
 
 
 _gather.defvjp(
-    lambda x, in_parts, whole: (_gather(x, in_parts, whole), None),
-    lambda in_parts, whole, _, gradient: (jax.lax.with_sharding_constraint(gradient, in_parts),),
+    lambda x, sharded, whole: (_gather(x, sharded, whole), None),
+    lambda sharded, whole, _, gradient: (jax.lax.with_sharding_constraint(gradient, sharded),),
 )
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Constrain every array of a batch to be split by its first axis; traceable."""
+    """Constrain every array of a batch to be sharded along its first axis; traceable."""
     return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH))
