@@ -113,8 +113,8 @@ def run(make_study: Callable[[ConfigDict], Study]) -> None:
     def main(_: list[str]) -> None:
         arguments = flags.FLAGS
         check_values(arguments.config)
-        workdir, destinations = Path(arguments.workdir), tracking.asked_for()
-        destinations.of(workdir)  # refuses destinations that are not installed, before identifiers are reserved
+        workdir, destinations = Path(arguments.workdir), tracking.from_flags()
+        destinations.tracking(workdir)  # refuses destinations that are not installed, before identifiers are reserved
         config = quick(arguments.config) if arguments.quick else arguments.config
         find_encoders(config.evaluation)
         study = select_arms(make_study(config), arguments.arms)
@@ -301,9 +301,9 @@ def track_scores(rows: Sequence[Row], step: int, folder: Path, tracked: Tracking
     if tracked == JSONL_ONLY:
         return
     (scores,) = summary(rows).values()
-    tracked.of("scores").scalars(step, scores)
+    tracked.for_part("scores").write(step, scores)
     images = np.stack([read_image(folder / row.file) for row in rows if (row.role, row.seed) == ("subject", 0)])
-    tracked.of("pictures").pictures(step, sheets([Panel("Evaluation", "the first picture of each prompt", images)]))
+    tracked.for_part("pictures").write(step, sheets([Panel("Evaluation", "the first picture of each prompt", images)]))
 
 
 def tune_arm(

@@ -83,7 +83,7 @@ def main(_: list[str]) -> None:
     resources = parse_resources(arguments.resources)
     if (arguments.images is None) == (arguments.benchmark is None):
         raise UserError("Give either --images (photos of one subject) or --benchmark (whose subjects).")
-    destinations = tracking.asked_for()
+    destinations = tracking.from_flags()
     engine: Engine
     if arguments.engine == "ray":
         engine = RayEngine(arguments.ray_address, resources, arguments.max_retries, destinations)

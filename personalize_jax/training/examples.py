@@ -35,7 +35,7 @@ class Examples(NamedTuple):
     cond: Conditioning | None = None
     low_res: Array | np.ndarray | None = None
     object_mask: Array | np.ndarray | None = None
-    latent: tuple[Array, Array] | None = None
+    latent: tuple[Array | np.ndarray, Array | np.ndarray] | None = None
 
 
 def make_examples(

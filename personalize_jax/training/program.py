@@ -108,7 +108,7 @@ class Program:
     def _init_state(self, key: Array, pretrained_values: Any, identifier: Identifier | None) -> TrainState:
         init_key, steps_key = jax.random.split(key)
         params = self.init_params(pretrained_values, identifier, init_key)
-        token_ids = None if identifier is None else identifier.token_ids
+        token_ids = None if identifier is None else jnp.asarray(identifier.token_ids)
         has_ema = self.config.ema_decay > 0
         return init_state(params, self._optimizer, steps_key, has_ema, self.vocabulary_size, token_ids)
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
@@ -24,8 +25,8 @@ class Identifier(NamedTuple):
         start_ids: int32 [n, k]; each token's row starts from the mean of the rows of these k tokens.
     """
 
-    token_ids: Array
-    start_ids: Array
+    token_ids: Array | np.ndarray
+    start_ids: Array | np.ndarray
 
 
 class Parameterization(NamedTuple):
