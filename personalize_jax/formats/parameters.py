@@ -67,7 +67,7 @@ def save_params(
         UserError: the file cannot be written.
     """
     flat = flatten(jax.tree.map(lambda a: np.asarray(a, dtype, order="C"), params))  # as files hold them
-    with replacing(file, apart=True) as temporary:
+    with replacing(file, own_folder=True) as temporary:
         try:
             save_file(flat, temporary, None if metadata is None else dict(metadata))
         except SafetensorError as error:

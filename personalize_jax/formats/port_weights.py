@@ -155,7 +155,7 @@ def save_weights(
         with contextlib.ExitStack() as stack:  # files get their names at its end
             for file, names in split.filename_to_tensors.items():
                 arrays = {name: _to_torch(np.asarray(flat[paths[name]]), paths[name], dtype) for name in names}
-                save_file(arrays, stack.enter_context(replacing(folder / file, apart=True)), {"format": "pt"})
+                save_file(arrays, stack.enter_context(replacing(folder / file, own_folder=True)), {"format": "pt"})
             if split.is_sharded:
                 index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
                 files.append(f"{file_name}.index.json")

@@ -17,25 +17,25 @@ _TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)")  # a temporary file of `replacing`:
 
 
 @contextlib.contextmanager
-def replacing(file: Path, apart: bool = False) -> Iterator[Path]:
+def replacing(file: Path, own_folder: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `file`, and move it to `file` at the end unless there was an error.
 
     Args:
         file: the file to write or replace.
-        apart: whether the temporary file has its own folder, and the mode of a new file: for libraries that first write
-            another file beside it, which only this user may read.
+        own_folder: whether the temporary file has its own folder, and the mode of any new file: for libraries that
+            first write another file beside it, which only this user may read.
 
     Raises:
         OSError: the file cannot be written; the error names it.
     """
     temporary = file.with_name(f".{file.name}.{os.getpid()}@{_HOST}")
-    written = temporary / "content" if apart else temporary
+    written = temporary / "content" if own_folder else temporary
     try:
         with naming(file, temporary):
-            if apart:
+            if own_folder:
                 temporary.mkdir(exist_ok=True)
                 written.touch()
-            mode = written.stat().st_mode if apart else None
+            mode = written.stat().st_mode if own_folder else None
             yield written
             if mode is not None and written.stat().st_mode != mode:
                 written.chmod(mode)

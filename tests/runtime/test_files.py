@@ -38,7 +38,7 @@ def test_a_failure_names_the_file_that_was_to_be_written(tmp_path):
 def test_a_file_has_the_mode_of_any_new_one_whatever_wrote_it(tmp_path, mask):
     before = os.umask(mask)
     try:
-        with replacing(tmp_path / "weights", apart=True) as temporary:
+        with replacing(tmp_path / "weights", own_folder=True) as temporary:
             save_file({"a": np.ones(3)}, temporary)
         write_text(tmp_path / "text", "")
         (tmp_path / "ordinary").touch()
@@ -48,7 +48,7 @@ def test_a_file_has_the_mode_of_any_new_one_whatever_wrote_it(tmp_path, mask):
 
 
 def be_killed_writing(file, beside):
-    with replacing(file, apart=beside is not None) as temporary:
+    with replacing(file, own_folder=beside is not None) as temporary:
         temporary.touch()
         if beside is not None:
             temporary.with_name(beside).touch()
@@ -72,7 +72,7 @@ def test_what_killed_processes_of_this_host_left_is_removed_and_nothing_else(tmp
         remove_temporaries(folder)
         assert sorted(folder.rglob("*")) == left  # a host cannot tell who lives on another
     in_elsewhere = sorted(elsewhere.rglob("*"))
-    with replacing(folder / "samples" / "c", apart=True):  # which this process is about to write
+    with replacing(folder / "samples" / "c", own_folder=True):  # which this process is about to write
         remove_temporaries(folder)
     assert sorted(folder.rglob("*")) == sorted([*kept, folder / "samples" / "c"])
     assert sorted(elsewhere.rglob("*")) == in_elsewhere
