@@ -29,7 +29,7 @@ NAMES = (
     "identifier_rarity",
     "training_length",
 )
-HEAVY = ("super_resolution", "subject_fidelity", "training_length")  # half a minute each
+HEAVY = ("super_resolution", "subject_fidelity", "training_length", "prior_preservation")  # half a minute each
 
 
 @pytest.fixture(scope="module")

@@ -287,7 +287,11 @@ def little_space():
 
 
 @pytest.mark.parametrize(
-    "lost", [("base/checkpoints", "base/trained.safetensors"), ("super_resolution/trained.safetensors",)]
+    "lost",
+    [
+        pytest.param(("base/checkpoints", "base/trained.safetensors"), marks=pytest.mark.slow),
+        ("super_resolution/trained.safetensors",),
+    ],
 )
 def test_a_full_disk_is_one_sentence_and_can_be_mended(run, copied, pretrained, photos, tmp_path, lost):
     unfinish(copied, *lost)

@@ -91,7 +91,7 @@ def test_every_parameter_matches_the_rules_of_every_configuration(name):
 def eight_devices(request, tmp_path_factory):
     """What a process with eight virtual devices found on the meshes that are asked for, see `worker`."""
     here = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    asked = [mesh for mesh in worker.MESHES if {"mesh": mesh} in here or mesh == "tensor"]
+    asked = [mesh for mesh in worker.MESHES if {"mesh": mesh} in here]
     directory = tmp_path_factory.mktemp("eight_devices")
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-m", "tests.training.worker", "use_eight_devices", str(directory), *asked]
@@ -106,9 +106,8 @@ def one_device(tmp_path_factory):
         return worker.train_by_sgd(tmp_path_factory.mktemp("one_device")).params
 
 
-@pytest.mark.parametrize(
-    "mesh", [mesh if mesh == "tensor" else pytest.param(mesh, marks=pytest.mark.slow) for mesh in worker.MESHES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", worker.MESHES)
 def test_eight_devices_train_the_parameters_that_one_trains(eight_devices, one_device, mesh):
     with np.load(eight_devices / f"{mesh}.npz") as file:
         params = dict(file)
@@ -120,6 +119,7 @@ def test_eight_devices_train_the_parameters_that_one_trains(eight_devices, one_d
     assert moved > 0.01  # a thousand times the tolerance
 
 
+@pytest.mark.slow
 def test_what_only_several_devices_show(eight_devices):
     seen = json.loads((eight_devices / "seen.json").read_text())
     assert "batch_size is 4 and the mesh splits it 8 ways" in seen["refusal"] and not seen["refused_wrote"]
