@@ -2,9 +2,9 @@
 
     python -m personalize_jax.personalize --config=configs/world.py --images=photos/ --class_noun=dog --workdir=runs/rex
 
-The run directory ends up with the subject and its identifier, checkpoints, metrics, the personalised pipeline, samples,
-`gallery.png` and `report.html`; `manifest.json` says what they were made from. The same command goes on where the last
-one stopped, or says that all is done. SIGTERM and Ctrl-C stop it once what it is doing is saved, with exit status 75.
+The run directory ends up with the subject and its identifier, the trained parameters, checkpoints, metrics, samples,
+`gallery.png` and `report.html`; `manifest.json` records their origin. The same command continues a run that was
+stopped, or says that all is done. After SIGTERM or Ctrl-C the command saves its work and ends with exit status 75.
 """
 
 from pathlib import Path
@@ -63,8 +63,8 @@ def main(_: list[str]) -> None:
                 directory = workdir / f"{base}_without_prior"
                 compared = retune_stage(pipeline, personalized, base, without, workdir, directory, tracked).pipeline
             showcase.make_report(pipeline, personalized, compared, config, workdir, tracked)
-    told = showcase.usage(read_dataset(workdir / "subject"), workdir, config.report.contexts[0])
-    print(f'The subject is "{told["name"]}". Its identifier is {told["identifier"]}, as in\n  {told["to sample it"]}')
+    use = showcase.usage(read_dataset(workdir / "subject"), workdir, config.report.contexts[0])
+    print(f'The subject is "{use["name"]}". Its identifier is {use["identifier"]}, as in\n  {use["to sample it"]}')
     print(f"Pictures: {workdir / 'gallery.png'}\nReport:   {workdir / 'report.html'}")
 
 
