@@ -75,7 +75,7 @@ def world_examples(pipeline: Pipeline, data: dict[str, np.ndarray]) -> Examples:
     """The training set of the pipeline's last stage.
 
     Args:
-        pipeline: for its tokenizer and the last stage's resolutions.
+        pipeline: the cascade, of which the tokenizer and the last stage's resolutions are needed.
         data: "image", uint8 [N, R, R, 4] with the object's mask as fourth channel, and "captions", K strings a picture.
     """
     stage = pipeline.stages[-1]

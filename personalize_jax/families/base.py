@@ -143,7 +143,7 @@ class OwnFamily(Family, Protocol):
 
         Args:
             folder: the folder.
-            place: from a tree of shapes to a tree of shardings for the parameters; None for the default device.
+            place: maps a tree of shapes to a tree of shardings for the parameters; None for the default device.
 
         Raises:
             UserError: a file cannot be used.

@@ -106,7 +106,7 @@ def read(
     Args:
         family: family of the first folder's pipeline.
         components: each stage's folder.
-        place: from a tree of shapes to a tree of shardings for the parameters; None for the default device.
+        place: maps a tree of shapes to a tree of shardings for the parameters; None for the default device.
         **compute: options of all networks: dtype, remat, attention.
 
     Raises:

@@ -29,7 +29,7 @@ def load(sources: Sequence[str | Path], place: Place | None = None, **compute: A
     Args:
         sources: the name of an embedded model; a folder that `Family.write` wrote; or a public model, as a folder that
             diffusers wrote or the name of a repository on the Hugging Face hub, one for each stage.
-        place: from a tree of shapes to a tree of shardings for the parameters; None for the default device.
+        place: maps a tree of shapes to a tree of shardings for the parameters; None for the default device.
         **compute: options of public networks: dtype, remat, attention.
 
     Raises:

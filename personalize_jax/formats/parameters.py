@@ -22,8 +22,8 @@ def load_params(file: Path, place: Callable[[Params], Params] | None = None) -> 
     """Parameters as a nested dict of float32 arrays, read one by one.
 
     Args:
-        file: that `save_params` wrote.
-        place: from a tree of shapes to a tree of shardings for them; None for the default device.
+        file: a file of `save_params`.
+        place: maps a tree of shapes to a tree of shardings for them; None for the default device.
 
     Raises:
         UserError: the file is cut short or no safetensors file.

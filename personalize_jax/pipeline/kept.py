@@ -55,7 +55,7 @@ def sample_missing(
     Of several processes each writes its share of the files.
 
     Args:
-        sample: from numbers of pictures to the pictures; each must be the same whatever others are sampled with it.
+        sample: samples the pictures of given numbers; each must be the same whatever others are sampled with it.
         files: one a picture.
         metadata: one a picture: what determines it. A picture whose file has other metadata is sampled again.
         batch_size: number of pictures that are sampled at once, and written before the next ones.

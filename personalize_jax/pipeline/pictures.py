@@ -27,7 +27,7 @@ def save_png(pixels: np.ndarray, file: Path, metadata: Mapping[str, str]) -> Non
 
     Args:
         pixels: uint8 [H, W, 3] RGB.
-        file: to write or replace; missing folders are made.
+        file: the file to write or replace; missing folders are made.
         metadata: such as prompt, seed and identifier, kept as text chunks (tEXt, or iTXt beyond Latin-1).
 
     Raises:

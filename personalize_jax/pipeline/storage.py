@@ -19,7 +19,7 @@ def load_pipeline(source: str | Path | Sequence[str | Path], place: Place | None
     Args:
         source: "world" for the embedded cascade; a folder that `save_pipeline` wrote; or a public pipeline, as a folder
             that diffusers wrote or the name of a repository on the Hugging Face hub: a list of them for a cascade.
-        place: from a tree of shapes to a tree of shardings for the parameters; None for the default device.
+        place: maps a tree of shapes to a tree of shardings for the parameters; None for the default device.
         **compute: how public networks compute: dtype, remat, attention.
 
     Raises:

@@ -28,7 +28,7 @@ class ClassNoun(NamedTuple):
     Attributes:
         noun: the name, such as "dog".
         score: its probability in [0, 1]; 1 when the user gave it.
-        source: where it comes from.
+        source: its origin: "given" or "classifier".
     """
 
     noun: str

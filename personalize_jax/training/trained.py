@@ -75,7 +75,7 @@ def load_trained(directory: Path, place: Callable[[Params], Params] | None = Non
 
     Args:
         directory: the training's directory.
-        place: from a tree of shapes to a tree of shardings for the parameters; None for the default device.
+        place: maps a tree of shapes to a tree of shardings for the parameters; None for the default device.
 
     Raises:
         UserError: the file is damaged.
