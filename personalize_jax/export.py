@@ -2,9 +2,8 @@
 
     python -m personalize_jax.export --workdir=runs/rex --out=exported/rex
 
-A run itself keeps only what it has trained. Each stage is written as of the latest that is kept, whether or not the run
-has come to its end. Where low-rank adapters were trained, they lie in `lora/` beside the whole model, too, for
-`load_lora_weights`.
+A run itself keeps only what it has trained. Each stage is written from its latest result or checkpoint, whether or not
+the run is finished. Low-rank adapters are written to `lora/` as well, for `load_lora_weights`.
 """
 
 from pathlib import Path
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from personalize_jax.method.personalized import kept_trainings, load_tuned
+from personalize_jax.method.personalized import load_tuned, stored_results
 from personalize_jax.pipeline import save_pipeline
 from personalize_jax.runtime import command, hosts, manifest
 from personalize_jax.runtime.errors import UserError
@@ -45,19 +44,23 @@ def export(workdir: Path, out: Path) -> dict[str, int]:
         The steps done by stage.
 
     Raises:
-        UserError: the run has no checkpoint yet, or none that can be read, or its pretrained cascade is another one.
+        UserError: the run has no checkpoint yet, or none that can be read; its pretrained cascade is missing or another
+            one; or `out` would replace it or the run.
     """
     config = manifest.read_config(workdir)
-    kept = kept_trainings(workdir, config)
-    if not kept:
+    sources = [config.pretrained] if isinstance(config.pretrained, str) else config.pretrained
+    if out.resolve() in {Path(source).resolve() for source in (workdir, *sources)}:
+        raise UserError(f"--out is {out}, which the model is read from; give another folder.")
+    results = stored_results(workdir, config)
+    if not results:
         raise UserError(f"{workdir} holds no checkpoint yet; let the run reach its first one.")
-    pipeline = load_tuned(workdir, config, kept)
+    pipeline = load_tuned(workdir, config, results)
     save_pipeline(pipeline, out, np.float32)
-    trained = {name: read().params for name, (_, read) in kept.items()}
+    trained = {name: read().params for name, (_, read) in results.items()}
     adapters = {name: params[LORA.name] for name, params in trained.items() if LORA.name in params}
     adapters = jax.tree.map(hosts.to_numpy, adapters)
     hosts.first_does(lambda: pipeline.family.write_adapters(adapters, out))
-    return {name: step for name, (step, _) in kept.items()}
+    return {name: step for name, (step, _) in results.items()}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from ml_collections import config_flags
 from personalize_jax.evaluation import showcase
 from personalize_jax.method import configuration
 from personalize_jax.method.personalization import (
-    begin,
+    claim_run_directory,
     load_pretrained,
     load_subject,
     made_from,
@@ -47,7 +47,7 @@ def main(_: list[str]) -> None:
     images = arguments.images[0] if len(arguments.images) == 1 else arguments.images
     photos = load_subject(images, arguments.class_noun, pipeline.stages[-1].resolution)
     showcase.check(pipeline, config)
-    begin(pipeline, photos, config, workdir)
+    claim_run_directory(pipeline, photos, config, workdir)
     if manifest.read(workdir).get("done") and (workdir / "report.html").exists():
         print("All is done; nothing is left to do.")
     else:

@@ -26,7 +26,9 @@ from personalize_jax.subject.identifier import PLACEHOLDER, substitute, warn_wit
 def define_flags() -> None:
     """The command line."""
     flags.DEFINE_string("workdir", None, "Run directory of a personalised cascade.")
-    flags.DEFINE_string("pipeline", None, "A pretrained pipeline instead: 'world', a folder, or a name on the hub.")
+    flags.DEFINE_multi_string(
+        "pipeline", None, "A pretrained pipeline instead: 'world', a folder, or a name on the hub; one for each stage."
+    )
     flags.DEFINE_multi_string("prompt", None, "What the pictures show; repeat the flag for several prompts.")
     flags.DEFINE_integer("num_images", 4, "Pictures of each prompt.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of each prompt's first picture.", lower_bound=0, upper_bound=2**31)
@@ -55,7 +57,7 @@ def main(_: list[str]) -> None:
     jobs = [(prompt, seed) for prompt in dict.fromkeys(prompts) for seed in seeds]
     texts = [substitute(prompt, identifier, pipeline.tokenizer) for prompt, _ in jobs]
     files = [out / file_name(prompt, seed) for prompt, seed in jobs]
-    batch_size = batch_of(len(jobs), arguments.batch_size)  # whatever is there already
+    batch_size = batch_of(len(jobs), arguments.batch_size)  # of all jobs, so that a resumed call samples the same bits
     with tqdm(total=len(jobs), desc="sampling", unit="img") as bar:
         sample_kept(pipeline, pipeline.fingerprint, texts, [seed for _, seed in jobs], files, batch_size, bar.update)
     if hosts.is_first():

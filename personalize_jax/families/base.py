@@ -44,7 +44,7 @@ class Family(Protocol):
 
     @property
     def vocabulary_size(self) -> int:
-        """Number of tokens V, those that the vocabulary leaves unused among them."""
+        """Rows V of the embedding table, ids that the vocabulary does not use included."""
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """Token ids of captions, for `condition`."""

@@ -26,8 +26,8 @@ from personalize_jax.models.params import Params
 def diffuse(stage: Stage, batch: Batch, cond: Conditioning, key: Array, objective: Objective) -> NoisyBatch:
     """Noise a batch, each picture at a time of its own.
 
-    Each group of a step is noised by itself because times are stratified over the batch, see `Process.sample_times`:
-    strata over two groups would leave one of them with only the low noise.
+    Each group of a step is noised by itself because times are stratified and rise along the batch, see
+    `Process.sample_times`: over two groups together, the first would have only little noise.
     """
     t_key, eps_key, level_key, augmentation_key, offset_key = jax.random.split(key, 5)
     B = batch.x.shape[0]
@@ -101,7 +101,7 @@ def separate(x: Array, count: int) -> list[Array]:
 
 
 def _condition(family: Family, params: Params, batch: Batch) -> Conditioning:
-    """The captions' conditioning: computed once before, or by the encoders now."""
+    """The captions' conditioning: that of the batch if it was computed before, or else the encoders' now."""
     return family.condition(params, batch.tokens) if batch.cond is None else batch.cond
 
 

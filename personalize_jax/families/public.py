@@ -1,4 +1,4 @@
-"""The part that families share whose folders diffusers reads and writes: reading them array by array, and writing them.
+"""What families have in common whose folders diffusers reads and writes: the reading, array by array, and the writing.
 
 Such a model is described by plain data, a `Spec`: the configurations that lie in its folders.
 
@@ -43,7 +43,7 @@ Spec = Mapping[str, Any]
 
 OURS = "personalize_jax.json"  # beside model_index.json: how to sample, of which diffusers' files say less
 # The parameters that networks round to the computation's dtype wherever they use them. Others are used in float32:
-# those of norms, and T5's bias of attention; biases of layers are small.
+# those of norms, T5's bias of attention, and the biases of layers, which are small.
 _ROUNDED = re.compile(r".*(?<!relative_attention_bias)/(kernel|embedding)")
 
 

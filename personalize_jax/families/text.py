@@ -1,4 +1,4 @@
-"""The part that families share whose denoisers attend to the sequence of one text encoder."""
+"""What families have in common whose denoisers attend to the output sequence of one text encoder."""
 
 import dataclasses
 import functools
@@ -84,7 +84,7 @@ class PixelDenoising:
     """The part of a family whose denoisers work on pictures themselves."""
 
     def to_latents(self, params: Params, x_BHWC: Array) -> None:
-        """There are none."""
+        """None: pictures themselves are denoised."""
 
     def to_pictures(self, params: Params, z_BHWC: Array) -> Array:
         """The pictures that were denoised."""

@@ -28,6 +28,7 @@ from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.models.params import Params
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.models.unet import UNet
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.runtime.files import write_text
 
 T = TypeVar("T")
@@ -47,7 +48,7 @@ TIMES: Mapping[str, Callable[..., Function]] = {
 
 @dataclasses.dataclass(frozen=True)
 class World(TextConditioned, PixelDenoising):
-    """A cascade; its tokenizer has the frequencies of tokens that pretraining recorded.
+    """A cascade of this project's own networks; its tokenizer has the token counts that pretraining recorded.
 
     Attributes:
         specs: each stage as plain data, see `read_stage`.
@@ -67,13 +68,13 @@ class World(TextConditioned, PixelDenoising):
         return dataclasses.replace(self, stages=tuple(stages), specs=specs)
 
     def with_counts(self, counts: np.ndarray) -> "World":
-        """The same model with int64 [V] added to how often its text encoder has processed each token."""
+        """The same model after further pretraining: `counts`, int64 [V], are added to its token counts."""
         assert self.tokenizer is not None and self.tokenizer.counts is not None  # both are in a folder of this family
         tokenizer = dataclasses.replace(self.tokenizer, counts=self.tokenizer.counts + counts)
         return dataclasses.replace(self, tokenizer=tokenizer)
 
     def with_stage(self, spec: Mapping[str, Any]) -> "World":
-        """The same model up to a stage that a spec describes, which replaces its stage of that name or comes last."""
+        """The same model with a stage in place of its own of that name, or after all; later stages are dropped."""
         i = next((i for i, stage in enumerate(self.stages) if stage.name == spec["name"]), len(self.stages))
         stages, specs = (*self.stages[:i], read_stage(spec)), (*self.specs[:i], spec)
         return dataclasses.replace(self, stages=stages, specs=specs)
@@ -101,6 +102,15 @@ class World(TextConditioned, PixelDenoising):
     @classmethod
     def read_folder(cls, folder: Path, place: Place | None = None) -> Loaded:
         """Read a folder that `write` wrote; see `OwnFamily.read_folder`."""
+        try:
+            return cls._read(folder, place)
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(
+                f"{folder} is damaged ({type(error).__name__}: {error}); restore it, or write it again."
+            ) from error
+
+    @classmethod
+    def _read(cls, folder: Path, place: Place | None) -> Loaded:
         spec = json.loads((folder / INDEX).read_text())
         text_encoder = TextEncoder(**spec["text_encoder"])
         counts = np.array(json.loads((folder / "token_counts.json").read_text()), np.int64)

@@ -16,16 +16,17 @@ from personalize_jax.pipeline.kept import sample_missing
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.subject.images import SUFFIXES, list_images, load_images
 
-_ALWAYS_KEPT = {"prompt", "seed", "sampling"}  # metadata of all class images, those of earlier versions among them
+_ALWAYS_KEPT = {"prompt", "seed", "sampling"}  # metadata that class images of all versions have
 
 
 def make_class_images(
     pipeline: Pipeline, class_prompt: str, names: Sequence[str], config: ConfigDict, workdir: Path
 ) -> dict[str, np.ndarray]:
-    """Class images by stage, of the named stages and those before them: uint8 [count, H, W, 3].
+    """Class images by stage, uint8 [N, H, W, 3].
 
-    They are sampled by the method's ancestral sampler (specification [0040]), or read from `class_images.folder` if the
-    configuration names one.
+    They are sampled by the method's ancestral sampler (specification [0040]), for the named stages and those before
+    them, at each stage's resolution. If `class_images.folder` names a folder, they are its pictures, for the named
+    stages, at the last stage's resolution.
 
     Args:
         pipeline: the pretrained cascade.

@@ -79,7 +79,7 @@ def personalize_subject(
         UserError: input that cannot be used, or a run directory of another configuration.
     """
     workdir = Path(workdir)
-    begin(pipeline, photos, config, workdir)
+    claim_run_directory(pipeline, photos, config, workdir)
     with manifest.record(workdir, seeds(config), made_from(pipeline, photos, config)):
         return tune_cascade(pipeline, photos, config, workdir, tracking)
 
@@ -117,21 +117,28 @@ def made_from(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict) -> 
     return data | ({"class images": own_hashes(folder)} if folder else {})
 
 
-def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path) -> None:
+def claim_run_directory(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path) -> None:
     """Claim a run directory for a configuration and a subject, before anything is computed.
 
-    A later call may change the numbers of steps, the evaluation and the registry; the run is then no longer done.
+    A later call may change the numbers of steps, the evaluation, the registry and the place of the pretrained weights;
+    the run is then no longer done.
 
     Raises:
         UserError: the configuration cannot be used; the directory belongs to another configuration, subject, pretrained
             cascade or set of class images; or a stage cannot be tuned for that number of steps any more.
     """
     configuration.check(pipeline, config)
+    side, expected = photos.images[0].pixels.shape[0], pipeline.stages[-1].resolution
+    if side != expected:
+        raise UserError(
+            f"The photos were read at {side} pixels, and the cascade's pictures have {expected}; "
+            f"give load_subject(..., resolution={expected})."
+        )
     hosts.check_shared(workdir)
-    before, now = manifest.read(workdir).get("data", {}), made_from(pipeline, photos, config)
+    origins, now = manifest.read(workdir).get("data", {}), made_from(pipeline, photos, config)
     sources = {"pretrained": f"weights of {config.pretrained}", "class images": "pictures in class_images.folder"}
     for key, source in sources.items():
-        if before.get(key, now.get(key)) != now.get(key):
+        if origins.get(key, now.get(key)) != now.get(key):
             raise UserError(f"{workdir} was begun with other {source}; give the same to go on, or another --workdir.")
     if (workdir / "subject" / MANIFEST).exists():
         _check_same(read_dataset(workdir / "subject"), photos, workdir)
@@ -140,9 +147,13 @@ def begin(pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir
     sections = configuration.training_sections(config)
     for name, training in stage_trainings(config).items():
         key = f"{sections[name]}.num_steps"
-        check_length(workdir / name, training, manifest.recorded(workdir, key, training.num_steps))
+        before = manifest.recorded(workdir, key, training.num_steps)
+        check_length(workdir / name, training, before)
+        if training.num_steps != before and configuration.trains_encoders(pipeline, name, training):
+            _check_later_stages(config, workdir, key, before)
     may_change = [f"{part}.num_steps" for part in sections.values()]
-    may_change += ["subject.registry", *(f"evaluation.{key}" for key in configuration.EVALUATION)]
+    # The fingerprint tells whether weights at another place are the same.
+    may_change += ["pretrained", "subject.registry", *(f"evaluation.{key}" for key in configuration.EVALUATION)]
     manifest.record_config(config, workdir, may_change)
     hosts.wait()  # all processes read what process 0 has written
 
@@ -282,6 +293,16 @@ def stage_examples(pipeline: Pipeline, stage: Stage, pictures: np.ndarray, label
 def with_embeddings(pipeline: Pipeline, examples: Examples) -> Examples:
     """The examples with the conditioning of the frozen encoders, computed once."""
     return examples._replace(cond=pipeline.family.condition(pipeline.params, examples.tokens))
+
+
+def _check_later_stages(config: ConfigDict, workdir: Path, key: str, before: int) -> None:
+    """Raises UserError if a stage was tuned to the encoders that a stage before it had after `before` steps."""
+    for later in config.tune[1:]:
+        if steps_trained(workdir / later) or (workdir / later / "checkpoints").exists():
+            raise UserError(
+                f"{workdir} has tuned {later} to the text encoder that the stage before it left after {before} steps; "
+                f"give {key}={before}, or another --workdir."
+            )
 
 
 def _check_same(subject: SubjectDataset, photos: SubjectPhotos, workdir: Path) -> None:

@@ -22,7 +22,7 @@ from personalize_jax.subject.dataset import SubjectDataset, read_dataset
 from personalize_jax.subject.identifier import substitute, warn_without_placeholder
 from personalize_jax.training import parameterizations
 from personalize_jax.training.program import mesh_of
-from personalize_jax.training.trained import Kept, Trained, latest_trained, trained_params
+from personalize_jax.training.trained import StoredResult, Trained, latest_trained, trained_params
 
 # Without a configuration, public networks compute as configs/common.py says, and their parameters are sharded over all
 # devices.
@@ -75,24 +75,24 @@ def load_personalized(workdir: str | Path) -> Personalized:
     """
     workdir = Path(workdir)
     config = manifest.read_config(workdir)
-    kept, trainings = kept_trainings(workdir, config), stage_trainings(config)
+    results, trainings = stored_results(workdir, config), stage_trainings(config)
     for name in config.tune:
-        if name not in kept or kept[name].step != trainings[name].num_steps:
+        if name not in results or results[name].step != trainings[name].num_steps:
             raise UserError(
                 f"{workdir} holds no personalised pipeline, as {name} is not tuned to its end; "
                 f"run personalize_jax.personalize with --workdir={workdir} to its end."
             )
-    return Personalized(load_tuned(workdir, config, kept), read_dataset(workdir / "subject"))
+    return Personalized(load_tuned(workdir, config, results), read_dataset(workdir / "subject"))
 
 
-def kept_trainings(workdir: Path, config: ConfigDict) -> dict[str, Kept]:
+def stored_results(workdir: Path, config: ConfigDict) -> dict[str, StoredResult]:
     """The latest results of a run's trainings, by stage; without stages that are not begun."""
-    place_of = places(_fitting(config))
-    kept = {name: latest_trained(workdir / name, place_of(name)) for name in config.tune}
-    return {name: of_stage for name, of_stage in kept.items() if of_stage is not None}
+    place_of = places(_for_these_devices(config))
+    results = {name: latest_trained(workdir / name, place_of(name)) for name in config.tune}
+    return {name: result for name, result in results.items() if result is not None}
 
 
-def load_tuned(workdir: Path, config: ConfigDict, kept: Mapping[str, Kept]) -> Pipeline:
+def load_tuned(workdir: Path, config: ConfigDict, results: Mapping[str, StoredResult]) -> Pipeline:
     """Read the pretrained cascade of a run, and put the trained parameters into it.
 
     Networks compute and parameters are sharded as the run's configuration says. Where its meshes do not fit the
@@ -101,25 +101,26 @@ def load_tuned(workdir: Path, config: ConfigDict, kept: Mapping[str, Kept]) -> P
     Args:
         workdir: run directory.
         config: configuration of the run.
-        kept: from `kept_trainings`; other stages stay pretrained.
+        results: from `stored_results`; other stages stay pretrained.
 
     Raises:
         UserError: the pretrained cascade is missing, or has another fingerprint.
     """
     try:
-        pipeline = load_placed(config.pretrained, _fitting(config))
+        pipeline = load_placed(config.pretrained, _for_these_devices(config))
     except UserError as error:
         raise UserError(
-            f"{workdir} holds what it has trained of {config.pretrained}, which cannot be read from here. {error}"
+            f"{workdir} holds what it has trained of {config.pretrained}, which cannot be read: {error} If that was "
+            f"moved, call personalize_jax.personalize with --workdir={workdir} and the new --config.pretrained."
         ) from error
     if pipeline.fingerprint != manifest.read(workdir).get("data", {}).get("pretrained", pipeline.fingerprint):
         raise UserError(
             f"{workdir} was begun with other weights of {config.pretrained}: what it has trained does not fit those "
             "that are there now. Put the former ones back, or personalise anew in another --workdir."
         )
-    for name, (_, read) in kept.items():
+    for name, (_, read) in results.items():
         pipeline = with_trained(pipeline, name, read)
-    return with_tuned_sampling(pipeline, config, [*kept])
+    return with_tuned_sampling(pipeline, config, [*results])
 
 
 def with_trained(pipeline: Pipeline, stage: str, read: Callable[[], Trained]) -> Pipeline:
@@ -130,22 +131,31 @@ def with_trained(pipeline: Pipeline, stage: str, read: Callable[[], Trained]) ->
         stage: the stage's name.
         read: reads the result; called again wherever float32 parameters are needed.
     """
-    start = pipeline.networks(stage)
+    networks, trained = pipeline.networks(stage), read()
+    params, read_float32 = {}, {}
+    for name in parameterizations.trained_networks(trained.params):
+        key, paths = stage if name == "denoiser" else name, {*flatten(networks[name])}
+        params[key] = _tuned_network(name, paths, lambda: trained, partial(pipeline.float32_params, key))
+        if key in pipeline.read_float32:  # not `float32_params`, which would keep the pretrained cascade in memory
+            read_float32[key] = partial(_tuned_network, name, paths, read, pipeline.read_float32[key])
+    return pipeline.replace_networks(params, read_float32)
 
-    def network(name: str, trained: Trained) -> Params:
-        part = trained._replace(params=parameterizations.part_of_network(trained.params, name))
-        whole = flatten(start[name]).keys() == flatten(part.params.get(name, {})).keys()
-        return trained_params(part, {name: start[name] if whole else pipeline.float32_network(stage, name)})[name]
 
-    def read_network(name: str) -> Params:
-        return network(name, read())
+def _tuned_network(
+    name: str, paths: set[str], read: Callable[[], Trained], read_pretrained: Callable[[], Params]
+) -> Params:
+    """The float32 parameters of a network after a training; pretrained ones are read only if some were not trained.
 
+    Args:
+        name: the network's name in the training.
+        paths: paths of all its parameters.
+        read: reads the training's result.
+        read_pretrained: reads the pretrained float32 parameters.
+    """
     trained = read()
-    names = {stage if name == "denoiser" else name: name for name in parameterizations.trained_networks(trained.params)}
-    return pipeline.replace_networks(
-        {key: network(name, trained) for key, name in names.items()},
-        {key: partial(read_network, name) for key, name in names.items()},
-    )
+    part = trained._replace(params=parameterizations.part_of_network(trained.params, name))
+    is_whole = paths == flatten(part.params.get(name, {})).keys()
+    return trained_params(part, {name: {} if is_whole else read_pretrained()})[name]
 
 
 def with_tuned_sampling(pipeline: Pipeline, config: ConfigDict, names: Collection[str]) -> Pipeline:
@@ -211,7 +221,7 @@ def places(config: ConfigDict) -> Callable[[str], Place]:
     return place_of
 
 
-def _fitting(config: ConfigDict) -> ConfigDict:
+def _for_these_devices(config: ConfigDict) -> ConfigDict:
     """A run's configuration; of one whose meshes do not fit these devices, its `compute` alone."""
     try:
         places(config)

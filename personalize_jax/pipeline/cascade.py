@@ -31,7 +31,7 @@ class Pipeline:
 
     Attributes:
         family: the model without its parameters.
-        params: parameters by network, in the dtype they are computed with.
+        params: parameters by network, in the dtypes of the computation.
         read_float32: reads a network's float32 parameters, by name, if `params` has them rounded.
         digests: digests of networks by name, which `fingerprint` fills in; copies that share networks share digests.
     """
@@ -192,12 +192,13 @@ class Pipeline:
         Args:
             prompts: one a picture.
             seeds: one a picture.
-            batch_size: largest number of pictures sampled at once, split over the devices. Fewer pictures than that are
-                sampled as the next power of two; the last batch of several is filled up, and cut.
+            batch_size: largest number of pictures sampled at once, rounded up to a multiple of the devices that they
+                are split over. Fewer pictures are sampled as the next power of two; the last of several batches is
+                filled up, and cut.
             samplings: overrides of the stages' own sampling, by stage name.
             progress: called with the number of pictures that a stage has just finished.
-            full_batches: fill up every batch to `batch_size`, however few pictures are asked for. What samples the
-                pictures that are missing needs this to sample the same, bit for bit, whatever is missing.
+            full_batches: fill up every batch to `batch_size`, however few pictures are asked for. A call that resumes
+                needs this: a picture is then the same, bit for bit, whichever others are missing.
 
         Yields:
             Of each batch one uint8 array [n, H, W, 3] for each stage, low resolution first.
@@ -329,8 +330,8 @@ def _batches(
 def batch_of(count: int, batch_size: int) -> int:
     """The size of the batches in which `count` pictures are sampled.
 
-    It is the next power of two, as every size is a program that has to be compiled; `batch_size` at most; and a
-    multiple of the number of devices, which share a batch.
+    It is the next power of two, as every size is a program that has to be compiled, or `batch_size` if that is less;
+    rounded up to a multiple of the number of devices, which share a batch.
     """
     size = min(batch_size, 1 << (count - 1).bit_length())
     return size + -size % jax.device_count()
@@ -358,8 +359,8 @@ def _check_finite(finite_B: np.ndarray, stage: str, prompts: Sequence[str], seed
         if not is_finite:
             raise UserError(
                 f"The stage {stage} gives no finite picture of {prompt!r} (seed {seed}). Its weights may hold values "
-                "that are not finite: get them again from their source. Or what is computed overflows: give "
-                "--config.compute.dtype=float32."
+                "that are not finite: get them again from their source. Or, of a public model, the computation "
+                "overflows: give --config.compute.dtype=float32."
             )
 
 

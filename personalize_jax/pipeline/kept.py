@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from personalize_jax.pipeline.cascade import Pipeline
+from personalize_jax.pipeline.cascade import Pipeline, batch_of
 from personalize_jax.pipeline.pictures import read_png, save_png
 from personalize_jax.runtime import hosts
 
@@ -76,8 +76,9 @@ def sample_missing(
     found_by_all = hosts.true_in_all([i in pictures for i in range(len(files))])
     missing = [i for i, is_found in enumerate(found_by_all) if not is_found]
     progress(len(files) - len(missing))
-    for start in range(0, len(missing), batch_size):
-        batch = missing[start : start + batch_size]
+    size = batch_of(batch_size, batch_size)
+    for start in range(0, len(missing), size):
+        batch = missing[start : start + size]
         pictures |= zip(batch, sample(batch), strict=True)
         share = batch[jax.process_index() :: jax.process_count()]
         hosts.each_does(partial(_save, [(pictures[i], files[i], metadata[i]) for i in share]))

@@ -136,12 +136,11 @@ class Checkpoints:
         if abstract_state is not None and (missing := self._missing(step, defaults)):
             fields = {name: value for name, value in abstract_state._asdict().items() if name not in missing}
             return type(abstract_state)(**self._read(step, fields, {}), **missing)
-        if abstract_state is None:  # on this host, whatever devices it was saved from
-            here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            abstract_state = jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), self._manager.item_metadata(step).tree
-            )
-        placed = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+        if abstract_state is None:  # in this host's memory, whatever devices it was saved from
+            abstract_state = self._manager.item_metadata(step).tree
+            placed = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract_state)
+        else:
+            placed = ocp.checkpoint_utils.construct_restore_args(abstract_state)
         state = self._manager.restore(step, args=ocp.args.PyTreeRestore(abstract_state, restore_args=placed))
         _check_numbers(state, self._known_checksums(step))
         return state

@@ -14,6 +14,7 @@ from personalize_jax.training.optimizer import same_learning_rates
 from personalize_jax.training.program import Program
 from personalize_jax.training.step import Metrics, TrainState
 from personalize_jax.training.tracking import JSONL_ONLY, Tracking, TrainingLog, Work, check_finite
+from personalize_jax.training.trained import steps_trained
 
 
 def train(
@@ -80,13 +81,20 @@ def check_length(directory: Path, config: ConfigDict, before: int) -> None:
     Args:
         directory: the training's directory, as given to `train`; it may not exist yet.
         config: keys of `configs.common.training()`, with the new number of steps.
-        before: the number of steps that the training was begun with.
+        before: the number of steps that the latest call asked for.
 
     Raises:
-        UserError: more steps are done already, or they would have had other learning rates.
+        UserError: more steps are done already, or they would have had other learning rates, or the checkpoints are gone
+            that the training would continue from.
     """
-    done = max(Checkpoints(directory / "checkpoints", read_only=True).steps(), default=0)
+    saved = max(Checkpoints(directory / "checkpoints", read_only=True).steps(), default=0)
+    done = max(saved, steps_trained(directory))
     _check_not_shorter(directory, done, config.num_steps)
+    if saved < done < config.num_steps:
+        raise UserError(
+            f"{directory} has done {done} steps, and its checkpoints have been deleted: it cannot be prolonged to "
+            f"num_steps={config.num_steps}; give num_steps={done}, or another --workdir."
+        )
     if not same_learning_rates(config.optimizer, done, before, config.num_steps):
         raise UserError(
             f"{directory} has done {done} of {before} steps, and the learning rate falls over the last "

@@ -149,7 +149,7 @@ def stage_program(
     needs_frozen = any(group.target.needs_frozen for group in objective.groups)
     frozen = dict(pretrained if needs_frozen else selection.frozen)
     if all(group.cond is not None for group in examples.values()):
-        for name in family.encoders:  # they are not read, and placing them may mean holding them twice
+        for name in family.encoders:  # the step does not read them, and a copy of them would take memory
             frozen.pop(name, None)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), pretrained)
     return Program(

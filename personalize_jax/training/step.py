@@ -104,7 +104,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params, ema = optax.apply_updates(state.params, updates), state.ema
         if ema is not None:
-            # Early on the average follows more closely, so that it forgets the random start.
+            # Early on the average follows more closely, so that the first values do not weigh in it for long.
             decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
             ema = optax.incremental_update(params, ema, 1 - decay)
         counts = None if state.token_counts is None else count_tokens(state.token_counts, batch)

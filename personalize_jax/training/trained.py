@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -81,22 +82,22 @@ def load_trained(directory: Path, place: Callable[[Params], Params] | None = Non
         UserError: the file is damaged.
     """
     metadata = read_metadata(directory / FILE)
-    tokens = json.loads(metadata["token_ids"])
+    tokens = json.loads(metadata.get("token_ids", "null"))
     token_ids = None if tokens is None else jnp.array(tokens, jnp.int32)
-    return Trained(load_params(directory / FILE, place), int(metadata["step"]), token_ids)
+    return Trained(load_params(directory / FILE, place), int(metadata.get("step", 0)), token_ids)
 
 
 def steps_trained(directory: Path) -> int:
     """The number of steps of the result that `save_trained` wrote; 0 where there is none, or its file is damaged."""
     try:
-        return int(read_metadata(directory / FILE)["step"]) if (directory / FILE).exists() else 0
+        return int(read_metadata(directory / FILE).get("step", 0)) if (directory / FILE).exists() else 0
     except UserError as error:
-        logger.warning("%s It is written again from the latest checkpoint.", error)
+        logger.warning("%s The latest checkpoint takes its place.", error)
         return 0
 
 
-class Kept(NamedTuple):
-    """A result that is kept on the disk.
+class StoredResult(NamedTuple):
+    """The result of a training, on the disk.
 
     Attributes:
         step: number of steps done.
@@ -107,25 +108,31 @@ class Kept(NamedTuple):
     read: Callable[[], Trained]
 
 
-def latest_trained(directory: Path, place: Callable[[Params], Params] | None = None) -> Kept | None:
+def latest_trained(directory: Path, place: Callable[[Params], Params] | None = None) -> StoredResult | None:
     """The latest result in a training's directory: its file, or a checkpoint of more steps; None if there is neither.
 
     Args:
         directory: the training's directory.
-        place: see `load_trained`; a checkpoint is read to this host.
+        place: see `load_trained`.
 
     Raises:
         UserError: there are checkpoints, but none can be read.
     """
     checkpoints, done = Checkpoints(directory / "checkpoints", read_only=True), steps_trained(directory)
-    if max(checkpoints.steps(), default=0) > done and (state := latest_state(directory)) is not None:
-        trained = trained_of(state)
-        return Kept(trained.step, lambda: trained)
-    return Kept(done, lambda: load_trained(directory, place)) if done else None
+    if max(checkpoints.steps(), default=0) <= done or (state := latest_state(directory)) is None:
+        return StoredResult(done, lambda: load_trained(directory, place)) if done else None
+    trained = trained_of(state)
+
+    def read() -> Trained:
+        if place is None:
+            return trained._replace(params=hosts.device_put(trained.params, None))
+        return trained._replace(params=jax.tree.map(hosts.device_put, trained.params, place(trained.params)))
+
+    return StoredResult(trained.step, read)
 
 
 def latest_state(directory: Path) -> TrainState | None:
-    """The state of a training's latest checkpoint on this host, whatever devices saved it; None if there is none.
+    """The state of a training's latest checkpoint as NumPy arrays, whatever devices saved it; None if there is none.
 
     Raises:
         UserError: there are checkpoints, but none can be read.

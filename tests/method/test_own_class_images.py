@@ -27,10 +27,10 @@ def test_own_class_images_take_the_place_of_drawn_ones(pretrained, photos, tmp_p
     data = personalization.made_from(pipeline, given, config)
     assert data["class images"] == data["photos"] == [image.sha256 for image in given.images]
     with manifest.record(workdir, {}, data):
-        personalization.begin(pipeline, given, config, workdir)
+        personalization.claim_run_directory(pipeline, given, config, workdir)
     (own / "0.png").unlink()
     with pytest.raises(UserError, match="was begun with other pictures in class_images.folder; give the same"):
-        personalization.begin(pipeline, given, config, workdir)
+        personalization.claim_run_directory(pipeline, given, config, workdir)
     shutil.rmtree(own)
     with pytest.raises(UserError, match="dogs', where no pictures are"):
-        personalization.begin(pipeline, given, config, workdir)
+        personalization.claim_run_directory(pipeline, given, config, workdir)

@@ -10,7 +10,7 @@ import pytest
 
 import personalize_jax as pj
 from personalize_jax.method.class_images import prior_sampling
-from personalize_jax.method.personalization import begin, stage_examples
+from personalize_jax.method.personalization import claim_run_directory, stage_examples
 from personalize_jax.pipeline.pictures import read_png
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.training.examples import downsample_uint8
@@ -323,7 +323,7 @@ def test_a_run_directory_refuses_another_configuration_or_subject(run, pretraine
 
 def refusal(workdir, pretrained, photos, noun="dog", **changes):
     with pytest.raises(UserError) as caught:
-        begin(
+        claim_run_directory(
             pj.load_pipeline(pretrained),
             pj.load_subject(photos, noun, 16),
             tiny_world.get_config(pretrained, **changes),

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 import personalize_jax as pj
 from personalize_jax.export import export
 from personalize_jax.method import personalization
+from personalize_jax.method.personalization import claim_run_directory
 from personalize_jax.models.params import flatten, unflatten
 from personalize_jax.pipeline import load_pipeline
 from personalize_jax.runtime import manifest
@@ -114,7 +115,7 @@ def test_a_pretrained_cascade_that_is_gone_is_named(copied, tmp_path):
     recorded = json.loads((copied / manifest.FILE).read_text())
     recorded["config"]["pretrained"] = str(tmp_path / "gone")
     (copied / manifest.FILE).write_text(json.dumps(recorded))
-    with pytest.raises(UserError, match="holds what it has trained of .*gone, which cannot be read from here"):
+    with pytest.raises(UserError, match="has trained of .*gone, which cannot be read: .*If that was moved"):
         pj.load_personalized(copied)
 
 
@@ -124,6 +125,43 @@ def test_a_damaged_result_is_taken_from_the_checkpoint(copied, made, caplog):
     found = pj.load_personalized(copied).pipeline.params["base"]
     assert f"{file} cannot be read" in caplog.text
     jax.tree.map(np.testing.assert_array_equal, found, made[1].pipeline.params["base"])
+
+
+def test_a_pretrained_cascade_may_be_moved_if_the_run_is_told(copied, pretrained, photos, tmp_path):
+    moved = shutil.copytree(pretrained, tmp_path / "moved")
+    config = manifest.read_config(copied)
+    with config.unlocked():
+        config.pretrained = str(moved)
+    pipeline, subject = pj.load_pipeline(moved), pj.load_subject(photos, "dog", 16)
+    claim_run_directory(pipeline, subject, config, copied)
+    assert manifest.read_config(copied).pretrained == str(moved)
+    pj.load_personalized(copied)
+    other = pipeline.replace_params(base=jax.tree.map(lambda leaf: leaf + 1, pipeline.params["base"]))
+    with pytest.raises(UserError, match="begun with other weights"):
+        claim_run_directory(other, subject, config, copied)
+
+
+def test_photos_of_another_size_than_the_cascades_are_refused(pretrained, photos, tmp_path):
+    config, subject = tiny_world.get_config(pretrained), pj.load_subject(photos, "dog", 32)
+    with pytest.raises(UserError, match=r"read at 32 pixels, .* have 16; give load_subject\(..., resolution=16\)"):
+        claim_run_directory(pj.load_pipeline(pretrained), subject, config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_checkpoints_is_not_prolonged(copied, pretrained, photos):
+    shutil.rmtree(copied / "base" / "checkpoints")
+    config = manifest.read_config(copied)
+    with config.unlocked():
+        config.training.num_steps = 12
+    pipeline, subject = pj.load_pipeline(pretrained), pj.load_subject(photos, "dog", 16)
+    with pytest.raises(UserError, match="has done 6 steps, and its checkpoints have been deleted.*give num_steps=6"):
+        claim_run_directory(pipeline, subject, config, copied)
+
+
+def test_an_export_does_not_replace_what_it_is_made_from(copied, pretrained):
+    for out in (copied, pretrained):
+        with pytest.raises(UserError, match="--out is .* which the model is read from"):
+            export(copied, out)
 
 
 def test_a_finished_run_needs_no_checkpoints_any_more(made, pretrained, photos, monkeypatch):

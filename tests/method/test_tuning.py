@@ -10,6 +10,7 @@ import personalize_jax as pj
 from personalize_jax.method import personalization
 from personalize_jax.method.configuration import changed
 from personalize_jax.method.personalization import retune_stage
+from personalize_jax.runtime.errors import UserError
 from tests import tiny, tiny_world
 from tests.method.test_personalization import equal
 
@@ -79,6 +80,13 @@ def test_a_text_encoder_that_is_tuned_is_kept(with_text):
     for name in ("base", "super_resolution", "text_encoder"):
         assert not equal(personalized.pipeline.params[name], pipeline.params[name])
         assert equal(personalized.pipeline.params[name], kept[name])
+
+
+def test_a_text_encoder_that_a_later_stage_was_tuned_to_is_not_trained_further(with_text, photos):
+    workdir, pipeline, _, config = with_text
+    subject, longer = pj.load_subject(photos, "dog", 16), changed(config, training__num_steps=2)
+    with pytest.raises(UserError, match="tuned super_resolution to the text encoder .* give training.num_steps=1"):
+        personalization.claim_run_directory(pipeline, subject, longer, workdir)
 
 
 @pytest.mark.parametrize("name", ["base", "super_resolution"])

@@ -1,5 +1,6 @@
 """What lies where once a tuned public model is read on eight devices, in a process of its own."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -7,13 +8,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from configs import deepfloyd_if
-from personalize_jax.method.personalized import load_personalized, load_placed
+from configs import deepfloyd_if, stable_diffusion
+from personalize_jax.method.personalized import load_personalized, load_placed, places, with_trained
 from personalize_jax.models.params import flatten
 from personalize_jax.pipeline.cascade import sample_pictures
 from personalize_jax.planning.hlo import collectives
+from personalize_jax.training.checkpoint import Checkpoints
 from personalize_jax.training.examples import make_examples
 from personalize_jax.training.program import stage_program
+from personalize_jax.training.trained import latest_trained
 
 PROMPTS, SEEDS = ["a qz dog", "a dog in the snow", "a teapot"], [3, 1, 4]
 LARGE = 500  # elements of a kernel that is to lie in parts
@@ -82,6 +85,30 @@ def held_twice(folder):
                 copied.append(f"{stage.name}/{path}")
         meshes.append(list(jax.tree.leaves(made.state.params)[-1].sharding.mesh.shape.values()))
     return {"copied": copied, "meshes": meshes}
+
+
+def tune_from_checkpoint(folder, directory):
+    """Assert that adapters of a checkpoint are placed as the run's configuration says, and fit the cascade there."""
+    assert jax.device_count() == 8
+    config = stable_diffusion.get_config("1.5:lora").unlock()
+    config.pretrained, config.training.batch_size = str(folder / "sd"), 8
+    pipeline = load_placed(config.pretrained, config)
+    stage = pipeline.stages[0]
+    examples = make_examples(np.zeros((2, *stage.shape), np.uint8), np.full((2, 1), "a dog"), pipeline.family.tokenize)
+    groups = dict.fromkeys(("instance", "prior"), examples._replace(cond=pipeline.condition(["", "a dog"])))
+    state = stage_program(stage, pipeline.family, pipeline.networks("base"), groups, config.training, 0).init()
+    state = state._replace(step=state.step + 1, params=jax.tree.map(lambda leaf: leaf + 1, state.params))
+    with contextlib.closing(Checkpoints(directory / "checkpoints")) as checkpoints:
+        checkpoints.save(1, state)
+    result = latest_trained(directory, places(config)("base"))
+    read = result.read().params
+    jax.tree.map(np.testing.assert_array_equal, read, state.params)
+    assert jax.tree.map(lambda a: a.sharding, read) == jax.tree.map(lambda a: a.sharding, state.params)
+    tuned = with_trained(pipeline, "base", result.read)
+    kernel = next(path for path in flatten(read["lora"]["denoiser"]) if path.endswith("/down")).removesuffix("/down")
+    before, after = (flatten(cascade.float32_params("base"))[kernel] for cascade in (pipeline, tuned))
+    down, up = (np.asarray(flatten(read["lora"]["denoiser"])[f"{kernel}/{side}"]) for side in ("down", "up"))
+    np.testing.assert_allclose(after, np.asarray(before) + np.tensordot(down, up, 1), rtol=1e-5, atol=1e-5)
 
 
 def main(run, folder, directory):

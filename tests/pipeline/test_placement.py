@@ -95,3 +95,12 @@ def test_a_run_can_be_sampled_on_other_devices_than_its_mesh_was_written_for(run
     assert pipeline.stages[0].network.attention == "heads"
     with pytest.raises(UserError, match=r"config.mesh is .*4, 2, 1"):
         load_placed(folder / "sd", config)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_put_into_a_cascade_in_parts(folder, tmp_path):
+    """As where a run on several chips is exported before its end."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    call = f"tune_from_checkpoint(Path({str(folder)!r}), Path({str(tmp_path)!r}))"
+    program = f"from pathlib import Path; from tests.pipeline.placed_worker import tune_from_checkpoint; {call}"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)

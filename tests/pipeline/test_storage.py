@@ -47,6 +47,16 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_refused(saved, tmp_path):
         load_pipeline(tmp_path / "pipeline")
 
 
+@pytest.mark.parametrize(
+    "damage", ['{"text_encoder": {', '{"stages": []}', '{"text_encoder": {"depth": 1}, "stages": []}']
+)
+def test_a_damaged_description_is_told(saved, tmp_path, damage):
+    shutil.copytree(saved[1], tmp_path / "pipeline")
+    (tmp_path / "pipeline" / "pipeline.json").write_text(damage)
+    with pytest.raises(UserError, match="pipeline is damaged .*restore it"):
+        load_pipeline(tmp_path / "pipeline")
+
+
 def test_stages_come_back_with_all_that_tells_them_from_the_usual(saved, tmp_path):
     """Every kind of value differs between the stages, and from its default."""
     pipeline, _ = saved

@@ -70,7 +70,9 @@ def needed_identifier(selection: Selection, identifier: Identifier | None) -> Id
     if not any(PARAMETERIZATIONS[name].needs_identifier for name in selection.chosen):
         return None
     if identifier is None:
-        raise UserError("The rows of an identifier are to be trained where there is none; give True or False instead.")
+        raise UserError(
+            'A rule of config.training.trainable says "identifier", but there is no subject here; give True or False.'
+        )
     return identifier
 
 

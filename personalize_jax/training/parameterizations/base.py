@@ -13,7 +13,7 @@ from personalize_jax.models.params import Params
 from personalize_jax.runtime.errors import UserError
 
 Rule = tuple[str, bool | Literal["identifier"]]  # a pattern for paths, and what is trained there, see `matching`
-Chosen = Mapping[str, Any]  # the chosen parameters by slash-separated path, each with what `init` needs of it
+Chosen = Mapping[str, Any]  # by slash-separated path of a parameter, what `init` needs for it
 Networks = Mapping[str, Params | Adapted]  # by name, such as {"denoiser": ..., "text_encoder": ...}
 
 
@@ -64,7 +64,7 @@ def matching(params: Mapping[str, Array], rules: Sequence[Rule], answer: bool | 
         rules: pairs of a regular expression and an answer: True to train the whole parameter, False to train nothing,
             "identifier" to train the rows of the identifier's tokens. The first pattern that matches the beginning of a
             path decides.
-        answer: the answer.
+        answer: the answer of the wanted parameters.
 
     Raises:
         UserError: a path matches no rule, or a rule has none of these answers.

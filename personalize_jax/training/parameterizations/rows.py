@@ -35,8 +35,8 @@ def apply(networks: Params, trained: Params, token_ids: Array | None) -> Params:
     for path, rows_ND in flatten(trained).items():
         if path not in params:
             raise UserError(
-                f"Rows of {path!r} were trained, which is no embedding here; those of a training that was begun with "
-                "an earlier version of this program cannot be read: give another --workdir."
+                f"The trained rows of {path!r} fit no embedding here. If an earlier version of this program began the "
+                "training, give another --workdir."
             )
         table_VD = params[path]
         params[path] = table_VD.at[token_ids].set(rows_ND.astype(table_VD.dtype))
