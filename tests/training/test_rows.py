@@ -50,5 +50,5 @@ def test_interrupted_and_resumed_rows_are_those_of_the_uninterrupted_run(tmp_pat
 
 
 def test_a_training_without_identifier_has_no_rows(tmp_path):
-    with pytest.raises(UserError, match="where there is none"):
+    with pytest.raises(UserError, match="but there is no subject here"):
         worker.train(tmp_path, **ROWS_ONLY)
