@@ -127,7 +127,7 @@ def test_of_a_table_only_the_rows_of_the_identifier_are_trained():
     selection = selected(TABLE, ROWS_ONLY)
     assert {name: [*paths] for name, paths in selection.chosen.items()} == {"rows": [PATH]}
     assert selection.frozen == TABLE
-    with pytest.raises(UserError, match="where there is none"):
+    with pytest.raises(UserError, match="but there is no subject here"):
         begun(TABLE, ROWS_ONLY)
 
 
