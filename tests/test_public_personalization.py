@@ -111,10 +111,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "case",
-    [name if name == "stable_diffusion_v_lora" else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_photographs_to_exported_folders(case, tmp_path):
     subject_name, save, config, changes = CASES[case]
     files = photos_of(subject_name)

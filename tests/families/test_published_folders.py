@@ -29,7 +29,13 @@ def assert_same(params, module, network, atol=0.0):
         np.testing.assert_allclose(value, tensor.reshape(value.shape), rtol=0, atol=atol, err_msg=path)
 
 
-@pytest.mark.parametrize("name", published_folders.SIDES)
+QUICK = ("sd-1.5", "IF-I-M")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in published_folders.SIDES],
+)
 def test_a_published_folder_loads_as_in_diffusers(name, folders, caplog):
     sources = [folders / "IF-I-M", folders / name] if name == "IF-II-M" else [folders / name]
     ours = load_pipeline(sources)

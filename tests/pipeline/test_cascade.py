@@ -60,6 +60,7 @@ def draw_on_every_device(file):
     np.save(file, tiny.pipeline().sample(PROMPTS, SEEDS, batch_size=3)[-1])
 
 
+@pytest.mark.slow
 def test_eight_devices_draw_the_same_pictures(together, tmp_path):
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     program = f"from {__name__} import draw_on_every_device; draw_on_every_device({str(tmp_path / 'drawn.npy')!r})"
