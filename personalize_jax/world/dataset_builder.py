@@ -9,8 +9,9 @@ preparation that was killed continues with the first block that is missing.
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +40,8 @@ from personalize_jax.world.scene import (
     select,
 )
 
+Example = tuple[int, dict[str, Any]]  # its number and features
+
 CAPTIONS_PER_IMAGE = 4
 BLOCK_SIZE = 1024
 SEED = 20230315
@@ -61,7 +64,7 @@ class WorldConfig(tfds.core.BuilderConfig):
     counts: Mapping[str, int]
 
 
-class World(tfds.core.GeneratorBasedBuilder):
+class World(tfds.core.ShardBasedBuilder):
     """Rendered objects of named classes in named places: pictures with masks, captions and exact properties."""
 
     VERSION = tfds.core.Version("1.1.0")
@@ -79,29 +82,35 @@ class World(tfds.core.GeneratorBasedBuilder):
         return self.dataset_info_from_configs(
             description=self.__doc__,
             features=tfds.features.FeaturesDict({"image": picture, "captions": captions} | truth),
-            disable_shuffling=True,  # scenes are independent samples: any order is a random order
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+    def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[Callable[[], Iterator[Example]]]]:
+        """The blocks of each split, a shard each: scenes are independent samples, so that any order is random."""
         counts = self.builder_config.counts
-        return {split: self._generate_examples(split, counts[split]) for split in SPLITS if counts.get(split)}
+        return {split: self._blocks(split, counts[split]) for split in SPLITS if counts.get(split)}
 
-    def _generate_examples(self, split: Split, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _blocks(self, split: Split, count: int) -> list[Callable[[], Iterator[Example]]]:
+        resolution = self.builder_config.resolution
+        progress = tqdm(total=count, desc=f"rendering {split} at {resolution}x{resolution}", unit="img")
+        starts = range(0, count, BLOCK_SIZE)
+        return [partial(self._generate_block, split, start, count, progress) for start in starts]
+
+    def _generate_block(self, split: Split, start: int, count: int, progress: tqdm) -> Iterator[Example]:
         resolution = self.builder_config.resolution
         folder = Path(self.data_dir).parents[2] / "world_blocks" / f"{resolution}_{split}"
-        with tqdm(total=count, desc=f"rendering {split} at {resolution}x{resolution}", unit="img") as progress:
-            for start in range(0, count, BLOCK_SIZE):
-                block, size = start // BLOCK_SIZE, min(BLOCK_SIZE, count - start)
-                scenes = select(_block_scenes(split, block), slice(size))
-                columns: dict[str, np.ndarray | list[list[str]]] = {
-                    **_columns(scenes),
-                    "image": rendered_once(folder / f"{block:05d}_{size}.npy", scenes, resolution),
-                    "captions": caption_variants(scenes, _block_rng(split, block, "captions"), CAPTIONS_PER_IMAGE),
-                }
-                for i in range(size):
-                    yield start + i, {name: column[i] for name, column in columns.items()}
-                progress.update(size)
-        shutil.rmtree(folder)
+        block, size = start // BLOCK_SIZE, min(BLOCK_SIZE, count - start)
+        scenes = select(_block_scenes(split, block), slice(size))
+        columns: dict[str, np.ndarray | list[list[str]]] = {
+            **_columns(scenes),
+            "image": rendered_once(folder / f"{block:05d}_{size}.npy", scenes, resolution),
+            "captions": caption_variants(scenes, _block_rng(split, block, "captions"), CAPTIONS_PER_IMAGE),
+        }
+        for i in range(size):
+            yield start + i, {name: column[i] for name, column in columns.items()}
+        progress.update(size)
+        if start + size == count:
+            progress.close()
+            shutil.rmtree(folder)
 
 
 def load(resolution: int, split: Split, count: int, data_dir: str | os.PathLike) -> dict[str, np.ndarray]:

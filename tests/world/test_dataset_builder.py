@@ -92,6 +92,15 @@ def test_the_builder_serves_several_splits(tmp_path, monkeypatch):
     assert builder.info.features["class_id"].int2str(int(example["class_id"])) in dataset_builder.CLASSES
 
 
+def test_datasets_larger_than_memory_for_shuffling_need_no_tensorflow(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        dataset_builder, "render", lambda scenes, r: np.ones((len(scenes.subject.class_id), r, r, 4), np.uint8)
+    )
+    monkeypatch.setattr(dataset_builder, "BLOCK_SIZE", 2)
+    monkeypatch.setattr("tensorflow_datasets.core.shuffle.MAX_MEM_BUFFER_SIZE", 100)  # 1 GB, of which few are tested
+    assert load(8, "train", 5, tmp_path)["image"].shape == (5, 8, 8, 4)
+
+
 def test_wrong_requests_are_refused(tmp_path):
     with pytest.raises(ValueError, match="split 'dev'"):
         load(16, "dev", 1, tmp_path)
