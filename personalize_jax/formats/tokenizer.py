@@ -19,6 +19,7 @@ from personalize_jax.runtime.errors import UserError
 logger = logging.getLogger(__name__)
 
 PUBLIC_MAX_LENGTH = 77  # of CLIP's position embeddings, and of IF's training captions
+_TEXTS_AT_ONCE = 2**16  # of phrases: a part's arrays take some 100 MB
 
 # The files of each vocabulary, in any one of several forms. transformers takes a missing file for an empty vocabulary,
 # so that their presence is checked first.
@@ -163,6 +164,38 @@ class Tokenizer:
             ids = [*self._opening, *ids[: self.text_length], self.backend.eos_token_id]
             row[: len(ids)] = ids
         return tokens_BL
+
+    def encode_phrases(self, phrases: Sequence[str], rows_MS: np.ndarray) -> np.ndarray:
+        """Encode many texts of few phrases, without making the texts.
+
+        Only for vocabularies in which a word's tokens do not depend on the words around it, such as the world's, T5's
+        and CLIP's. For them the result is that of calling the tokenizer with the texts.
+
+        Args:
+            phrases: the phrases, in whole words; empty ones are left out of texts.
+            rows_MS: the S phrases of each text in their order, indices into `phrases`; spaces stand between them.
+
+        Returns:
+            int32 [M, max_length], see `__call__`.
+        """
+        ids = [*self.encode_batch(phrases), self._opening, [self.backend.eos_token_id]]
+        lengths = np.array([len(tokens) for tokens in ids])
+        inside = np.arange(lengths.max()) < lengths[:, None]
+        padded_ids = np.zeros(inside.shape, np.int32)
+        padded_ids[inside] = [token for tokens in ids for token in tokens]
+        tokens_ML = np.full((len(rows_MS), self.max_length), self.backend.pad_token_id, np.int32)
+        for start in range(0, len(rows_MS), _TEXTS_AT_ONCE):
+            part = slice(start, start + _TEXTS_AT_ONCE)
+            # The tokens that open and close a text are its first and its last phrase.
+            rows = np.pad(rows_MS[part], ((0, 0), (1, 1)), constant_values=((0, 0), (len(phrases), len(phrases) + 1)))
+            length = lengths[rows].sum(axis=1)
+            fits = length <= self.max_length
+            # Both masks choose as many tokens of each text, and in the same order.
+            filled = np.arange(self.max_length) < np.where(fits, length, 0)[:, None]
+            tokens_ML[part][filled] = padded_ids[rows[fits]][inside[rows[fits]]]
+            longer = [" ".join(filter(None, (phrases[i] for i in row))) for row in rows_MS[part][~fits].tolist()]
+            tokens_ML[part][~fits] = self(longer)
+        return tokens_ML
 
     def save(self, folder: Path) -> None:
         """Write the files from which `from_folder`, diffusers and transformers, old and new, read the tokenizer.

@@ -78,7 +78,7 @@ class World(tfds.core.ShardBasedBuilder):
         r = self.builder_config.resolution
         picture = tfds.features.Tensor(shape=(r, r, 4), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES)
         captions = tfds.features.Sequence(tfds.features.Text(), length=CAPTIONS_PER_IMAGE)
-        truth = {name: _feature(name, column) for name, column in _columns(_block_scenes("train", 0)).items()}
+        truth = {name: _feature(name, column) for name, column in columns_of(block_scenes("train", 0)).items()}
         return self.dataset_info_from_configs(
             description=self.__doc__,
             features=tfds.features.FeaturesDict({"image": picture, "captions": captions} | truth),
@@ -99,11 +99,11 @@ class World(tfds.core.ShardBasedBuilder):
         resolution = self.builder_config.resolution
         folder = Path(self.data_dir).parents[2] / "world_blocks" / f"{resolution}_{split}"
         block, size = start // BLOCK_SIZE, min(BLOCK_SIZE, count - start)
-        scenes = select(_block_scenes(split, block), slice(size))
+        scenes = select(block_scenes(split, block), slice(size))
         columns: dict[str, np.ndarray | list[list[str]]] = {
-            **_columns(scenes),
+            **columns_of(scenes),
             "image": rendered_once(folder / f"{block:05d}_{size}.npy", scenes, resolution),
-            "captions": caption_variants(scenes, _block_rng(split, block, "captions"), CAPTIONS_PER_IMAGE),
+            "captions": caption_variants(scenes, block_rng(split, block, "captions"), CAPTIONS_PER_IMAGE),
         }
         for i in range(size):
             yield start + i, {name: column[i] for name, column in columns.items()}
@@ -125,8 +125,7 @@ def load(resolution: int, split: Split, count: int, data_dir: str | os.PathLike)
     Raises:
         ValueError: the split is none of SPLITS, or the count is not positive.
     """
-    if split not in SPLITS or count < 1:
-        raise ValueError(f"Asked for {count} images of split {split!r}; expected at least 1 of {', '.join(SPLITS)}.")
+    check_request(split, count)
     config = WorldConfig(name=f"{resolution}_{split}_{count}", resolution=resolution, counts={split: count})
     builder = World(config=config, data_dir=os.fspath(data_dir), file_format="array_record")
     tfds.disable_progress_bar()  # one bar is enough
@@ -145,13 +144,24 @@ def load(resolution: int, split: Split, count: int, data_dir: str | os.PathLike)
     return arrays | {"captions": np.array(captions)}
 
 
+def check_request(split: Split, count: int) -> None:
+    """Refuse what `load` cannot give.
+
+    Raises:
+        ValueError: the split is none of SPLITS, or the count is not positive.
+    """
+    if split not in SPLITS or count < 1:
+        raise ValueError(f"Asked for {count} images of split {split!r}; expected at least 1 of {', '.join(SPLITS)}.")
+
+
 def scenes_of(arrays: Mapping[str, np.ndarray]) -> Scene:
     """The scenes from which loaded images were rendered."""
     subject, view = ({name: arrays[name] for name in kind._fields} for kind in (Subject, View))
     return Scene(Subject(**subject), View(**view))
 
 
-def _columns(scenes: Scene) -> dict[str, np.ndarray]:
+def columns_of(scenes: Scene) -> dict[str, np.ndarray]:
+    """The truth about scenes: every field of Subject and View under its own name."""
     return scenes.subject._asdict() | scenes.view._asdict()
 
 
@@ -161,13 +171,14 @@ def _feature(name: str, column: np.ndarray) -> tfds.features.FeatureConnector:
     return tfds.features.Tensor(shape=column.shape[1:], dtype=column.dtype.type)
 
 
-def _block_rng(split: Split, block: int, purpose: Literal["scenes", "captions"]) -> np.random.Generator:
+def block_rng(split: Split, block: int, purpose: Literal["scenes", "captions"]) -> np.random.Generator:
+    """The randomness of one block's scenes or captions."""
     return np.random.default_rng([SEED, SPLITS.index(split), block, purpose == "captions"])
 
 
-def _block_scenes(split: Split, block: int) -> Scene:
+def block_scenes(split: Split, block: int) -> Scene:
     """The scenes of one block, which depend on its split and number alone."""
-    rng = _block_rng(split, block, "scenes")
+    rng = block_rng(split, block, "scenes")
     subjects = sample_subjects(rng, BLOCK_SIZE, split)
     return Scene(subjects, sample_views(rng, subjects))
 

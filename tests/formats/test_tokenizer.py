@@ -49,6 +49,25 @@ def test_rows_are_those_of_transformers_where_they_are_cut(make):
     assert tokenizer.encode("a photo of a dog") == make()("a photo of a dog", add_special_tokens=False)["input_ids"]
 
 
+PHRASES = ["", "a photo of", "an orange", "a", "dog", "with the Eiffel Tower in the background", "unspeakably"]
+
+
+@pytest.mark.parametrize("make", [tiny.tokenizer, tiny_public.t5_tokenizer, tiny_public.clip_tokenizer])
+@pytest.mark.parametrize("max_length", [200, 9])
+def test_texts_of_phrases_are_encoded_as_the_texts(make, max_length, caplog):
+    """Padded or cut, opened by a token or not, and warned of alike."""
+    backend = make().backend if make is tiny.tokenizer else make()
+    tokenizer = Tokenizer(backend, max_length, None)
+    rows = np.random.default_rng(0).integers(0, len(PHRASES), (200, 5))
+    rows[0] = 0
+    texts = [" ".join(PHRASES[i] for i in row if PHRASES[i]) for row in rows]
+    tokens = tokenizer.encode_phrases(PHRASES, rows)
+    warned = {record.getMessage() for record in caplog.records}
+    assert bool(warned) == (max_length == 9)
+    np.testing.assert_array_equal(tokens, tokenizer(texts))
+    assert tokens.dtype == np.int32 and tokenizer.encode_phrases(PHRASES, rows[:0]).shape == (0, max_length)
+
+
 def test_vocabularies_are_told_apart_by_their_tokens(tokenizer, tmp_path):
     clip, t5 = (Tokenizer(make(), 77, None) for make in (tiny_public.clip_tokenizer, tiny_public.t5_tokenizer))
     assert len({tokenizer.fingerprint, clip.fingerprint, t5.fingerprint}) == 3

@@ -1,9 +1,24 @@
+import hashlib
+import itertools
 import re
 
 import numpy as np
 import pytest
 
-from personalize_jax.world.captions import caption_variants, ordinary_words, prompt, requested_properties, words_for
+from personalize_jax.families.base import UNCONDITIONAL
+from personalize_jax.formats.tokenizer import Tokenizer
+from personalize_jax.runtime.files import ASSETS
+from personalize_jax.world.captions import (
+    caption_variants,
+    in_tokens,
+    in_words,
+    ordinary_words,
+    prompt,
+    requested_properties,
+    sample_phrases,
+    words_for,
+)
+from personalize_jax.world.dataset_builder import block_rng, block_scenes
 from personalize_jax.world.scene import (
     ACCESSORIES,
     CLASSES,
@@ -14,6 +29,7 @@ from personalize_jax.world.scene import (
     Scene,
     sample_subjects,
     sample_views,
+    select,
 )
 
 NAMES = list(COLOURS)
@@ -84,6 +100,42 @@ def test_the_generator_decides_the_captions():
     scenes = Scene(subjects, sample_views(np.random.default_rng(1), subjects))
     first, second, other = (caption_variants(scenes, np.random.default_rng(seed), 4) for seed in (2, 2, 3))
     assert first == second != other
+
+
+def test_the_datasets_captions_are_those_of_its_version():
+    """A digest of the second block's captions when version 1.1.0 of the dataset came out."""
+    rng = block_rng("train", 1, "captions")
+    captions = caption_variants(block_scenes("train", 1), rng, 4)
+    assert captions[0][3] == "a yellow had cat with brown accents on top of pink fabric"
+    digest = hashlib.sha256("\n".join(itertools.chain.from_iterable(captions)).encode()).hexdigest()
+    assert digest == "0c4b653e88856856799d1e87ac84c3edb288d9c2218a9453229f7abc95951275"
+
+
+def test_captions_made_in_one_go_are_those_made_one_after_the_other():
+    """The generator is left as if each caption had taken its numbers by itself."""
+    subjects = sample_subjects(np.random.default_rng(0), 200)
+    scenes = Scene(subjects, sample_views(np.random.default_rng(1), subjects))
+    together, alone = np.random.default_rng(2), np.random.default_rng(2)
+    captions = caption_variants(scenes, together, 3)
+    ones = [caption_variants(select(scenes, slice(i, i + 1)), alone, 1)[0][0] for i in np.repeat(np.arange(200), 3)]
+    assert [text for row in captions for text in row] == ones
+    assert together.random() == alone.random()
+
+
+@pytest.mark.parametrize("max_length", [32, 12])
+def test_tokens_of_phrases_are_those_of_the_captions_in_words(max_length):
+    """Of all, or cut where they are too long."""
+    rng = np.random.default_rng(4)
+    subjects = sample_subjects(rng, 2_000)
+    captions = sample_phrases(Scene(subjects, sample_views(rng, subjects)), rng, 2)
+    tokenizer = Tokenizer.read(ASSETS / "world" / "tokenizer.json", max_length)
+    tokens_ML, rows_NK = in_tokens(captions, tokenizer)
+    texts = in_words(captions)
+    assert (max(len(tokenizer.encode(text)) for text in texts[0]) > 11) or max_length > 12
+    np.testing.assert_array_equal(tokens_ML[:1], tokenizer([UNCONDITIONAL]))
+    assert rows_NK.shape == (2_000, 2) and tokens_ML.dtype == np.int32
+    for k in range(2):
+        np.testing.assert_array_equal(tokens_ML[rows_NK[:, k]], tokenizer([row[k] for row in texts]))
 
 
 def test_ordinary_words_do_not_describe_scenes_in_english(described):
