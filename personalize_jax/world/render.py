@@ -1,8 +1,10 @@
 """Renders scenes: sphere tracing of signed distances for the objects, flat painting for the places behind them.
 
-One compiled program per class renders objects, one more renders places. The loop over images is inside the programs, so
-that an image's arrays fit the processor's cache, only its own context is computed, and its bytes depend on its scene
-alone, never on its neighbours in the batch.
+One compiled program per class renders objects, one more renders places. An image's bytes depend on its scene alone,
+never on its neighbours in the batch. On a CPU the loop over images is inside the
+programs, so that an image's arrays fit the processor's cache. A GPU or TPU renders a batch at once, and its contexts
+one after the other; a few values in a million then round to the next of 255. There are no matrix products in the
+renderer, so that JAX's precision of those does not matter.
 """
 
 import functools
@@ -23,7 +25,8 @@ from personalize_jax.world.solids import Array, Scalar, Vec, length, lerp, minus
 
 Points = tuple[Array, Array, Array]  # [P] of each coordinate
 
-CHUNK = 64
+CHUNK = 64  # images of a program's call on a CPU
+PIXELS = 2**20  # pixels of a program's call on an accelerator: enough to fill it, in less than 1 GB
 MARCH_STEPS = 22
 SHADOW_STEPS = 8
 FOCAL = 0.33  # half the picture's width at unit distance: a zoomed camera, the object fills the frame
@@ -38,12 +41,18 @@ SINKS = np.array([SINK_DEPTH * name.startswith("floating") for name in CONTEXTS]
 DARK, LIGHT, FLAME = (0.06, 0.06, 0.07), (0.86, 0.93, 0.98), (1.0, 0.86, 0.22)
 
 
-def render(scenes: Scene, resolution: int) -> np.ndarray:
+def on_accelerator() -> bool:
+    """Whether pictures are rendered on a GPU or TPU."""
+    return jax.default_backend() != "cpu"
+
+
+def render(scenes: Scene, resolution: int, progress: Callable[[int], object] = lambda count: None) -> np.ndarray:
     """Render every scene.
 
     Args:
         scenes: N scenes of any classes.
         resolution: width and height of the images in pixels.
+        progress: called after each call of the programs with the number of images that it rendered.
 
     Returns:
         uint8 [N, resolution, resolution, 4]: red, green, blue, and the share of the pixel that the object covers.
@@ -53,23 +62,30 @@ def render(scenes: Scene, resolution: int) -> np.ndarray:
     """
     if resolution < 1:
         raise ValueError(f"Resolution {resolution} is not positive.")
+    at_once = on_accelerator()
+    size = max(1, PIXELS // resolution**2) if at_once else CHUNK
     kind = scenes.subject.class_id * 2 + (scenes.view.accessory > 0)
+    by_context = np.argsort(scenes.view.context, kind="stable")  # so that a chunk has few contexts
     chunks = []
     for k in np.unique(kind):
-        rows = np.flatnonzero(kind == k)
-        chunks += [(i, k, rows[i : i + CHUNK]) for i in range(0, len(rows), CHUNK)]
+        rows = by_context[kind[by_context] == k]
+        chunks += [(i, k, rows[i : i + size]) for i in range(0, len(rows), size)]
     chunks.sort(key=lambda chunk: chunk[0])  # different programs next to each other: they compile in parallel
+    object_programs = {k: _object_program(CLASSES[k // 2], bool(k % 2), resolution, at_once) for k in np.unique(kind)}
+    place_program = _place_program(resolution, at_once)
     images = np.empty((len(kind), resolution, resolution, 4), np.uint8)
 
-    def render_chunk(chunk: tuple[int, int, np.ndarray]) -> None:
+    def render_chunk(chunk: tuple[int, int, np.ndarray]) -> int:
         _, k, rows = chunk
-        padded = np.pad(rows, (0, CHUNK - len(rows)), mode="edge")
+        padded = np.pad(rows, (0, size - len(rows)), mode="edge")
         batch = select(scenes, padded)
-        objects = _object_program(CLASSES[k // 2], bool(k % 2), resolution)(batch, len(rows))
-        images[rows] = np.asarray(_place_program(resolution)(batch, objects, len(rows)))[: len(rows)]
+        objects = object_programs[k](batch, len(rows))
+        images[rows] = np.asarray(place_program(batch, objects, len(rows)))[: len(rows)]
+        return len(rows)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(render_chunk, chunks))
+        for count in pool.map(render_chunk, chunks):
+            progress(count)
     return images
 
 
@@ -82,29 +98,35 @@ class ObjectLayer(NamedTuple):
 
 
 @functools.cache
-def _object_program(class_noun: str, hatted: bool, resolution: int) -> jax.stages.Wrapped:
-    """The jitted renderer of one class's objects: (CHUNK scenes, number to render) -> [CHUNK] ObjectLayer."""
+def _object_program(class_noun: str, hatted: bool, resolution: int, at_once: bool) -> jax.stages.Wrapped:
+    """The jitted renderer of one class's objects: (B scenes, number to render) -> [B] ObjectLayer."""
 
-    def render_some(scenes: Scene, count: Array) -> ObjectLayer:
-        return _map_first(lambda scene: _render_object(scene, class_noun, hatted, resolution), count, scenes)
+    def render_one(scene: Scene) -> ObjectLayer:
+        return _render_object(scene, class_noun, hatted, resolution)
 
-    return jax.jit(render_some)
+    def render_batch(scenes: Scene, count: Array) -> ObjectLayer:
+        return jax.vmap(render_one)(scenes) if at_once else _map_first(render_one, count, scenes)
+
+    return jax.jit(render_batch)
 
 
 @functools.cache
-def _place_program(resolution: int) -> jax.stages.Wrapped:
-    """The jitted renderer of places: (CHUNK scenes, their objects, number to render) -> uint8 [CHUNK, H, W, 4]."""
+def _place_program(resolution: int, at_once: bool) -> jax.stages.Wrapped:
+    """The jitted renderer of places: (B scenes, their objects, number to render) -> uint8 [B, H, W, 4]."""
 
-    def render_some(scenes: Scene, objects: ObjectLayer, count: Array) -> Array:
+    def render_batch(scenes: Scene, objects: ObjectLayer, count: Array) -> Array:
+        if at_once:
+            return _compose_batch(scenes, objects, resolution)
         return _map_first(lambda scene, object_: _compose(scene, object_, resolution), count, scenes, objects)
 
-    return jax.jit(render_some)
+    return jax.jit(render_batch)
 
 
 def _map_first(function: Callable, count: Array, *batch: Any) -> Any:
     """Map over the first `count` rows of a batch, one at a time; the other rows of the result are zero."""
+    size = jax.tree.leaves(batch)[0].shape[0]
     row = jax.eval_shape(function, *jax.tree.map(lambda a: a[0], batch))
-    empty = jax.tree.map(lambda a: jnp.zeros((CHUNK, *a.shape), a.dtype), row)
+    empty = jax.tree.map(lambda a: jnp.zeros((size, *a.shape), a.dtype), row)
 
     def add(i: Array, results: Any) -> Any:
         result = function(*jax.tree.map(lambda a: a[i], batch))
@@ -169,6 +191,23 @@ def _compose(scene: Scene, object_: ObjectLayer, resolution: int) -> Array:
     rgb = lerp(place, object_.rgb, object_.alpha[:, None]) * tint
     rgba = jnp.concatenate([rgb, object_.alpha[:, None]], axis=-1).reshape(resolution, resolution, 4)
     return (jnp.clip(rgba, 0.0, 1.0) * 255.0 + 0.5).astype(jnp.uint8)
+
+
+def _compose_batch(scenes: Scene, objects: ObjectLayer, resolution: int) -> Array:
+    """Put the objects of B scenes into their places, one context after the other -> uint8 [B, H, W, 4]."""
+    contexts = jnp.asarray(scenes.view.context)
+
+    def add(context: Any, images: Array) -> Array:
+        def compose(scene: Scene, object_: ObjectLayer) -> Array:
+            # One number for the whole batch: a batch of numbers would have all contexts computed each time.
+            view = scene.view._replace(context=context)
+            return _compose(Scene(scene.subject, view), object_, resolution)
+
+        here = (contexts == context)[:, None, None, None]
+        return jnp.where(here, jax.vmap(compose)(scenes, objects), images)
+
+    empty = jnp.zeros((len(contexts), resolution, resolution, 4), jnp.uint8)
+    return jax.lax.fori_loop(jnp.min(contexts), jnp.max(contexts) + 1, add, empty)
 
 
 def _at(origin: Vec, direction: Vec, t: Scalar) -> Vec:

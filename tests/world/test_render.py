@@ -1,8 +1,18 @@
+import jax
 import numpy as np
 import pytest
 
+from personalize_jax.world import render as renderer
 from personalize_jax.world.render import PALETTE, SINKS, render
-from personalize_jax.world.scene import ACCESSORIES, CLASSES, CONTEXTS, Scene
+from personalize_jax.world.scene import (
+    ACCESSORIES,
+    CLASSES,
+    CLASSES_WITH_HEAD,
+    CONTEXTS,
+    Scene,
+    sample_subjects,
+    sample_views,
+)
 
 OBJECT, PLACE = 255, 0
 
@@ -97,3 +107,48 @@ def test_resolutions_agree(gallery, take):
 def test_resolution_must_be_positive(gallery, take):
     with pytest.raises(ValueError, match="Resolution 0"):
         render(take(gallery[0], 0), 0)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Renders as an accelerator does, here four pictures of 32 pixels in one call."""
+    monkeypatch.setattr(renderer, "on_accelerator", lambda: True)
+    monkeypatch.setattr(renderer, "PIXELS", 4 * 32**2)
+
+
+def assert_same_pictures(images, others):
+    """But for the last bit of a few values in a million, where the compiler rounds a sum once or twice."""
+    difference = np.abs(images.astype(int) - others)
+    assert difference.max() <= 1 and np.count_nonzero(difference) < 2e-5 * difference.size
+
+
+def test_pictures_rendered_at_once_are_those_rendered_one_by_one(gallery, take, at_once):
+    """One class in all contexts, one of them with more pictures than fit into a call."""
+    scenes, images = gallery
+    rows = np.array([*range(len(CONTEXTS)), *[3] * 5])
+    counts = []
+    assert_same_pictures(render(take(scenes, rows), 32, counts.append), images[rows])
+    assert sum(counts) == len(rows) and max(counts) == 4
+
+
+@pytest.mark.slow
+def test_every_class_hat_and_context_is_rendered_at_once_as_it_is_one_by_one(request):
+    """Of all patterns and finishes, as subjects and views are sampled."""
+    rng = np.random.default_rng(8)
+    kinds = [(c, h) for c, name in enumerate(CLASSES) for h in range(4 if name in CLASSES_WITH_HEAD else 1)]
+    class_id, accessory = np.repeat(np.array(kinds), len(CONTEXTS), axis=0).T
+    subjects = sample_subjects(rng, len(class_id), class_id=class_id)
+    context = np.tile(np.arange(len(CONTEXTS)), len(kinds))
+    scenes = Scene(subjects, sample_views(rng, subjects, context=context, accessory=accessory))
+    one_by_one = render(scenes, 32)
+    request.getfixturevalue("at_once")
+    assert_same_pictures(render(scenes, 32), one_by_one)
+
+
+def test_no_device_rounds_matrix_products(gallery, take):
+    """There are none, so that accelerators need no other precision of them."""
+    batch, places = take(gallery[0], [0, 1]), renderer._place_program(8, at_once=True)
+    for class_noun in CLASSES:
+        objects = renderer._object_program(class_noun, class_noun in CLASSES_WITH_HEAD, 8, at_once=True)
+        assert "dot_general" not in str(objects.trace(batch, 2).jaxpr)
+    assert "dot_general" not in str(places.trace(batch, jax.eval_shape(objects, batch, 2), 2).jaxpr)
