@@ -4,11 +4,13 @@
 
 Measures for each stage: pictures trained and sampled a second; model FLOPs utilisation, as a share of the rate of a
 plain float32 matrix product on the same devices; and the share of training time in which the devices wait for the host.
-Before them, the rate of a convolution with the channels last, as in the networks, and first. Needs an otherwise idle
-machine. XLA_FLAGS=--xla_force_host_platform_device_count=2 tries two host devices, --config.training.batch_size= and
+Before them, the rate of a convolution with the channels last, as in the networks, and first; and where the model is of
+the rendered world, pictures of it rendered a second. Needs an otherwise idle machine.
+XLA_FLAGS=--xla_force_host_platform_device_count=2 tries two host devices, --config.training.batch_size= and
 --config.super_resolution_training.batch_size= other batches.
 """
 
+import functools
 import json
 import tempfile
 import time
@@ -21,6 +23,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from personalize_jax.families.world import World
 from personalize_jax.method.configuration import check_values, stage_trainings
 from personalize_jax.method.personalization import stage_examples, with_embeddings
 from personalize_jax.pipeline import Pipeline, Stage, load_pipeline
@@ -29,11 +32,14 @@ from personalize_jax.runtime.errors import UserError
 from personalize_jax.runtime.files import write_text
 from personalize_jax.training.loop import train
 from personalize_jax.training.program import stage_program
+from personalize_jax.world.render import on_accelerator, render
+from personalize_jax.world.scene import Scene, sample_subjects, sample_views
 
 MATRIX = 2048
 CONVOLUTION = {"batch": 16, "side": 16, "channels": 128}
 STEPS = 20
 PICTURES = 32
+RENDER_RESOLUTIONS = (64, 128)  # of the pictures that the stages of the embedded cascade are pretrained on
 
 
 def define_flags() -> None:
@@ -75,6 +81,16 @@ def convolution_rate(layout: str) -> float:
 
     flops = 3 * 2 * 9 * channels * x.size
     return flops / seconds(lambda: with_gradients(x, kernel), repeats=9)
+
+
+def rendering_speed() -> dict[str, float]:
+    """Pictures rendered a second, of all classes and contexts, at each resolution."""
+    count = 2**15 if on_accelerator() else 128
+    rng = np.random.default_rng(0)
+    subjects = sample_subjects(rng, count)
+    scenes = Scene(subjects, sample_views(rng, subjects))
+    times = {r: seconds(functools.partial(render, scenes, r), repeats=3) for r in RENDER_RESOLUTIONS}
+    return {f"pictures of {r} pixels a second": count / time for r, time in times.items()}
 
 
 def forward_flops(pipeline: Pipeline, stage: Stage) -> float:
@@ -144,6 +160,8 @@ def main(_: list[str]) -> None:
         "matrix product, GFLOP/s": rate / 1e9,
         "convolution, GFLOP/s": {layout: convolution_rate(layout) / 1e9 for layout in ("NHWC", "NCHW")},
     }
+    if isinstance(pipeline.family, World):
+        results["rendering"] = rendering_speed()
     for stage in pipeline.stages:
         with tempfile.TemporaryDirectory() as folder:
             results[stage.name] = stage_speed(pipeline, stage, stage_trainings(config)[stage.name], rate, Path(folder))
