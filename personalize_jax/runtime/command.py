@@ -92,8 +92,13 @@ def set_up() -> None:
 
 
 @contextlib.contextmanager
-def steps_bar(description: str, total: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """A progress bar over steps; yields `progress(steps done, metrics)`, whose first call sets where the bar begins."""
+def steps_bar(description: str, total: int | None) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """A progress bar over steps; yields `progress(steps done, metrics)`, whose first call sets where the bar begins.
+
+    Args:
+        description: the words before the bar.
+        total: number of steps; None while it is not known.
+    """
     bar: tqdm | None = None
 
     def progress(step: int, metrics: dict[str, float]) -> None:

@@ -114,6 +114,11 @@ def true_in_all(facts: Sequence[bool]) -> list[bool]:
     return multihost_utils.process_allgather(np.array(facts, bool)).all(0).tolist()
 
 
+def of_first(number: int) -> int:
+    """The number that process 0 has, in every process; of at most 31 bits."""
+    return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.array(number, np.int32)))
+
+
 def to_numpy(array: Any) -> np.ndarray:
     """An array gathered on this host, wherever its parts lie."""
     if isinstance(array, Array) and not (array.is_fully_addressable or array.is_fully_replicated):
@@ -170,8 +175,7 @@ def check_shared(folder: Path) -> None:
     """
     if jax.process_count() == 1:
         return
-    word = multihost_utils.broadcast_one_to_all(np.array(secrets.randbits(31), np.int32))
-    file = folder / f".seen_by_all_{int(word)}"
+    file = folder / f".seen_by_all_{of_first(secrets.randbits(31))}"
 
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)

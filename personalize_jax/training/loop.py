@@ -22,6 +22,7 @@ def train(
     directory: Path,
     progress: Callable[[int, dict[str, float]], object] = lambda step, metrics: None,
     tracking: Tracking = JSONL_ONLY,
+    enough: Callable[[int, Metrics], bool] = lambda step, metrics: False,
 ) -> TrainState:
     """Run a training, from its last checkpoint in `directory` if there is one.
 
@@ -31,9 +32,11 @@ def train(
         progress: called with the number of steps done and the latest logged metrics, before the first step and after
             each dispatch.
         tracking: additional destinations of metrics.
+        enough: called with the number of steps done and their metrics after each dispatch; says whether to save and end
+            here, before `config.num_steps`.
 
     Returns:
-        The state after `config.num_steps`.
+        The last state, which has been saved.
 
     Raises:
         UserError: the loss is not finite, or more steps are done than the configuration asks for.
@@ -51,7 +54,8 @@ def train(
         progress(step, log.latest)
         metrics: Metrics = {}
         advance: jax.stages.Compiled | None = None
-        while step < config.num_steps:
+        ended = step >= config.num_steps
+        while not ended:
             if interruption.requested():
                 if step > saved:
                     check_finite(step, metrics)
@@ -64,10 +68,10 @@ def train(
             with log.dispatching(step, metrics):
                 state, metrics = advance(state, program.frozen_params, program.examples)
             step += config.steps_per_dispatch
-            last = step >= config.num_steps
-            if last or step % config.log_every < config.steps_per_dispatch:
+            ended = step >= config.num_steps or enough(step, metrics)
+            if ended or step % config.log_every < config.steps_per_dispatch:
                 log.write(step, metrics)
-            if last or step - saved >= config.checkpoint_every:
+            if ended or step - saved >= config.checkpoint_every:
                 check_finite(step, metrics)
                 checkpoints.save(step, state)
                 saved = step
