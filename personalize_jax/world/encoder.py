@@ -16,7 +16,7 @@ hold. The instance encoder hardly sees proportions: see "changed" in its quality
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,6 +44,7 @@ from personalize_jax.world.probe import as_uint8, degrade
 from personalize_jax.world.scene import CONTEXTS, Scene, sample_views, select
 from personalize_jax.world.training import SEED, network_program, train_network, training_config
 
+NAMES = ("clip", "dino")
 RENDER_RESOLUTION = 64
 CLIP_COUNT = 60_000  # pictures
 INSTANCE_COUNT = 24_576  # subjects: the first of those pictures, and another view of each
@@ -237,19 +238,24 @@ def define_flags() -> None:
     """The command line."""
     flags.DEFINE_string("output", None, "Folder for clip/ and dino/, and for the trainings' checkpoints.")
     flags.DEFINE_string("data_dir", "runs/data", "Folder of the rendered world.")
-    flags.DEFINE_multi_enum("encoder", ["clip", "dino"], ["clip", "dino"], "Which of the two to train.")
+    flags.DEFINE_multi_enum("encoder", NAMES, NAMES, "Which of the two to train.")
 
 
-def main(_: list[str]) -> None:
-    """Render or read the data, train, save, measure."""
-    output, data_dir = Path(flags.FLAGS.output), Path(flags.FLAGS.data_dir)
+def train_encoders(output: Path, data_dir: Path, names: Sequence[str] = NAMES) -> None:
+    """Train encoders, each from its last checkpoint if there is one, and write them with their quality.
+
+    Args:
+        output: folder for clip/ and dino/, and for the trainings' checkpoints.
+        data_dir: folder of the rendered world; what it lacks is rendered.
+        names: which of `NAMES` to train.
+    """
     data = dataset_builder.load(RENDER_RESOLUTION, "train", CLIP_COUNT, data_dir)
-    if "clip" in flags.FLAGS.encoder:
+    if "clip" in names:
         params = train_network(clip_program(data), output / "clip_training", "training the CLIP")
         save(params, "clip", output / "clip")
         test = dataset_builder.load(RENDER_RESOLUTION, "heldout", TEST_COUNT, data_dir)
         _write_quality(output / "clip", encoder_quality.clip_quality(load_clip(output / "clip"), test))
-    if "dino" in flags.FLAGS.encoder:
+    if "dino" in names:
         first = {name: column[:INSTANCE_COUNT] for name, column in data.items()}
         program = instance_program(first["class_id"], first["image"], second_views(first, data_dir))
         params = train_network(program, output / "dino_training", "training the instance encoder")
@@ -257,6 +263,11 @@ def main(_: list[str]) -> None:
         dino = load_dino(output / "dino")
         quality = encoder_quality.instance_quality(dino, *encoder_quality.heldout_pictures())
         _write_quality(output / "dino", quality | {"changed": encoder_quality.similarities_after_changes(dino)})
+
+
+def main(_: list[str]) -> None:
+    """Render or read the data, train, save, measure."""
+    train_encoders(Path(flags.FLAGS.output), Path(flags.FLAGS.data_dir), flags.FLAGS.encoder)
 
 
 if __name__ == "__main__":

@@ -306,13 +306,22 @@ def define_flags() -> None:
     flags.DEFINE_string("data_dir", "runs/data", "Folder of the rendered world.")
 
 
-def main(_: list[str]) -> None:
-    """Render or read the data, train, measure, save."""
-    output, data_dir = Path(flags.FLAGS.output), Path(flags.FLAGS.data_dir)
+def train_probe(output: Path, data_dir: Path) -> Probe:
+    """Train the probe, from the last checkpoint if there is one, and write it with its accuracy.
+
+    Args:
+        output: folder for checkpoints, weights and accuracies.
+        data_dir: folder of the rendered world; what it lacks is rendered.
+    """
     program = probe_program(dataset_builder.load(RENDER_RESOLUTION, "train", TRAIN_COUNT, data_dir))
     params = train_network(program, output, "training the probe")
     tests = {name: dataset_builder.load(RENDER_RESOLUTION, name, TEST_COUNT, data_dir) for name in ("heldout", "test")}
-    save(params, tests, output)
+    return save(params, tests, output)
+
+
+def main(_: list[str]) -> None:
+    """Render or read the data, train, measure, save."""
+    train_probe(Path(flags.FLAGS.output), Path(flags.FLAGS.data_dir))
 
 
 if __name__ == "__main__":
