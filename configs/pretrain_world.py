@@ -1,5 +1,15 @@
 """Pretraining of the embedded cascade on the rendered world.
 
+python -m personalize_jax.pretrain --config=configs/pretrain_world.py:all --budget_minutes=540 --workdir=runs/world
+
+trains text encoder and base, then super-resolution, as many steps of each as fit into so many minutes; without the flag
+as many as configured. On a GPU or TPU the values in `config.accelerator` hold: more pictures, large batches, several
+steps a dispatch; what the command line gives goes before them, such as `--config.base.training.batch_size=256`. There
+JAX multiplies float32 matrices in TF32 or bfloat16; `JAX_DEFAULT_MATMUL_PRECISION=bfloat16` in the environment chooses
+bfloat16 on a GPU, too, and `float32` full precision.
+
+One stage alone, with a number of steps:
+
 python -m personalize_jax.pretrain --config=configs/pretrain_world.py:base --workdir=runs/world_base
 python -m personalize_jax.pretrain --config=configs/pretrain_world.py:super_resolution --workdir=runs/world_sr \
     --config.pretrained=runs/world_base/pipeline
@@ -27,11 +37,13 @@ from configs import common
 
 
 def get_config(stage: str = "") -> ConfigDict:
-    """Configuration of one stage's pretraining.
+    """Configuration of one stage's pretraining, or of both.
 
     Args:
-        stage: "base" or "super_resolution".
+        stage: "base", "super_resolution" or "all".
     """
+    if stage == "all":
+        return _both()
     config = ConfigDict({"seed": 0, "training": common.training()})
     config.training.mesh = (-1, 1, 1)
     config.training.caption_dropout = 0.1
@@ -64,6 +76,31 @@ def get_config(stage: str = "") -> ConfigDict:
         config.training.optimizer.decay_steps = 1_500
     else:
         raise ValueError(
-            f"The stage is {stage!r}; give base or super_resolution after a colon, as in pretrain_world.py:base."
+            f"The stage is {stage!r}; give all, base or super_resolution after a colon, as in pretrain_world.py:all."
         )
+    return config.lock()
+
+
+def _both() -> ConfigDict:
+    """Each stage as by itself, in a section of its own."""
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "pretrained": "",  # a pipeline whose networks each stage goes on from; empty: begin with random ones
+            "train": ("base", "super_resolution"),  # in this order
+            "decay_share": 0.5,  # of the steps that fit into a budget: the learning rate falls over the last of them
+            "accelerator": {  # in place of the stages' own values, on a GPU or TPU
+                "base": {"dataset": {"count": 160_000}, "training": {"batch_size": 512, "steps_per_dispatch": 20}},
+                "super_resolution": {
+                    "dataset": {"count": 60_000},
+                    "training": {"batch_size": 256, "steps_per_dispatch": 20},
+                },
+            },
+        }
+    )
+    for name, share in (("base", 0.58), ("super_resolution", 0.42)):  # of the budget
+        section = get_config(name).unlock()
+        del section.seed, section.pretrained
+        section.share = share
+        config[name] = section
     return config.lock()

@@ -14,17 +14,8 @@ from personalize_jax.pretrain import pretrain, starting_pipeline, world_examples
 from personalize_jax.runtime import manifest
 from personalize_jax.runtime.errors import UserError
 from tests import processes, tiny
-from tests.tiny_pretraining import SMALLEST
+from tests.tiny_pretraining import SMALLEST, data
 from tests.tiny_pretraining import get_config as config
-
-
-def data():
-    """Ten pictures of 16 pixels with the object in their left half, and two captions each."""
-    image = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 4), np.uint8)
-    image[..., 3] = 0
-    image[:, :, :8, 3] = 255
-    captions = np.array([[tiny.CAPTIONS[(i + j) % 3] for j in range(2)] for i in range(10)])
-    return {"image": image, "captions": captions}
 
 
 @pytest.fixture(scope="module")

@@ -307,15 +307,34 @@ def rules_of_run(config: ConfigDict) -> Rules:
 
 
 def rules_of_pretraining(config: ConfigDict) -> Rules:
-    """The rules for a pretraining's configuration; `text_encoder` is optional if it starts from a pipeline."""
-    encoder = within("text_encoder", dict.fromkeys(("width", "num_layers", "num_heads", "max_length"), COUNT))
-    return {
+    """The rules for a pretraining's configuration, of one stage or of those that `config.train` names.
+
+    `text_encoder` is optional if it starts from a pipeline, as stages after the first do.
+    """
+    starts: Rules = {
         "seed": whole(0, MAX_SEED),
         "pretrained": text('a folder, or "" to start from random parameters', empty=True),
+    }
+    if "train" not in config:
+        return {**starts, **_rules_of_section(config, bool(config.get("pretrained")))}
+    sections = [name for name, section in config.items() if isinstance(section, ConfigDict) and "stage" in section]
+    order = several(f"one or more of {', '.join(sections)}, in the order of the cascade", one_of(*sections))
+    rules = {**starts, "train": order, "decay_share": number(above=0, below=1)}
+    for name in sections:
+        of_section = _rules_of_section(config[name], not config[name].get("text_encoder"))
+        rules |= within(name, {"share": number(above=0), **of_section})
+        rules |= optional(within(f"accelerator.{name}", of_section))
+    return rules
+
+
+def _rules_of_section(config: ConfigDict, encoder_is_given: bool) -> Rules:
+    """The rules for what configures the pretraining of one stage."""
+    encoder = within("text_encoder", dict.fromkeys(("width", "num_layers", "num_heads", "max_length"), COUNT))
+    return {
         **within("dataset", {"resolution": COUNT, "count": COUNT}),
         **within("training", TRAINING),
         **within("stage", _rules_of_stage(config)),
-        **(optional(encoder) if config.get("pretrained") else encoder),
+        **(optional(encoder) if encoder_is_given else encoder),
     }
 
 

@@ -118,6 +118,11 @@ def record_subject(workdir: Path, name: str, identifier: str, in_prompts: str) -
     _update(workdir, subject={"name": name, "identifier": identifier, "in prompts": in_prompts})
 
 
+def record_data(workdir: Path, data: Mapping[str, object]) -> None:
+    """Record hashes of inputs that are known only after the call has begun, beside those that `record` was given."""
+    _update(workdir, data=read(workdir).get("data", {}) | dict(data))
+
+
 @contextlib.contextmanager
 def record(workdir: Path, seeds: Mapping[str, object], data: Mapping[str, object]) -> Iterator[None]:
     """Record a call when it begins, its status when it ends, and that the run is done if the call succeeded.

@@ -119,6 +119,7 @@ CONFIGURATIONS = {
     "deepfloyd_if": deepfloyd_if.get_config("M"),
     "pretrain_base": pretrain_world.get_config("base"),
     "pretrain_super_resolution": pretrain_world.get_config("super_resolution"),
+    "pretrain_all": pretrain_world.get_config("all"),
 }
 NONSENSE = (None, True, -7, float("nan"), float("inf"), "nonsense", "", "a\0b", (), ("", 1), (-3,), ((),), b"x", object)
 # What else would be nonsense, and is a value of these keys. Paths, prompts and names may be any text.
@@ -140,7 +141,7 @@ def leaves(tree, prefix=""):
 
 
 def rules(config):
-    return rules_of_pretraining(config) if "dataset" in config else rules_of_run(config)
+    return rules_of_run(config) if "subject" in config else rules_of_pretraining(config)
 
 
 def with_value(config, key, value):
