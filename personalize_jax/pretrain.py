@@ -47,8 +47,9 @@ from personalize_jax.training.loop import check_length, train
 from personalize_jax.training.program import check_sizes, mesh_of, stage_program
 from personalize_jax.training.tracking import JSONL_ONLY, Tracking
 from personalize_jax.training.trained import trained_of
-from personalize_jax.world import dataset_builder
+from personalize_jax.world.captions import in_tokens
 from personalize_jax.world.encoder import train_encoders
+from personalize_jax.world.pictures import training_pictures
 from personalize_jax.world.probe import train_probe
 
 Data = Mapping[str, np.ndarray]  # see `world_examples`
@@ -106,11 +107,15 @@ def world_examples(pipeline: Pipeline, data: Data) -> Examples:
 
     Args:
         pipeline: the cascade, of which the tokenizer and the last stage's resolutions are needed.
-        data: "image", uint8 [N, R, R, 4] with the object's mask as fourth channel, and "captions", K strings a picture.
+        data: "image", uint8 [N, R, R, 4] with the object's mask as fourth channel, and "captions", K strings a picture,
+            or "phrases" in their place, of which tokens are made sooner; see `world.pictures`.
     """
     stage = pipeline.stages[-1]
     rgba = downsample_uint8(data["image"], stage.resolution)
     low_res = None if stage.low_resolution is None else downsample_uint8(rgba[..., :3], stage.low_resolution)
+    if "phrases" in data:
+        tokens, rows_NK = in_tokens(data["phrases"], pipeline.tokenizer)
+        return Examples(rgba[..., :3], rows_NK, tokens, None, low_res, rgba[..., 3])
     return make_examples(rgba[..., :3], data["captions"], pipeline.family.tokenize, low_res, rgba[..., 3])
 
 
@@ -320,7 +325,7 @@ def read_pictures(config: ConfigDict, data_dir: str) -> Data:
         data_dir: where the rendered world is kept.
     """
     load = functools.cache(
-        lambda: dataset_builder.load(config.dataset.resolution, "train", config.dataset.count, data_dir)
+        lambda: training_pictures(config.dataset.resolution, "train", config.dataset.count, data_dir)
     )
     hosts.first_does(load)  # whoever else shares the folder finds it rendered
     return load()

@@ -13,6 +13,9 @@ from personalize_jax.pipeline import load_pipeline
 from personalize_jax.pretrain import pretrain, starting_pipeline, world_examples
 from personalize_jax.runtime import manifest
 from personalize_jax.runtime.errors import UserError
+from personalize_jax.world.captions import in_words, sample_phrases
+from personalize_jax.world.dataset_builder import block_scenes
+from personalize_jax.world.scene import select
 from tests import processes, tiny
 from tests.tiny_pretraining import SMALLEST, data
 from tests.tiny_pretraining import get_config as config
@@ -146,6 +149,16 @@ def test_examples_have_the_resolutions_of_their_stage_and_the_object_as_mask(bas
     np.testing.assert_array_equal(examples.object_mask, given["image"][..., 3])
     tokens = pipeline.tokenizer(given["captions"][3].tolist())
     np.testing.assert_array_equal(examples.tokens[examples.caption[3]], tokens)
+
+
+def test_examples_have_the_captions_of_their_phrases(base):
+    scenes = select(block_scenes("train", 0), slice(10))
+    phrases = sample_phrases(scenes, np.random.default_rng(0), 2)
+    examples = world_examples(base[1], {"image": data()["image"], "phrases": phrases})
+    assert examples.caption.shape == (10, 2)
+    expected = [base[1].tokenizer(captions) for captions in in_words(phrases)]
+    np.testing.assert_array_equal(examples.tokens[examples.caption], expected)
+    np.testing.assert_array_equal(examples.tokens[:1], base[1].tokenizer([""]))
 
 
 def test_the_first_stage_must_exist_before_the_second(tmp_path):
