@@ -1,35 +1,20 @@
 """This project's own cascades: a small text encoder and U-Nets over patches of pixels, any number of stages.
 
-The embedded one is pretrained on the rendered world; `personalize_jax.pretrain` makes others. A folder holds
-
-pipeline.json               the stages and the text encoder, as plain data
-tokenizer.json              the vocabulary
-token_counts.json           how often each token was processed in pretraining
-text_encoder.safetensors    parameters, one file a network
-base.safetensors ...
+The embedded one is pretrained on the rendered world; `personalize_jax.pretrain` makes others. `families.own` tells what
+a folder holds; its index is `pipeline.json`.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
-
-import numpy as np
-from jax.typing import DTypeLike
+from typing import Any, ClassVar, TypeVar
 
 from personalize_jax.diffusion import process
 from personalize_jax.diffusion.process import Function, Process
-from personalize_jax.families.base import Loaded, Place
+from personalize_jax.families.own import OwnNetworks
 from personalize_jax.families.stage import Sampling, Stage
-from personalize_jax.families.text import PixelDenoising, TextConditioned
-from personalize_jax.formats.parameters import load_params, save_params
-from personalize_jax.formats.tokenizer import Tokenizer
+from personalize_jax.families.text import PixelDenoising
 from personalize_jax.models.params import Params
-from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.models.unet import UNet
-from personalize_jax.runtime.errors import UserError
-from personalize_jax.runtime.files import write_text
 
 T = TypeVar("T")
 
@@ -46,16 +31,15 @@ TIMES: Mapping[str, Callable[..., Function]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class World(TextConditioned, PixelDenoising):
-    """A cascade of this project's own networks; its tokenizer has the token counts that pretraining recorded.
+class World(OwnNetworks, PixelDenoising):
+    """A cascade of this project's own networks."""
 
-    Attributes:
-        specs: each stage as plain data, see `read_stage`.
-    """
+    index: ClassVar[str] = INDEX
 
-    text_encoder: TextEncoder
-    specs: tuple[Mapping[str, Any], ...] = dataclasses.field(compare=False)
+    @classmethod
+    def read_stages(cls, specs: Sequence[Mapping[str, Any]]) -> tuple[Stage, ...]:
+        """Build the stages; see `read_stage`."""
+        return tuple(map(read_stage, specs))
 
     def shapes(self) -> Params:
         """Shapes of all parameters, float32."""
@@ -66,64 +50,6 @@ class World(TextConditioned, PixelDenoising):
         pairs = zip(self.specs, stages, strict=False)
         specs = tuple({**spec, "sampling": stage.sampling._asdict()} for spec, stage in pairs)
         return dataclasses.replace(self, stages=tuple(stages), specs=specs)
-
-    def with_counts(self, counts: np.ndarray) -> "World":
-        """The same model after further pretraining: `counts`, int64 [V], are added to its token counts."""
-        assert self.tokenizer is not None and self.tokenizer.counts is not None  # both are in a folder of this family
-        tokenizer = dataclasses.replace(self.tokenizer, counts=self.tokenizer.counts + counts)
-        return dataclasses.replace(self, tokenizer=tokenizer)
-
-    def with_stage(self, spec: Mapping[str, Any]) -> "World":
-        """The same model with a stage in place of its own of that name, or after all; later stages are dropped."""
-        i = next((i for i, stage in enumerate(self.stages) if stage.name == spec["name"]), len(self.stages))
-        stages, specs = (*self.stages[:i], read_stage(spec)), (*self.specs[:i], spec)
-        return dataclasses.replace(self, stages=stages, specs=specs)
-
-    def write(self, read: Callable[[str], Params], folder: Path, dtype: DTypeLike) -> None:
-        """Write a folder that `read_folder` reads."""
-        assert self.tokenizer is not None and self.tokenizer.counts is not None  # as read, or from pretraining
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("text_encoder", *(stage.name for stage in self.stages)):
-            save_params(read(name), folder / f"{name}.safetensors", dtype)
-        write_text(folder / "tokenizer.json", self.tokenizer.backend.backend_tokenizer.to_str())
-        write_text(folder / "token_counts.json", json.dumps(self.tokenizer.counts.tolist()))
-        fields = ("vocab_size", "width", "num_layers", "num_heads", "max_length")
-        encoder = {field: getattr(self.text_encoder, field) for field in fields}
-        write_text(folder / INDEX, json.dumps({"text_encoder": encoder, "stages": list(self.specs)}, indent=2))
-
-    def write_adapters(self, adapters: Mapping[str, Params], folder: Path) -> None:
-        """Nothing: nobody else reads adapters of these networks."""
-
-    @classmethod
-    def reads(cls, folder: Path) -> bool:
-        """Whether a folder is one that `write` wrote."""
-        return (folder / INDEX).is_file()
-
-    @classmethod
-    def read_folder(cls, folder: Path, place: Place | None = None) -> Loaded:
-        """Read a folder that `write` wrote; see `OwnFamily.read_folder`."""
-        try:
-            return cls._read(folder, place)
-        except (ValueError, LookupError, TypeError) as error:
-            raise UserError(
-                f"{folder} is damaged ({type(error).__name__}: {error}); restore it, or write it again."
-            ) from error
-
-    @classmethod
-    def _read(cls, folder: Path, place: Place | None) -> Loaded:
-        spec = json.loads((folder / INDEX).read_text())
-        text_encoder = TextEncoder(**spec["text_encoder"])
-        counts = np.array(json.loads((folder / "token_counts.json").read_text()), np.int64)
-        tokenizer = Tokenizer.read(folder / "tokenizer.json", text_encoder.max_length, counts)
-        tokenizer.check_rows(text_encoder.vocab_size)
-        family = cls(tokenizer, text_encoder, tuple(map(read_stage, spec["stages"])), tuple(spec["stages"]))
-
-        def read_network(name: str) -> Params:
-            place_network = None if place is None else lambda shapes: place({name: shapes})[name]
-            return load_params(folder / f"{name}.safetensors", place_network)
-
-        names = ("text_encoder", *(stage.name for stage in family.stages))
-        return Loaded(family, {name: read_network(name) for name in names}, {})
 
 
 def read_stage(spec: Mapping[str, Any]) -> Stage:
