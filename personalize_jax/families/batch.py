@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 
 from personalize_jax.families.stage import Conditioning
@@ -43,3 +45,13 @@ class NoisyBatch(NamedTuple):
     cond: Conditioning
     low_res: tuple[Array, Array] | None
     eps: Array
+
+
+def interleave(*groups: tuple) -> tuple:
+    """Join pytrees of [B, ...] arrays to [len(groups) B, ...], alternating, so that a sharded batch stays in place."""
+    return jax.tree.map(lambda *a: jnp.stack(a, 1).reshape(-1, *a[0].shape[1:]), *groups)
+
+
+def separate(x: Array, count: int) -> list[Array]:
+    """The inverse of `interleave` for one array."""
+    return list(jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0))

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from jax.typing import DTypeLike
 
 from personalize_jax.families import public
+from personalize_jax.families.diffusion_loss import DiffusionFamily
 from personalize_jax.families.public import Spec, Weights
 from personalize_jax.families.stage import Stage
 from personalize_jax.families.text import PixelDenoising, TextConditioned
@@ -31,7 +32,7 @@ _UNUSED = ("safety_checker", "feature_extractor", "watermarker")
 
 
 @dataclasses.dataclass(frozen=True)
-class DeepFloydIF(TextConditioned, PixelDenoising):
+class DeepFloydIF(TextConditioned, PixelDenoising, DiffusionFamily):
     """The base model, and the super-resolution model after it if there is one; padding is masked out of T5's text.
 
     Attributes:

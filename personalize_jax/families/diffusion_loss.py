@@ -17,7 +17,7 @@ from personalize_jax.diffusion.augmentation import sample_levels
 from personalize_jax.diffusion.prediction import add_noise, loss_weight, per_picture, to_x0_eps
 from personalize_jax.diffusion.variational import variational_bound
 from personalize_jax.families.base import Family
-from personalize_jax.families.batch import Batch, NoisyBatch
+from personalize_jax.families.batch import Batch, NoisyBatch, interleave, separate
 from personalize_jax.families.objective import Objective
 from personalize_jax.families.stage import Conditioning, Stage
 from personalize_jax.models.params import Params
@@ -88,16 +88,6 @@ class DiffusionFamily:
                 term += objective.vlb_weight * bound
             loss += group.weight * term
         return loss, metrics
-
-
-def interleave(*groups: tuple) -> tuple:
-    """Join pytrees of [B, ...] arrays to [len(groups) B, ...], alternating, so that a sharded batch stays in place."""
-    return jax.tree.map(lambda *a: jnp.stack(a, 1).reshape(-1, *a[0].shape[1:]), *groups)
-
-
-def separate(x: Array, count: int) -> list[Array]:
-    """The inverse of `interleave` for one array."""
-    return list(jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0))
 
 
 def _condition(family: Family, params: Params, batch: Batch) -> Conditioning:

@@ -14,6 +14,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from personalize_jax.families import public
+from personalize_jax.families.diffusion_loss import DiffusionFamily
 from personalize_jax.families.public import Spec, Weights
 from personalize_jax.families.stage import Stage
 from personalize_jax.families.text import TextConditioned
@@ -34,7 +35,7 @@ LORA_NETWORKS: Networks = {"denoiser": ("unet", "unet"), "text_encoder": ("text_
 
 
 @dataclasses.dataclass(frozen=True)
-class StableDiffusion(TextConditioned):
+class StableDiffusion(TextConditioned, DiffusionFamily):
     """A latent diffusion model; the denoiser is its one stage.
 
     It attends to CLIP's embeddings, those of padding among them, as the published models were trained.

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from personalize_jax.families.diffusion_loss import DiffusionFamily
 from personalize_jax.families.stage import Stage
 from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.models import adapters
@@ -38,7 +37,7 @@ class TextEncoder(Network, Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class TextConditioned(DiffusionFamily):
+class TextConditioned:
     """Captions, text encoder and denoisers of such a family.
 
     Attributes:

@@ -1,7 +1,7 @@
 """This project's own cascades: a small text encoder and U-Nets over patches of pixels, any number of stages.
 
 The embedded one is pretrained on the rendered world; `personalize_jax.pretrain` makes others. `families.own` tells what
-a folder holds; its index is `pipeline.json`.
+a folder holds.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 
 from personalize_jax.diffusion import process
 from personalize_jax.diffusion.process import Function, Process
+from personalize_jax.families.diffusion_loss import DiffusionFamily
 from personalize_jax.families.own import OwnNetworks
 from personalize_jax.families.stage import Sampling, Stage
 from personalize_jax.families.text import PixelDenoising
@@ -31,7 +32,7 @@ TIMES: Mapping[str, Callable[..., Function]] = {
 }
 
 
-class World(OwnNetworks, PixelDenoising):
+class World(OwnNetworks, PixelDenoising, DiffusionFamily):
     """A cascade of this project's own networks."""
 
     index: ClassVar[str] = INDEX
