@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from personalize_jax.families import public
+from personalize_jax.families.autoregressive import Autoregressive
 from personalize_jax.families.base import Family, Loaded, OwnFamily, Place
 from personalize_jax.families.deepfloyd_if import DeepFloydIF
 from personalize_jax.families.public import PublicFamily
@@ -17,7 +18,9 @@ from personalize_jax.runtime.errors import UserError
 from personalize_jax.runtime.files import ASSETS
 
 FAMILIES: tuple[type[PublicFamily], ...] = (StableDiffusion, DeepFloydIF)  # families whose folders diffusers reads
-OWN: tuple[type[OwnFamily], ...] = (World,)  # families with a layout of their own
+# Families of this project's own networks, by the names that configurations of pretraining have for them.
+PRETRAINED_HERE: Mapping[str, type[World | Autoregressive]] = {"world": World, "autoregressive": Autoregressive}
+OWN: tuple[type[OwnFamily], ...] = (World, Autoregressive)  # families with a layout of their own
 LAYOUTS: Mapping[str, Layout] = {kind: layout for family in FAMILIES for kind, layout in family.layouts.items()}
 
 EMBEDDED = ("world",)

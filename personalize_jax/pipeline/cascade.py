@@ -71,11 +71,10 @@ class Pipeline:
         Raises:
             UserError: there is none.
         """
-        for stage in self.stages:
-            if stage.name == name:
-                return stage
-        names = " and ".join(stage.name for stage in self.stages)
-        raise UserError(f"The pipeline has no stage {name!r}; its stages are {names}.")
+        by_name = {stage.name: stage for stage in self.stages}
+        if name not in by_name:
+            raise UserError(f"The pipeline has no stage {name!r}; its stages are {' and '.join(by_name)}.")
+        return by_name[name]
 
     def float32_params(self, name: str) -> Params:
         """The float32 parameters of a network, which training and saving need.
@@ -151,9 +150,11 @@ class Pipeline:
 
         None if the model denoises pictures and not latents.
         """
-        pairs = [self.family.to_latents(self.params, to_float(picture[None])) for picture in pictures]
-        if None in pairs:
-            return None
+        pairs = []
+        for picture in pictures:
+            if (pair := self.family.to_latents(self.params, to_float(picture[None]))) is None:
+                return None
+            pairs.append(pair)
         mean, std = (np.concatenate([hosts.to_numpy(a) for a in part]) for part in zip(*pairs, strict=True))
         return mean, std
 
