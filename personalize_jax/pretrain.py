@@ -30,10 +30,13 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from personalize_jax.families.objective import INSTANCE
-from personalize_jax.families.world import World
+from personalize_jax.families.own import OwnNetworks
+from personalize_jax.families.registry import PRETRAINED_HERE
 from personalize_jax.formats.tokenizer import Tokenizer
-from personalize_jax.method.configuration_keys import check_keys, number, rules_of_pretraining
+from personalize_jax.method.configuration_keys import check_keys, rules_of_pretraining
+from personalize_jax.method.personalization import with_latents
 from personalize_jax.method.personalized import with_trained
+from personalize_jax.method.rules import number
 from personalize_jax.models.params import Params
 from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Pipeline, load_pipeline, save_pipeline
@@ -75,7 +78,7 @@ def starting_pipeline(config: ConfigDict, before: Pipeline | None = None) -> Pip
         encoder = TextEncoder(vocab_size=tokenizer.size, **config.text_encoder)
         tokens = np.ones((1, encoder.max_length), np.int32)
         params: Params = {"text_encoder": encoder.init(jax.random.fold_in(key, 0), tokens)["params"]}
-        before = Pipeline(World(tokenizer, encoder, (), ()), params)
+        before = Pipeline(_kind(config)(tokenizer, encoder, (), ()), params)
     family = _family_with_stage(before, config)
     stage, params = family.stages[-1], before.params
     if stage.name not in [known.name for known in before.stages]:
@@ -84,14 +87,23 @@ def starting_pipeline(config: ConfigDict, before: Pipeline | None = None) -> Pip
     return dataclasses.replace(before, family=family, params=params)
 
 
-def _family_with_stage(before: Pipeline, config: ConfigDict) -> World:
+def _kind(config: ConfigDict) -> type[OwnNetworks]:
+    """The family of the model to pretrain."""
+    return PRETRAINED_HERE[config.get("family", "world")]
+
+
+def _family_with_stage(before: Pipeline, config: ConfigDict) -> OwnNetworks:
     """The family of a pipeline up to the stage that `config.stage` describes.
 
     Raises:
-        UserError: the pipeline's stage has another network.
+        UserError: the pipeline is of another family, or its stage has another network.
     """
-    if not isinstance(before.family, World):
+    if not isinstance(before.family, OwnNetworks):
         raise UserError(f"{config.pretrained} is a public model; pretraining goes on from one of this project's own.")
+    if not isinstance(before.family, _kind(config)):
+        raise UserError(
+            f"{config.pretrained} is no {_kind(config).__name__}, which the configuration is for; give one that is."
+        )
     family = before.family.with_stage(config.stage.to_dict())
     stage = family.stages[-1]
     if any(known.name == stage.name and known.network != stage.network for known in before.stages):
@@ -115,8 +127,10 @@ def world_examples(pipeline: Pipeline, data: Data) -> Examples:
     low_res = None if stage.low_resolution is None else downsample_uint8(rgba[..., :3], stage.low_resolution)
     if "phrases" in data:
         tokens, rows_NK = in_tokens(data["phrases"], pipeline.tokenizer)
-        return Examples(rgba[..., :3], rows_NK, tokens, None, low_res, rgba[..., 3])
-    return make_examples(rgba[..., :3], data["captions"], pipeline.family.tokenize, low_res, rgba[..., 3])
+        examples = Examples(rgba[..., :3], rows_NK, tokens, None, low_res, rgba[..., 3])
+    else:
+        examples = make_examples(rgba[..., :3], data["captions"], pipeline.family.tokenize, low_res, rgba[..., 3])
+    return with_latents(pipeline, examples)
 
 
 def pretrain(config: ConfigDict, workdir: Path, data: Data, tracking: Tracking = JSONL_ONLY) -> Pipeline:
@@ -165,7 +179,7 @@ def _trained(
     counts = hosts.to_numpy(state.token_counts).astype(np.int64)
     counts[sorted(pipeline.tokenizer.special_ids)] = 0  # padding is not processed
     family = pipeline.family
-    assert isinstance(family, World)  # see `starting_pipeline`
+    assert isinstance(family, OwnNetworks)  # see `starting_pipeline`
     return dataclasses.replace(pipeline, family=family.with_counts(counts))
 
 
@@ -263,7 +277,7 @@ def _pretrain_in_turn(pretraining: Pretraining, stage: str, earlier: Pipeline | 
 
 def _with_stage_of(earlier: Pipeline, stage: str, pipeline: Pipeline) -> Pipeline:
     """The pipeline with a further stage, that of an earlier pipeline if it has one of that name."""
-    assert isinstance(pipeline.family, World) and isinstance(earlier.family, World)  # see `starting_pipeline`
+    assert isinstance(pipeline.family, OwnNetworks) and isinstance(earlier.family, OwnNetworks)  # see `starting_pipeline`
     for spec in earlier.family.specs:
         if spec["name"] == stage:
             params = {**pipeline.params, stage: earlier.params[stage]}

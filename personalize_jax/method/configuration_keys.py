@@ -8,6 +8,8 @@ from ml_collections import ConfigDict
 
 from personalize_jax.diffusion.prediction import Prediction, Weighting
 from personalize_jax.diffusion.samplers import Variance
+from personalize_jax.families.autoregressive import TOKENIZER, TokenSampler
+from personalize_jax.families.registry import PRETRAINED_HERE
 from personalize_jax.families.stage import SAMPLERS
 from personalize_jax.families.targets import PRIOR_FORMS
 from personalize_jax.families.world import SCHEDULES, TIMES
@@ -191,6 +193,20 @@ _STAGE: Rules = {
     ),
 }
 
+_TOKENIZER_STAGE: Rules = {  # the stages of an autoregressive model
+    "name": _STAGE["name"],
+    "resolution": COUNT,
+    **within("network", dict.fromkeys(("patch", "blocks"), COUNT)),
+    "network.channels": several("numbers of channels", COUNT),
+    "network.levels": several("numbers of values of 2 or more", whole(2)),
+}
+_TOKEN_STAGE: Rules = {
+    "name": _STAGE["name"],
+    **within("network", dict.fromkeys(("width", "num_layers", "num_heads"), COUNT)),
+    **within("sampling", {"sampler": one_of(*get_args(TokenSampler)), "num_steps": COUNT, "guidance_scale": SCALE}),
+    **optional(within("sampling", {"temperature": number(above=0), "top_k": COUNT})),
+}
+
 _OF_KIND: dict[str, dict[str, Rules]] = {  # by section of a stage and its kind, the section's further keys
     "schedule": {"cosine": {"shift": number()}, "rectified_flow": {"shift": number(above=0)}},
     "schedule.times": {
@@ -248,13 +264,16 @@ def _rules_of_section(config: ConfigDict, encoder_is_given: bool) -> Rules:
     return {
         **within("dataset", {"resolution": COUNT, "count": COUNT}),
         **within("training", TRAINING),
+        **optional({"family": one_of(*PRETRAINED_HERE)}),
         **within("stage", _rules_of_stage(config)),
         **(optional(encoder) if encoder_is_given else encoder),
     }
 
 
 def _rules_of_stage(config: ConfigDict) -> Rules:
-    """The rules for `config.stage`, which depend on the kinds of process that it names."""
+    """The rules for `config.stage`, which depend on the family and on the kinds of process that it names."""
+    if config.get("family") == "autoregressive":
+        return _TOKENIZER_STAGE if config.stage.get("name") == TOKENIZER else _TOKEN_STAGE
     values = {key.removeprefix("stage."): value for key, value in _values(config).items() if key.startswith("stage.")}
     rules = dict(_STAGE)
     if any(key.startswith("schedule.times.") for key in values):

@@ -283,8 +283,12 @@ def stage_examples(pipeline: Pipeline, stage: Stage, pictures: np.ndarray, label
     """Labelled pictures at a stage's own resolution, with the low-resolution versions or latents that it needs."""
     pictures = downsample_uint8(pictures, stage.resolution)
     low_res = None if stage.low_resolution is None else downsample_uint8(pictures, stage.low_resolution)
-    examples = make_examples(pictures, np.array(labels)[:, None], pipeline.family.tokenize, low_res)
-    if (latents := pipeline.to_latents(pictures)) is None:
+    return with_latents(pipeline, make_examples(pictures, np.array(labels)[:, None], pipeline.family.tokenize, low_res))
+
+
+def with_latents(pipeline: Pipeline, examples: Examples) -> Examples:
+    """The examples with their pictures' latents, computed once, if the pipeline works on latents."""
+    if (latents := pipeline.to_latents(hosts.to_numpy(examples.image))) is None:
         return examples
     # Without the pictures, of which a thousand would take a tenth of a TPU chip's memory.
     return examples._replace(image=None, latent=latents)
