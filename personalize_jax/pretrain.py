@@ -30,8 +30,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from personalize_jax.families.objective import INSTANCE
-from personalize_jax.families.own import OwnNetworks
-from personalize_jax.families.registry import PRETRAINED_HERE
+from personalize_jax.families.registry import PRETRAINED_HERE, PretrainedHere
 from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.method.configuration_keys import check_keys, rules_of_pretraining
 from personalize_jax.method.personalization import with_latents
@@ -87,18 +86,18 @@ def starting_pipeline(config: ConfigDict, before: Pipeline | None = None) -> Pip
     return dataclasses.replace(before, family=family, params=params)
 
 
-def _kind(config: ConfigDict) -> type[OwnNetworks]:
+def _kind(config: ConfigDict) -> type[PretrainedHere]:
     """The family of the model to pretrain."""
     return PRETRAINED_HERE[config.get("family", "world")]
 
 
-def _family_with_stage(before: Pipeline, config: ConfigDict) -> OwnNetworks:
+def _family_with_stage(before: Pipeline, config: ConfigDict) -> PretrainedHere:
     """The family of a pipeline up to the stage that `config.stage` describes.
 
     Raises:
         UserError: the pipeline is of another family, or its stage has another network.
     """
-    if not isinstance(before.family, OwnNetworks):
+    if not isinstance(before.family, PretrainedHere):
         raise UserError(f"{config.pretrained} is a public model; pretraining goes on from one of this project's own.")
     if not isinstance(before.family, _kind(config)):
         raise UserError(
@@ -179,7 +178,7 @@ def _trained(
     counts = hosts.to_numpy(state.token_counts).astype(np.int64)
     counts[sorted(pipeline.tokenizer.special_ids)] = 0  # padding is not processed
     family = pipeline.family
-    assert isinstance(family, OwnNetworks)  # see `starting_pipeline`
+    assert isinstance(family, PretrainedHere)  # see `starting_pipeline`
     return dataclasses.replace(pipeline, family=family.with_counts(counts))
 
 
@@ -277,7 +276,8 @@ def _pretrain_in_turn(pretraining: Pretraining, stage: str, earlier: Pipeline | 
 
 def _with_stage_of(earlier: Pipeline, stage: str, pipeline: Pipeline) -> Pipeline:
     """The pipeline with a further stage, that of an earlier pipeline if it has one of that name."""
-    assert isinstance(pipeline.family, OwnNetworks) and isinstance(earlier.family, OwnNetworks)  # see `starting_pipeline`
+    # As `starting_pipeline` has it.
+    assert isinstance(pipeline.family, PretrainedHere) and isinstance(earlier.family, PretrainedHere)
     for spec in earlier.family.specs:
         if spec["name"] == stage:
             params = {**pipeline.params, stage: earlier.params[stage]}

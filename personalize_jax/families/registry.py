@@ -18,8 +18,9 @@ from personalize_jax.runtime.errors import UserError
 from personalize_jax.runtime.files import ASSETS
 
 FAMILIES: tuple[type[PublicFamily], ...] = (StableDiffusion, DeepFloydIF)  # families whose folders diffusers reads
-# Families of this project's own networks, by the names that configurations of pretraining have for them.
-PRETRAINED_HERE: Mapping[str, type[World | Autoregressive]] = {"world": World, "autoregressive": Autoregressive}
+PretrainedHere = World | Autoregressive  # families of this project's own networks
+# These by the names that configurations of pretraining have for them.
+PRETRAINED_HERE: Mapping[str, type[PretrainedHere]] = {"world": World, "autoregressive": Autoregressive}
 OWN: tuple[type[OwnFamily], ...] = (World, Autoregressive)  # families with a layout of their own
 LAYOUTS: Mapping[str, Layout] = {kind: layout for family in FAMILIES for kind, layout in family.layouts.items()}
 

@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import personalize_jax as pj
-from configs import deepfloyd_if, pretrain_world, stable_diffusion, world
+from configs import autoregressive, deepfloyd_if, pretrain_autoregressive, pretrain_world, stable_diffusion, world
 from personalize_jax.diffusion import process
 from personalize_jax.diffusion.samplers import Spacing
 from personalize_jax.method import configuration
@@ -120,6 +120,9 @@ CONFIGURATIONS = {
     "pretrain_base": pretrain_world.get_config("base"),
     "pretrain_super_resolution": pretrain_world.get_config("super_resolution"),
     "pretrain_all": pretrain_world.get_config("all"),
+    "autoregressive": autoregressive.get_config(),
+    "pretrain_picture_tokenizer": pretrain_autoregressive.get_config("picture_tokenizer"),
+    "pretrain_transformer": pretrain_autoregressive.get_config("base"),
 }
 NONSENSE = (None, True, -7, float("nan"), float("inf"), "nonsense", "", "a\0b", (), ("", 1), (-3,), ((),), b"x", object)
 # What else would be nonsense, and is a value of these keys. Paths, prompts and names may be any text.
