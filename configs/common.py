@@ -168,8 +168,8 @@ def base_stage() -> ConfigDict:
 def super_resolution_stage() -> ConfigDict:
     """The embedded cascade's super-resolution model, 32x32 to 128x128.
 
-    It predicts the difference of the clean picture from the enlarged one, so that a network this small is never worse
-    than enlarging.
+    It denoises the difference of the picture from the enlarged one, whose noise it sees and predicts in units of that
+    difference's own size.
     """
     return ConfigDict(
         {
@@ -185,9 +185,10 @@ def super_resolution_stage() -> ConfigDict:
             },
             "schedule": {"kind": "cosine", "shift": 0.0},
             "augmentation": {"kind": "cosine"},
-            "prediction": "x0",
+            "prediction": "v",
+            "residual_std": 0.15,
             "sampling": {
-                "sampler": "ddim",
+                "sampler": "dpm_solver_pp",
                 "num_steps": 8,
                 "guidance_scale": 1.0,
                 "threshold_max": 1.0,

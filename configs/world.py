@@ -78,7 +78,6 @@ def get_config(method: str = methods.DREAMBOOTH) -> ConfigDict:
     super_resolution.num_steps = 60
     super_resolution.batch_size = 4
     super_resolution.prior.weight = 1.0
-    super_resolution.weighting = "min_snr"
     super_resolution.optimizer.learning_rate = 1e-4
     super_resolution.augmentation_levels = (0.0, 0.005)
     super_resolution.checkpoint_every = 30

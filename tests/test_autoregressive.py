@@ -69,7 +69,7 @@ def test_a_transformer_without_a_tokenizer_is_refused(tmp_path):
 
 
 def test_weights_of_another_family_are_refused():
-    with pytest.raises(UserError, match="world is no model of the family autoregressive, which is configured"):
+    with pytest.raises(UserError, match="world is no Autoregressive, which the configuration is for"):
         starting_pipeline(tiny_autoregressive.pretraining("base", pretrained="world"))
 
 

@@ -38,7 +38,7 @@ SUPER_RESOLUTION = {
     "resolution": 16,
     "low_resolution": 8,
     "network": {**BASE["network"], "patch": 4},
-    "prediction": "x0",
+    "residual_std": 0.25,
     "sampling": {"sampler": "ddim", "num_steps": 2, "guidance_scale": 1.0, "augmentation_level": 0.05},
 }
 CAPTIONS = ["a dog", "a red teapot on the beach", "a clock in the snow"]

@@ -33,13 +33,15 @@ class NoisyBatch(NamedTuple):
     """The denoiser's inputs for B examples, and the noise in them.
 
     Attributes:
-        z: [B, H, W, C] noisy pictures or latents z_t.
+        x: [B, H, W, C] what is noised: pictures, latents, or `Stage.to_residual` of pictures.
+        z: [B, H, W, C] z_t, the same with noise.
         t: [B] times.
         cond: conditioning of the captions.
         low_res: low-resolution pictures and their noise levels, see `Stage.augment`; or None.
         eps: [B, H, W, C] noise in z.
     """
 
+    x: Array
     z: Array
     t: Array
     cond: Conditioning

@@ -36,12 +36,13 @@ def diffuse(stage: Stage, batch: Batch, cond: Conditioning, key: Array, objectiv
     if objective.offset_noise > 0:
         offset = jax.random.normal(offset_key, (B, 1, 1, batch.x.shape[-1]))
         eps += objective.offset_noise * offset
-    z = add_noise(batch.x, eps, stage.process.alpha(t_B), stage.process.sigma(t_B))
     low_res = None
     if batch.low_res is not None:
         noise = jax.random.normal(augmentation_key, batch.x.shape)
         low_res = stage.augment(batch.low_res, sample_levels(level_key, B, *objective.augmentation_levels), noise)
-    return NoisyBatch(z, t_B, cond, low_res, eps)
+    x = stage.to_residual(batch.x, low_res)
+    z = add_noise(x, eps, stage.process.alpha(t_B), stage.process.sigma(t_B))
+    return NoisyBatch(x, z, t_B, cond, low_res, eps)
 
 
 class DiffusionFamily:
@@ -83,7 +84,7 @@ class DiffusionFamily:
             term = jnp.mean(per_picture(w_B, error) * error)
             metrics[f"{group.name}_loss"] = term
             if objective.vlb_weight > 0:
-                bound = jnp.mean(_bound(stage, batch, noisy, prediction, variance))
+                bound = jnp.mean(_bound(stage, noisy, prediction, variance))
                 metrics[f"{group.name}_bound"] = bound
                 term += objective.vlb_weight * bound
             loss += group.weight * term
@@ -106,9 +107,9 @@ def _frozen_prediction(stage: Stage, family: Family, frozen_params: Params, batc
     return jax.lax.stop_gradient(stage.split(output)[0])
 
 
-def _bound(stage: Stage, batch: Batch, noisy: NoisyBatch, prediction: Array, v: Array | None) -> Array:
+def _bound(stage: Stage, noisy: NoisyBatch, prediction: Array, v: Array | None) -> Array:
     """The variational bound, whose gradient reaches the variance only: the mean learns from the simple loss."""
     assert v is not None  # `Objective.vlb_weight` is for networks that learn the variance
     alpha, sigma = stage.process.alpha(noisy.t), stage.process.sigma(noisy.t)
     x0_hat, _ = to_x0_eps(stage.prediction, jax.lax.stop_gradient(prediction), noisy.z, alpha, sigma)
-    return variational_bound(stage.process, batch.x, noisy.z, jnp.clip(x0_hat, -1, 1), v, noisy.t)
+    return variational_bound(stage.process, noisy.x, noisy.z, jnp.clip(x0_hat, -1, 1), v, noisy.t)

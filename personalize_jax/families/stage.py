@@ -67,6 +67,8 @@ class Stage:
         spacing: the times of a discrete process that sampling visits.
         align_corners: whether low-resolution pictures are enlarged between the centres of their corner pixels.
         learned_variance: whether the second half of the network's output is the variance of the sampling steps.
+        residual_std: standard deviation of pictures about their low-resolution pictures, enlarged and noised, where
+            that difference is denoised in place of pictures (super-resolution only); see `to_residual`.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Stage:
     spacing: samplers.Spacing | None = None
     align_corners: bool = False
     learned_variance: bool = False
+    residual_std: float | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -144,6 +147,29 @@ class Stage:
         upsampled = augmentation.upsample(low_BHWC, self.resolution, self.align_corners)
         return augmentation.augment(self.augmentation, upsampled, level_B, noise), level_B
 
+    def to_residual(self, x_BHWC: Array, low_res: tuple[Array, Array] | None) -> Array:
+        """What is noised and denoised in place of pictures: their difference from `augment`'s, of variance about 1.
+
+        A network of `residual_std` s that predicts v is preconditioned as by Karras et al. 2022, table 1, for data of
+        standard deviation s about the low-resolution picture: where noise is small beside s, its error hardly reaches
+        the picture. Pictures are left as they are where `residual_std` is None.
+
+        Args:
+            x_BHWC: pictures in [-1, 1], or latents.
+            low_res: the result of `augment`.
+        """
+        if self.residual_std is None:
+            return x_BHWC
+        assert low_res is not None  # `residual_std` is for super-resolution
+        return (x_BHWC - low_res[0]) / self.residual_std
+
+    def to_picture(self, residual_BHWC: Array, low_res: tuple[Array, Array] | None) -> Array:
+        """The inverse of `to_residual`."""
+        if self.residual_std is None:
+            return residual_BHWC
+        assert low_res is not None  # `residual_std` is for super-resolution
+        return low_res[0] + self.residual_std * residual_BHWC
+
     def sample(
         self,
         params: Params,
@@ -174,7 +200,8 @@ class Stage:
             levels = jnp.full((len(keys_B),), sampling.augmentation_level)
             low_res = self.augment(low_BHWC, levels, samplers.initial_noise(noise_key_B, self.shape))
         denoise = self.denoiser(params, cond, null_cond, sampling, low_res)
-        return samplers.sample(denoise, self.sampler(sampling), self.times(sampling), keys_B, self.shape)
+        x = samplers.sample(denoise, self.sampler(sampling), self.times(sampling), keys_B, self.shape)
+        return self.to_picture(x, low_res)
 
     def times(self, sampling: Sampling) -> Array:
         """The times that sampling visits, from noise to the clean picture.
@@ -212,19 +239,22 @@ class Stage:
         """
         guided = sampling.guidance_scale != 1.0
         learned = sampling.sampler == "ancestral" and sampling.variance == "learned_range"
+        inputs = cond, low_res
         if guided:
-            cond = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, null_cond)
-            low_res = jax.tree.map(lambda a: jnp.concatenate([a, a]), low_res)
+            doubled = jax.tree.map(lambda a: jnp.concatenate([a, a]), low_res)
+            inputs = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, null_cond), doubled
 
         def denoise(z_t: Array, t: Array) -> samplers.Denoised:
             batch = len(z_t)
             z = jnp.concatenate([z_t, z_t]) if guided else z_t
-            prediction, v = self.split(self.apply(params, z, jnp.full((len(z),), t), cond, low_res))
+            prediction, v = self.split(self.apply(params, z, jnp.full((len(z),), t), *inputs))
             if guided:
                 prediction = guide(prediction[:batch], prediction[batch:], sampling.guidance_scale)
             x0_hat, _ = to_x0_eps(self.prediction, prediction, z_t, self.process.alpha(t), self.process.sigma(t))
             if sampling.threshold_max is not None:
-                x0_hat = dynamic_threshold(x0_hat, sampling.threshold_percentile, sampling.threshold_max)
+                picture = self.to_picture(x0_hat, low_res)
+                picture = dynamic_threshold(picture, sampling.threshold_percentile, sampling.threshold_max)
+                x0_hat = self.to_residual(picture, low_res)
             # Thresholds would make pictures of infinite predictions, which are to be noticed.
             x0_hat = jnp.where(jnp.isfinite(prediction), x0_hat, jnp.nan)
             if not learned:

@@ -33,7 +33,7 @@ class Target:
 def picture(stage: Stage, batch: Batch, noisy: NoisyBatch, frozen_prediction: FrozenPrediction) -> Array:
     """The prediction from which the clean picture x of z_t = alpha_t x + sigma_t eps would follow."""
     alpha, sigma = stage.process.alpha(noisy.t), stage.process.sigma(noisy.t)
-    return target(stage.prediction, batch.x, noisy.eps, alpha, sigma)
+    return target(stage.prediction, noisy.x, noisy.eps, alpha, sigma)
 
 
 def frozen(stage: Stage, batch: Batch, noisy: NoisyBatch, frozen_prediction: FrozenPrediction) -> Array:

@@ -16,6 +16,7 @@ from personalize_jax.families.stage import Sampling, Stage
 from personalize_jax.families.text import PixelDenoising
 from personalize_jax.models.params import Params
 from personalize_jax.models.unet import UNet
+from personalize_jax.runtime.errors import UserError
 
 T = TypeVar("T")
 
@@ -59,21 +60,30 @@ def read_stage(spec: Mapping[str, Any]) -> Stage:
     Args:
         spec: name, resolution, low_resolution, prediction, network (arguments of `UNet`), schedule and augmentation
             (each {"kind": a name in `SCHEDULES`, further arguments}, and of schedule also "times": {"kind": a name in
-            `TIMES`, further arguments}), sampling (fields of `Sampling`).
+            `TIMES`, further arguments}), sampling (fields of `Sampling`), and where low_resolution is given
+            residual_std (see `Stage`).
 
     Raises:
         ValueError: an unknown kind, or arguments out of range.
+        UserError: the stage was pretrained by an earlier version, whose networks answered otherwise.
     """
+    enlarges = spec["low_resolution"] is not None
+    if enlarges and "residual_std" not in spec:
+        raise UserError(
+            f"The {spec['name']} stage was pretrained by an earlier version, and this one samples it differently; "
+            "pretrain it again, or go back to that version."
+        )
     network: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in spec["network"].items()}
     return Stage(
         name=spec["name"],
-        network=UNet(**network, super_resolution=spec["low_resolution"] is not None),
+        network=UNet(**network, super_resolution=enlarges),
         resolution=spec["resolution"],
         low_resolution=spec["low_resolution"],
         process=_process(spec["schedule"]),
         augmentation=_process(spec["augmentation"]),
         prediction=spec["prediction"],
         sampling=Sampling(**dict(spec["sampling"])),
+        residual_std=spec["residual_std"] if enlarges else None,
     )
 
 

@@ -278,6 +278,8 @@ def _rules_of_stage(config: ConfigDict) -> Rules:
     rules = dict(_STAGE)
     if any(key.startswith("schedule.times.") for key in values):
         rules["schedule.times.kind"] = one_of(*TIMES)
+    if values.get("low_resolution") is not None:
+        rules["residual_std"] = number(above=0)
     for section, of_kind in _OF_KIND.items():
         rules |= optional(within(section, of_kind.get(str(values.get(f"{section}.kind")), {})))
     if values.get("schedule.kind") == "rectified_flow":  # ends in pure noise, where eps is no help

@@ -67,7 +67,7 @@ class UNet(nn.Module):
 
     The picture is cut into `patch` x `patch` patches that become channels, so that no convolution runs at full
     resolution. A super-resolution stage also sees the upsampled low-resolution picture and its augmentation level
-    (Imagen, appendix F), and predicts its output as the difference from that picture.
+    (Imagen, appendix F).
 
     Attributes:
         channels: width of each level, finest first.
@@ -132,10 +132,14 @@ class UNet(nn.Module):
             if level:
                 x = nn.Dense(4 * self.channels[level - 1], name=f"upsample_{level}")(x)
                 x = einops.rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=2, q=2)
-        out_channels = z_BHWC.shape[-1] * self.patch**2
+        # A super-resolution network also weights its two pictures pixel by pixel, so that their noise, which it has to
+        # tell exactly, need not pass through the narrow levels.
+        pictures = [] if low_res_BHWC is None else [z_BHWC, low_res_BHWC]
+        out_channels = (1 + len(pictures)) * z_BHWC.shape[-1] * self.patch**2
         x = nn.Conv(out_channels, (3, 3), kernel_init=_zeros, name="head")(nn.silu(_norm("head_norm")(x)))
         x = einops.rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=self.patch, q=self.patch)
-        return x if low_res_BHWC is None else x + low_res_BHWC
+        x, *weights = jnp.split(x, 1 + len(pictures), axis=-1)
+        return x + sum(weight * picture for weight, picture in zip(weights, pictures, strict=True))
 
     def _condition(self, t_B: Array, text_BLD: Array, mask_BL: Array, level_B: Array | None) -> Array:
         """Time, pooled text and augmentation level in one vector (Imagen, appendix F)."""

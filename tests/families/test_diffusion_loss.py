@@ -248,7 +248,7 @@ def test_a_target_may_be_made_of_both():
 
 def super_resolution_call(levels, low):
     """What the network is given for clean pictures of 0, both groups' rows after another."""
-    network = stage(constant(0.0), spec=tiny.SUPER_RESOLUTION)
+    network = stage(constant(0.0), spec={**tiny.SUPER_RESOLUTION, "residual_std": None})
     objective = tiny.objective("none", 1.0, "sampled", augmentation_levels=levels)
     batches = dict.fromkeys(("instance", "prior"), batch(0.0, side=16, low_res=low))
     loss_of(network, objective, batches)
@@ -273,6 +273,23 @@ def test_the_low_resolution_picture_has_noise_of_its_own_level_which_the_network
     np.testing.assert_allclose(np.std(noise, axis=(1, 2, 3)), 1, atol=0.12)
     eps = z / network.process.sigma(t)[:, None, None, None]
     assert abs(np.corrcoef(np.ravel(noise), np.ravel(eps))[0, 1]) < 0.05
+
+
+def test_a_residual_is_noised_about_the_noised_low_resolution_picture():
+    """Of pictures of 0.4; the network that answers their residual has no loss."""
+
+    def answer(params, z, t, text, mask, low_res, level):
+        return (0.4 - low_res) / 0.2
+
+    network = stage(answer, spec={**tiny.SUPER_RESOLUTION, "residual_std": 0.2})
+    low = jax.random.uniform(jax.random.key(5), (B, 8, 8, 3), minval=-1)
+    objective = tiny.objective("none", 1.0, "sampled", augmentation_levels=(0.2, 0.6))
+    loss, _ = loss_of(network, objective, dict.fromkeys(("instance", "prior"), batch(0.4, side=16, low_res=low)))
+    assert loss == pytest.approx(0, abs=1e-9)
+    z, t, _, _, low_res, _ = network.network.calls[0]
+    alpha, sigma = (f(t)[:, None, None, None] for f in (network.process.alpha, network.process.sigma))
+    eps = (z - alpha * (0.4 - low_res) / 0.2) / sigma
+    np.testing.assert_allclose(np.std(eps, axis=(1, 2, 3)), 1, atol=0.12)
 
 
 def test_separate_undoes_interleave():

@@ -142,7 +142,10 @@ class Network:
         return self.answer(*inputs)
 
 
-def stage_of(answer, spec=tiny.SUPER_RESOLUTION, **changes):
+PICTURES = {**tiny.SUPER_RESOLUTION, "residual_std": None}  # as public models denoise
+
+
+def stage_of(answer, spec=PICTURES, **changes):
     return dataclasses.replace(read_stage({**spec, "prediction": "x0"}), network=Network(answer), **changes)
 
 

@@ -9,12 +9,15 @@ import pytest
 
 from personalize_jax.diffusion import process, samplers
 from personalize_jax.diffusion.augmentation import upsample
+from personalize_jax.diffusion.prediction import per_picture, to_x0_eps
 from personalize_jax.families.world import read_stage
 from personalize_jax.pipeline import Sampling
+from personalize_jax.runtime.errors import UserError
 from tests import tiny
 
 B = 3
 SAMPLING = Sampling("ddim", 2, 1.0, threshold_max=1.0)
+ENLARGING = {**tiny.SUPER_RESOLUTION, "residual_std": None}  # a stage that denoises pictures
 
 
 class Network:
@@ -137,10 +140,10 @@ def test_pictures_stay_within_their_range():
 def test_super_resolution_is_told_its_level_and_given_the_enlarged_picture():
     low = jax.random.uniform(jax.random.key(3), (B, 8, 8, 3), minval=-0.4, maxval=0.4)
     sampling = SAMPLING._replace(augmentation_level=0.25)
-    told = draw(stage(lambda z, t, text, mask, low, level: fill(level, z), tiny.SUPER_RESOLUTION), sampling, low)
+    told = draw(stage(lambda z, t, text, mask, low, level: fill(level, z), ENLARGING), sampling, low)
     np.testing.assert_allclose(told, 0.25, rtol=1e-6)
 
-    shows_condition = stage(lambda z, t, text, mask, low, level: low, tiny.SUPER_RESOLUTION)
+    shows_condition = stage(lambda z, t, text, mask, low, level: low, ENLARGING)
     clean = draw(shows_condition, sampling._replace(augmentation_level=0.0), low)
     np.testing.assert_allclose(clean, upsample(low, 16), atol=5e-3)
     noisy = draw(shows_condition, sampling._replace(augmentation_level=0.05), low)
@@ -151,7 +154,7 @@ def test_super_resolution_is_told_its_level_and_given_the_enlarged_picture():
 def test_guided_super_resolution_gives_both_branches_the_same_condition():
     low = jax.random.uniform(jax.random.key(3), (B, 8, 8, 3), minval=-0.4, maxval=0.4)
     sampling = SAMPLING._replace(augmentation_level=0.05)
-    shows_condition = stage(lambda z, t, text, mask, low, level: low, tiny.SUPER_RESOLUTION)
+    shows_condition = stage(lambda z, t, text, mask, low, level: low, ENLARGING)
     guided = draw(shows_condition, sampling._replace(guidance_scale=4.0), low)
     np.testing.assert_allclose(guided, draw(shows_condition, sampling, low), atol=1e-6)
 
@@ -160,8 +163,8 @@ def test_super_resolution_starts_from_other_noise_than_its_condition_has():
     """Drawn in one step without a threshold, pictures are what the network answers: its input, or its condition."""
     low = jax.random.uniform(jax.random.key(3), (B, 8, 8, 3), minval=-0.4, maxval=0.4)
     sampling = SAMPLING._replace(num_steps=1, threshold_max=None, augmentation_level=0.5)
-    x_T = draw(stage(lambda z, t, text, mask, low, level: z, tiny.SUPER_RESOLUTION), sampling, low)
-    condition = draw(stage(lambda z, t, text, mask, low, level: low, tiny.SUPER_RESOLUTION), sampling, low)
+    x_T = draw(stage(lambda z, t, text, mask, low, level: z, ENLARGING), sampling, low)
+    condition = draw(stage(lambda z, t, text, mask, low, level: low, ENLARGING), sampling, low)
     noise = (condition - np.sqrt(0.5) * upsample(low, 16)) / np.sqrt(0.5)
     pictures = np.concatenate([x_T.reshape(B, -1), noise.reshape(B, -1)])  # each its own, and no two alike
     np.testing.assert_allclose(np.corrcoef(pictures), np.eye(2 * B), atol=0.15)
@@ -170,15 +173,58 @@ def test_super_resolution_starts_from_other_noise_than_its_condition_has():
 
 @pytest.mark.parametrize("corners", [False, True])
 def test_low_resolution_pictures_are_enlarged_as_the_stage_says(corners):
-    enlarging = dataclasses.replace(read_stage(tiny.SUPER_RESOLUTION), align_corners=corners)
+    enlarging = dataclasses.replace(read_stage(ENLARGING), align_corners=corners)
     low = jax.random.uniform(jax.random.key(3), (B, 8, 8, 3), minval=-1)
     found, _ = enlarging.augment(low, jnp.zeros(B), jnp.zeros((B, 16, 16, 3)))
     np.testing.assert_allclose(found, upsample(low, 16, corners), atol=1e-5)
     assert np.abs(found - upsample(low, 16, not corners)).max() > 0.1
 
 
+def test_a_residual_is_denoised_about_the_low_resolution_picture():
+    """A network that knows the clean pictures to be 0.3, in the terms of what it sees."""
+    residual = read_stage({**tiny.SUPER_RESOLUTION, "residual_std": 0.2})
+
+    def answer(z, t, text, mask, low, level):
+        alpha, sigma = (fill(f(t), z) for f in (residual.process.alpha, residual.process.sigma))
+        x = (0.3 - low) / 0.2
+        return alpha * (z - alpha * x) / sigma - sigma * x
+
+    low = jax.random.uniform(jax.random.key(3), (B, 8, 8, 3), minval=-0.4, maxval=0.4)
+    sampling = SAMPLING._replace(num_steps=3, augmentation_level=0.1, guidance_scale=2.0)
+    pictures = draw(dataclasses.replace(residual, network=Network(answer)), sampling, low)
+    np.testing.assert_allclose(pictures, 0.3, atol=2e-3)
+
+
+def test_a_residual_is_preconditioned_as_by_karras():
+    """Table 1 of Karras et al. 2022, with noise of standard deviation s on pictures about the low-resolution one."""
+    data, s = 0.2, np.array([0.01, 0.2, 3.0])
+    residual = read_stage({**tiny.SUPER_RESOLUTION, "residual_std": data})
+    rng = np.random.default_rng(0)
+    low, noisy, output = (jnp.asarray(rng.normal(size=(3, 2, 2, 3)), jnp.float32) for _ in range(3))
+    alpha = data / np.sqrt(data**2 + s**2)  # of the process at which the residual has that noise
+    z = per_picture(alpha, noisy) * residual.to_residual(noisy, (low, None))
+    residual_hat, _ = to_x0_eps("v", output, z, alpha, np.sqrt(1 - alpha**2))
+    c_skip, c_out = data**2 / (s**2 + data**2), s * data / np.sqrt(s**2 + data**2)
+    expected = low + per_picture(c_skip, low) * (noisy - low) - per_picture(c_out, low) * output
+    np.testing.assert_allclose(residual.to_picture(residual_hat, (low, None)), expected, atol=1e-5)
+
+
+def test_thresholds_are_of_pictures_not_of_residuals():
+    spec = {**tiny.SUPER_RESOLUTION, "residual_std": 0.25, "prediction": "x0"}
+    far = dataclasses.replace(read_stage(spec), network=Network(lambda z, *_: jnp.full_like(z, 3.0)))
+    low = jnp.zeros((B, 8, 8, 3))
+    np.testing.assert_allclose(draw(far, SAMPLING, low), 0.75, atol=0.01)
+    np.testing.assert_allclose(draw(far, SAMPLING, low + 0.75), 1.0, atol=1e-6)
+
+
+def test_a_super_resolution_stage_of_an_earlier_version_is_refused():
+    old = {key: value for key, value in tiny.SUPER_RESOLUTION.items() if key != "residual_std"}
+    with pytest.raises(UserError, match="super_resolution stage was pretrained by an earlier version.*pretrain it"):
+        read_stage(old)
+
+
 def test_each_schedule_is_the_one_of_its_name():
-    spec = {**tiny.SUPER_RESOLUTION, "schedule": {"kind": "cosine", "shift": 1.0}, "augmentation": {"kind": "linear"}}
+    spec = {**ENLARGING, "schedule": {"kind": "cosine", "shift": 1.0}, "augmentation": {"kind": "linear"}}
     made = read_stage(spec)
     t = jnp.array([0.2, 0.5])
     for found, expected in ((made.process, process.cosine(1.0)), (made.augmentation, process.linear())):
