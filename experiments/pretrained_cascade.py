@@ -3,7 +3,9 @@
     python -m experiments.pretrained_cascade --pipeline=world --out=runs/pretrained_cascade
 
 Samples 200 prompts over classes, contexts and colours, reads the pictures with the probe, and writes `scores.json` and
-a contact sheet for each stage. A second set of prompts shows whether the cascade knows the colours that ordinary words
+a contact sheet for each stage. How sharp the last stage's pictures are is told by their amplitude at each spatial
+frequency over that of held-out renders of the same classes and places (`world.detail`): 1 is as sharp, less is blurred,
+more is noisy. A second set of prompts shows whether the cascade knows the colours that ordinary words
 name (`world.captions`): one prompt for each pair of body and accent colour, named by its most frequent word only;
 chance is .09.
 """
@@ -20,9 +22,11 @@ from personalize_jax.pipeline import load_pipeline
 from personalize_jax.runtime import command
 from personalize_jax.runtime.files import write_text
 from personalize_jax.world.captions import prompt, words_for
+from personalize_jax.world.detail import relative_amplitudes
 from personalize_jax.world.probe import Probe
 from personalize_jax.world.reading import accuracy
-from personalize_jax.world.scene import CLASSES, COLOURS, CONTEXTS
+from personalize_jax.world.render import render
+from personalize_jax.world.scene import CLASSES, COLOURS, CONTEXTS, Scene, sample_subjects, sample_views
 
 SHEET = 48  # pictures on a contact sheet
 
@@ -58,6 +62,14 @@ def word_prompts() -> tuple[list[str], dict[str, np.ndarray]]:
     return prompts, {"body_colour": body, "accent_colour": accent}
 
 
+def renders_like(truth: dict[str, np.ndarray], resolution: int) -> np.ndarray:
+    """Renders of held-out subjects of the same classes in the same places: uint8 [N, R, R, 3]."""
+    rng = np.random.default_rng(0)
+    subjects = sample_subjects(rng, len(truth["class_id"]), "heldout", truth["class_id"])
+    views = sample_views(rng, subjects, truth["context"], accessory=0)
+    return render(Scene(subjects, views), resolution)[..., :3]
+
+
 def main(_: list[str]) -> None:
     """Sample, read, write."""
     arguments = flags.FLAGS
@@ -74,6 +86,8 @@ def main(_: list[str]) -> None:
             for text, image in list(zip(prompts, images, strict=True))[:SHEET]
         ]
         gallery(panels).save(out / f"{stage.name}.png")
+    renders = renders_like(truth, pipeline.stages[-1].resolution)
+    scores["detail"] = relative_amplitudes(by_stage[-1], renders)
     prompts, truth = word_prompts()
     images = pipeline.sample_stage(pipeline.stages[0], prompts, range(len(prompts)))
     scores["base, named by words"] = accuracy(probe.read(images), **truth)
