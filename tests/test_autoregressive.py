@@ -73,7 +73,7 @@ def test_weights_of_another_family_are_refused():
         starting_pipeline(tiny_autoregressive.pretraining("base", pretrained="world"))
 
 
-@pytest.fixture(scope="module", params=["sampled", "frozen_prediction"])
+@pytest.fixture(scope="module", params=[pytest.param("sampled", marks=pytest.mark.slow), "frozen_prediction"])
 def run(request, pretrained, photos, tmp_path_factory):
     """A run of a form of the prior term: its configuration, directory and result."""
     workdir = tmp_path_factory.mktemp("runs") / request.param

@@ -93,6 +93,7 @@ def test_it_is_what_the_stages_are_by_hand(tmp_path):
     assert {*recorded["data"]} == {"start", "pictures of base", "pictures of super_resolution"}
 
 
+@pytest.mark.slow
 def test_within_a_budget_it_is_what_the_chosen_numbers_give_by_hand(timed, tmp_path):
     numbers = lengths(timed)
     assert bytes_of(timed / "pipeline") == bytes_of(by_hand(tmp_path, numbers))
@@ -107,13 +108,8 @@ def killed(*_):
     raise Killed
 
 
-@pytest.mark.parametrize(
-    ("death", "calls"),
-    [
-        ("save_pipeline", 1),
-        *(pytest.param(*kill, marks=pytest.mark.slow) for kill in (("load", 1), ("load", 2), ("save_pipeline", 2))),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("death", "calls"), [("save_pipeline", 1), ("load", 1), ("load", 2), ("save_pipeline", 2)])
 def test_killed_it_goes_on_to_the_same(timed, tmp_path, monkeypatch, death, calls):
     """Before a stage begins, and when all of its steps are done but its result is not saved."""
     work = {"load": load, "save_pipeline": command.save_pipeline}
@@ -138,12 +134,14 @@ def test_killed_it_goes_on_to_the_same(timed, tmp_path, monkeypatch, death, call
     assert bytes_of(tmp_path / "pipeline") == bytes_of(timed / "pipeline")
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is(timed):
     before = {file: file.stat().st_mtime_ns for file in timed.rglob("*.safetensors")}
     run(timed, MINUTES, killed)
     assert {file: file.stat().st_mtime_ns for file in timed.rglob("*.safetensors")} == before
 
 
+@pytest.mark.slow
 def test_other_networks_follow_once(timed):
     folders = []
     run(timed, MINUTES, killed, others={"probe": folders.append})
@@ -215,12 +213,14 @@ def test_stages_out_of_order_are_refused(tmp_path, changes, sentence):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_another_budget_or_none_is_refused(timed):
     for minutes in (2 * MINUTES, None):
         with pytest.raises(UserError, match="begun with another configuration .different: budget_minutes"):
             run(timed, minutes, load=killed)
 
 
+@pytest.mark.slow
 def test_weights_of_another_network_are_refused_before_anything_is_trained(timed, tmp_path):
     other = config("all", pretrained=str(timed / "pipeline")).unlock()
     other.super_resolution.stage.network = {**tiny_pretraining.SMALLEST, "channels": (32,)}

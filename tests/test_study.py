@@ -29,7 +29,7 @@ NAMES = (
     "identifier_rarity",
     "training_length",
 )
-HEAVY = ("super_resolution", "subject_fidelity", "training_length", "prior_preservation")  # half a minute each
+HEAVY = ("super_resolution", "subject_fidelity", "training_length", "prior_preservation", "class_noun")  # half a minute
 
 
 @pytest.fixture(scope="module")

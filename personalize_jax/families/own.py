@@ -9,6 +9,7 @@ text_encoder.safetensors    parameters, one file a network
 base.safetensors ...
 """
 
+import abc
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -43,13 +44,13 @@ class OwnNetworks(TextConditioned):
     index: ClassVar[str]
 
     @classmethod
+    @abc.abstractmethod
     def read_stages(cls, specs: Sequence[Mapping[str, Any]]) -> tuple[Stage, ...]:
         """Build the stages from plain data, as stored in the index and written in configs.
 
         Raises:
             ValueError, LookupError or TypeError: the data describe no stages.
         """
-        raise NotImplementedError
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -66,6 +66,7 @@ def test_fresh_pictures_meet_the_shipped_accuracies(probe, fresh, kind):
         assert measured[name] > p - 3 * chance_error - 0.02, name  # .02: rendered at 32x32, not averaged to it
 
 
+@pytest.mark.slow
 def test_probabilities_are_calibrated(probe, fresh):
     reading = probe.read(fresh["image"][..., :3])
     for name in LABELS:
@@ -76,6 +77,7 @@ def test_probabilities_are_calibrated(probe, fresh):
         assert abs(confidence - np.mean(p.argmax(axis=1) == fresh[name])) < 0.06, name
 
 
+@pytest.mark.slow
 def test_proportions_are_read_where_they_are_said_to_be(probe, fresh):
     """Each that is said to be readable follows the truth; every class has some, and what nothing shows is left out."""
     readable = dict(zip(CLASSES, probe.readable, strict=True))
@@ -90,6 +92,7 @@ def test_proportions_are_read_where_they_are_said_to_be(probe, fresh):
     assert np.abs(read - true).mean() < READABLE * GUESS_ERROR < np.abs(true - 0.5).mean()
 
 
+@pytest.mark.slow
 def test_shiny_and_matte_are_told_apart(probe, fresh):
     """One in eight is shiny, and a probe that never says so would be right in .88: of two, it says which is."""
     shiny = probe.read(fresh["image"][..., :3]).finish[:, 1]
@@ -118,6 +121,7 @@ def test_noise_is_given_no_class_noun(probe):
         determine(photos, None, probe.classifier, CLASSES)
 
 
+@pytest.mark.slow
 def test_pictures_are_read_alike_in_any_batch_and_at_any_resolution(probe, fresh):
     images = fresh["image"][:70, ..., :3]
     reading, one = probe.read(images), probe.read(images[66:67])
@@ -127,6 +131,7 @@ def test_pictures_are_read_alike_in_any_batch_and_at_any_resolution(probe, fresh
         np.testing.assert_allclose(getattr(reading, name), getattr(enlarged, name), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_objects_are_read_without_their_place(probe, fresh):
     """Class and colours are read off the object: they are still known before a gray wall."""
     mask = fresh["image"][..., 3:].astype(np.float32) / 255
@@ -136,6 +141,7 @@ def test_objects_are_read_without_their_place(probe, fresh):
     assert measured["class_id"] > 0.6 and measured["body_colour"] > 0.6
 
 
+@pytest.mark.slow
 def test_the_classifier_names_classes(probe, fresh):
     nouns, probabilities = probe.classifier(fresh["image"][:24, ..., :3])
     assert tuple(nouns) == CLASSES and probabilities.shape == (24, len(CLASSES))
