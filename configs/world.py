@@ -2,7 +2,7 @@
 
 python -m personalize_jax.personalize --config=configs/world.py --images=photos/ --class_noun=dog --workdir=runs/rex
 
-On 2 cores of an AMD EPYC (Zen 4) the bundled subject takes 223 seconds, or 176 with a filled compilation cache; its
+On 2 cores of an AMD EPYC (Zen 4) the bundled subject takes 191 seconds, or 143 with a filled compilation cache; its
 `metrics.json` then has "subject: context" .94 and "class after: leakage" .47.
 
 Methods other than DreamBooth: --config=configs/world.py:textual_inversion, or lora, or custom_diffusion.
