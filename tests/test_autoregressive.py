@@ -112,7 +112,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(run, photos, tmp_path
     jax.tree.map(np.testing.assert_array_equal, dict(resumed.pipeline.params), dict(tuned.pipeline.params))
 
 
-@pytest.mark.parametrize("method", ["textual_inversion", "lora"])
+@pytest.mark.parametrize("method", ["textual_inversion", pytest.param("lora", marks=pytest.mark.slow)])
 def test_other_parameterizations_train(method, pretrained, photos, tmp_path):
     settings = autoregressive.get_config(method).training
     config = tiny_autoregressive.get_config(

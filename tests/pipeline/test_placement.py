@@ -54,6 +54,7 @@ def eight_devices(run, folder, tmp_path_factory):
     return json.loads((directory / "found.json").read_text()), np.load(directory / "pictures.npy")
 
 
+@pytest.mark.slow
 def test_a_tuned_model_lies_in_parts_and_computes_as_its_run_does(eight_devices, run):
     found, pictures = eight_devices
     for name, of_network in found["tuned"]["shares"].items():
@@ -67,17 +68,20 @@ def test_a_tuned_model_lies_in_parts_and_computes_as_its_run_does(eight_devices,
     assert 5 * np.abs(pictures - expected).mean() < np.abs(pictures - others).mean()  # sums in bfloat16
 
 
+@pytest.mark.slow
 def test_a_pretrained_model_without_a_configuration_lies_in_parts_too(eight_devices):
     found, _ = eight_devices
     assert found["bare"]["shares"]["base"] == [1 / 8] and found["bare"]["dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_parts_are_gathered_once_a_batch_not_in_every_step(eight_devices):
     exchanged = eight_devices[0]["exchanged"]
     assert "all-gather" not in exchanged["in_loop"]
     assert exchanged["gathered"] >= 0.9 * exchanged["in_parts"]
 
 
+@pytest.mark.slow
 def test_stages_tuned_on_different_meshes_leave_what_is_frozen_where_it_lies(eight_devices):
     frozen = eight_devices[0]["frozen"]
     assert frozen["meshes"] == [[1, 8, 1], [1, 4, 2]]

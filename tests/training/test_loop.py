@@ -76,6 +76,7 @@ def test_killed_and_resumed_it_is_the_uninterrupted_run_bit_for_bit(uninterrupte
     assert metrics_of(tmp_path) == metrics
 
 
+@pytest.mark.slow
 def test_asked_to_stop_it_saves_between_two_steps_and_goes_on_from_there(uninterrupted, tmp_path):
     def progress(step, metrics):
         if step == 4:
