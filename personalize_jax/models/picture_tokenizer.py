@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from personalize_jax.models.probe import ResidualBlock
+
 
 def quantize(z: Array, levels: Sequence[int]) -> Array:
     """Codes of real numbers; the gradient is that of the numbers themselves, bounded to [-1, 1].
@@ -53,19 +55,6 @@ def _bases(levels: Sequence[int]) -> np.ndarray:
 
 def _norm(name: str) -> nn.GroupNorm:
     return nn.GroupNorm(num_groups=None, group_size=16, epsilon=1e-5, name=name)
-
-
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, each after norm and SiLU."""
-
-    @nn.compact
-    def __call__(self, x_BHWC: Array) -> Array:
-        """Return [B, H, W, C]."""
-        channels = x_BHWC.shape[-1]
-        h = nn.Conv(channels, (3, 3), name="conv_in")(nn.silu(_norm("norm_in")(x_BHWC)))
-        zeros = nn.initializers.zeros_init()
-        h = nn.Conv(channels, (3, 3), kernel_init=zeros, name="conv_out")(nn.silu(_norm("norm_out")(h)))
-        return x_BHWC + h
 
 
 class Encoder(nn.Module):
