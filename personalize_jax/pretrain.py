@@ -30,18 +30,15 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from personalize_jax.families.objective import INSTANCE
-from personalize_jax.families.registry import PRETRAINED_HERE, PretrainedHere
-from personalize_jax.formats.tokenizer import Tokenizer
+from personalize_jax.families.registry import PretrainedHere
 from personalize_jax.method.configuration_keys import check_keys, rules_of_pretraining
 from personalize_jax.method.personalization import with_latents
 from personalize_jax.method.personalized import with_trained
+from personalize_jax.method.pretraining_start import family_with_stage, starting_pipeline
 from personalize_jax.method.rules import number
-from personalize_jax.models.params import Params
-from personalize_jax.models.text_encoder import TextEncoder
 from personalize_jax.pipeline import Pipeline, load_pipeline, save_pipeline
 from personalize_jax.runtime import command, hosts, manifest
 from personalize_jax.runtime.errors import UserError
-from personalize_jax.runtime.files import ASSETS
 from personalize_jax.training import tracking
 from personalize_jax.training.budget import Budget, of_length, train_until_length_is_known
 from personalize_jax.training.examples import Examples, downsample_uint8, make_examples
@@ -55,62 +52,6 @@ from personalize_jax.world.pictures import training_pictures
 from personalize_jax.world.probe import train_probe
 
 Data = Mapping[str, np.ndarray]  # see `world_examples`
-
-
-def starting_pipeline(config: ConfigDict, before: Pipeline | None = None) -> Pipeline:
-    """The cascade that ends with the stage to train, which `config.stage` describes.
-
-    The parameters of text encoder and stage are those of a pipeline if it has them, and random otherwise.
-
-    Args:
-        config: the configuration of one stage's pretraining.
-        before: the pipeline; by default `config.pretrained`, or none if that is empty.
-
-    Raises:
-        UserError: that pipeline's stage has another network.
-    """
-    key = jax.random.fold_in(jax.random.key(config.seed), np.uint32(2**32 - 1))  # the training folds in another number
-    if before is None and config.pretrained:
-        before = load_pipeline(config.pretrained)
-    if before is None:
-        tokenizer = Tokenizer.read(ASSETS / "world" / "tokenizer.json", config.text_encoder.max_length)
-        encoder = TextEncoder(vocab_size=tokenizer.size, **config.text_encoder)
-        tokens = np.ones((1, encoder.max_length), np.int32)
-        params: Params = {"text_encoder": encoder.init(jax.random.fold_in(key, 0), tokens)["params"]}
-        before = Pipeline(_kind(config)(tokenizer, encoder, (), ()), params)
-    family = _family_with_stage(before, config)
-    stage, params = family.stages[-1], before.params
-    if stage.name not in [known.name for known in before.stages]:
-        cond = jax.eval_shape(family.condition, params, family.token_shapes(1))
-        params = {**params, stage.name: stage.init_params(jax.random.fold_in(key, 1), cond)}
-    return dataclasses.replace(before, family=family, params=params)
-
-
-def _kind(config: ConfigDict) -> type[PretrainedHere]:
-    """The family of the model to pretrain."""
-    return PRETRAINED_HERE[config.get("family", "world")]
-
-
-def _family_with_stage(before: Pipeline, config: ConfigDict) -> PretrainedHere:
-    """The family of a pipeline up to the stage that `config.stage` describes.
-
-    Raises:
-        UserError: the pipeline is of another family, or its stage has another network.
-    """
-    if not isinstance(before.family, PretrainedHere):
-        raise UserError(f"{config.pretrained} is a public model; pretraining goes on from one of this project's own.")
-    if not isinstance(before.family, _kind(config)):
-        raise UserError(
-            f"{config.pretrained} is no {_kind(config).__name__}, which the configuration is for; give one that is."
-        )
-    family = before.family.with_stage(config.stage.to_dict())
-    stage = family.stages[-1]
-    if any(known.name == stage.name and known.network != stage.network for known in before.stages):
-        raise UserError(
-            f"The {stage.name} of {config.pretrained} has another network than config.stage; give the same to go on "
-            "from it."
-        )
-    return family
 
 
 def world_examples(pipeline: Pipeline, data: Data) -> Examples:
@@ -229,7 +170,7 @@ def pretrain_cascade(
     earlier = load_pipeline(config.pretrained) if config.pretrained else None
     if earlier is not None:
         for stage in config.train:
-            _family_with_stage(earlier, section_of(config, stage))  # or a sentence before anything is trained
+            family_with_stage(earlier, section_of(config, stage))  # or a sentence before anything is trained
     hosts.check_shared(workdir)
     budget = {} if pretraining.minutes is None else {"budget_minutes": pretraining.minutes}
     manifest.record_config(ConfigDict({**config, **budget}), workdir)

@@ -9,8 +9,10 @@ import pytest
 from configs import pretrain_world
 from personalize_jax.diffusion.process import logit_normal, rectified_flow
 from personalize_jax.method.configuration_keys import check_keys, rules_of_pretraining
+from personalize_jax.models.params import flatten
 from personalize_jax.pipeline import load_pipeline
-from personalize_jax.pretrain import pretrain, starting_pipeline, world_examples
+from personalize_jax.method.pretraining_start import starting_pipeline
+from personalize_jax.pretrain import pretrain, world_examples
 from personalize_jax.runtime import manifest
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.world.captions import in_words, sample_phrases
@@ -110,6 +112,20 @@ def test_a_stage_that_goes_on_is_as_its_configuration_says(base):
     more.stage.network = {**SMALLEST, "channels": (32,)}
     with pytest.raises(UserError, match="another network than config.stage"):
         starting_pipeline(more)
+
+
+def test_a_stage_goes_on_with_more_blocks_than_the_pipeline_has(base):
+    """At first they change nothing; the parameters that the pipeline has are kept."""
+    given = load_pipeline(base[0] / "pipeline")
+    more = config("base", pretrained=str(base[0] / "pipeline")).unlock()
+    more.stage.network = {**SMALLEST, "down_blocks": (2,)}
+    grown = starting_pipeline(more)
+    old, new = (flatten(pipeline.params["base"]) for pipeline in (given, grown))
+    assert {path.split("/")[0] for path in new.keys() - old.keys()} == {"down_0_1"}
+    for path, value in old.items():
+        np.testing.assert_array_equal(new[path], value)
+    pictures = [p.sample_stage(p.stages[0], ["a dog"], [0]) for p in (given, grown)]
+    np.testing.assert_allclose(*(np.asarray(picture, int) for picture in pictures), atol=1)
 
 
 def test_counts_are_of_the_words_that_were_seen(base):

@@ -22,7 +22,10 @@ def _norm(name: str) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions; the conditioning scales and shifts the activations between them."""
+    """Two 3x3 convolutions; the conditioning scales and shifts the activations between them.
+
+    At first it leaves pixels as they are, unless their number of channels changes.
+    """
 
     channels: int
 
@@ -39,7 +42,7 @@ class ResidualBlock(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention over the pixels, cross-attention to the text, MLP."""
+    """Self-attention over the pixels, cross-attention to the text, MLP; at first it leaves pixels as they are."""
 
     head_dim: int = 64
 
@@ -49,7 +52,7 @@ class TransformerBlock(nn.Module):
         _, H, W, C = x_BHWC.shape
         heads = C // self.head_dim
         x = einops.rearrange(x_BHWC, "b h w c -> b (h w) c")
-        x += self.param("positions", nn.initializers.normal(0.1), (H * W, C))
+        x += self.param("positions", _zeros, (H * W, C))
         h = nn.LayerNorm(name="self_norm")(x)
         x += nn.MultiHeadDotProductAttention(heads, out_kernel_init=_zeros, name="self_attention")(h)
         h = nn.LayerNorm(name="cross_norm")(x)

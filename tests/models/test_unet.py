@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from personalize_jax.models.params import flatten, unflatten
 from personalize_jax.models.unet import UNet, sinusoidal_embedding
 from tests import tiny
 
@@ -86,3 +87,17 @@ def test_time_embedding_tells_times_apart():
     assert embedding.shape == (1001, 64) and np.all(np.abs(embedding) <= 1 + 1e-6)
     np.testing.assert_allclose(np.sum(np.square(embedding), axis=1), 32, rtol=1e-4)  # sin^2 + cos^2
     assert np.linalg.norm(embedding[1:] - embedding[:-1], axis=1).min() > 0.5
+
+
+def test_blocks_that_are_added_to_a_trained_network_change_nothing_at_first():
+    kwargs = {**KWARGS, "channels": (64, 64), "attention": (False, True)}
+    trained, given = UNet(**kwargs), inputs()
+    grown = UNet(**{**kwargs, "down_blocks": (1, 1), "up_blocks": (3, 2), "attention": (True, True)})
+    params = flatten(tiny.random_params(lambda key: trained.init(key, **given))["params"])
+    new = flatten(jax.jit(lambda: grown.init(jax.random.key(0), **given))()["params"])
+    assert params.keys() < new.keys() and {path.split("/")[0] for path in new.keys() - params.keys()} == {
+        *("up_0_2", "up_1_1", "down_0_transformer", "up_0_transformer")
+    }
+    before = jax.jit(lambda: trained.apply({"params": unflatten(params)}, **given))()
+    after = jax.jit(lambda: grown.apply({"params": unflatten(new | params)}, **given))()
+    np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4)
