@@ -11,8 +11,8 @@ from personalize_jax.method import configuration
 from personalize_jax.method.configuration_keys import check_keys, rules_of_pretraining
 from personalize_jax.method.personalization import load_pretrained, load_subject, personalize_subject
 from personalize_jax.method.personalized import load_personalized
-from personalize_jax.pipeline import load_pipeline
 from personalize_jax.method.pretraining_start import starting_pipeline
+from personalize_jax.pipeline import load_pipeline
 from personalize_jax.pretrain import pretrain
 from personalize_jax.runtime import interruption
 from personalize_jax.runtime.errors import UserError

@@ -9,9 +9,9 @@ import pytest
 from configs import pretrain_world
 from personalize_jax.diffusion.process import logit_normal, rectified_flow
 from personalize_jax.method.configuration_keys import check_keys, rules_of_pretraining
+from personalize_jax.method.pretraining_start import starting_pipeline
 from personalize_jax.models.params import flatten
 from personalize_jax.pipeline import load_pipeline
-from personalize_jax.method.pretraining_start import starting_pipeline
 from personalize_jax.pretrain import pretrain, world_examples
 from personalize_jax.runtime import manifest
 from personalize_jax.runtime.errors import UserError

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from personalize_jax.models.convolution import Conv
 from personalize_jax.models.probe import ResidualBlock
 
 
@@ -69,10 +70,10 @@ class Encoder(nn.Module):
     def __call__(self, x_BHWC: Array) -> Array:
         """Return [B, h, w, D]."""
         x = einops.rearrange(x_BHWC, "b (h p) (w q) c -> b h w (p q c)", p=self.patch, q=self.patch)
-        x = nn.Conv(self.channels[0], (3, 3), name="stem")(x)
+        x = Conv(self.channels[0], name="stem")(x)
         for level, channels in enumerate(self.channels):
             if level:
-                x = nn.Conv(channels, (2, 2), strides=(2, 2), name=f"downsample_{level}")(x)
+                x = Conv(channels, size=2, stride=2, padding=((0, 0), (0, 0)), name=f"downsample_{level}")(x)
             for i in range(self.blocks):
                 x = ResidualBlock(name=f"block_{level}_{i}")(x)
         return nn.Dense(self.dimensions, name="head")(nn.silu(_norm("head_norm")(x)))
@@ -88,14 +89,14 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, codes_BHWD: Array) -> Array:
         """Return pictures [B, H, W, 3]."""
-        x = nn.Conv(self.channels[-1], (3, 3), name="stem")(codes_BHWD)
+        x = Conv(self.channels[-1], name="stem")(codes_BHWD)
         for level in reversed(range(len(self.channels))):
             for i in range(self.blocks):
                 x = ResidualBlock(name=f"block_{level}_{i}")(x)
             if level:
                 x = nn.Dense(4 * self.channels[level - 1], name=f"upsample_{level}")(x)
                 x = einops.rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=2, q=2)
-        x = nn.Conv(3 * self.patch**2, (3, 3), name="head")(nn.silu(_norm("head_norm")(x)))
+        x = Conv(3 * self.patch**2, name="head")(nn.silu(_norm("head_norm")(x)))
         return einops.rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=self.patch, q=self.patch)
 
 

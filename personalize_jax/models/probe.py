@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from personalize_jax.models.convolution import Conv
+
 
 def _norm(name: str) -> nn.GroupNorm:
     return nn.GroupNorm(num_groups=None, group_size=16, epsilon=1e-5, name=name)
@@ -19,9 +21,9 @@ class ResidualBlock(nn.Module):
     def __call__(self, x_BHWC: Array) -> Array:
         """Return [B, H, W, C]."""
         channels = x_BHWC.shape[-1]
-        h = nn.Conv(channels, (3, 3), name="conv_in")(nn.silu(_norm("norm_in")(x_BHWC)))
+        h = Conv(channels, name="conv_in")(nn.silu(_norm("norm_in")(x_BHWC)))
         h = nn.silu(_norm("norm_out")(h))
-        return x_BHWC + nn.Conv(channels, (3, 3), kernel_init=nn.initializers.zeros_init(), name="conv_out")(h)
+        return x_BHWC + Conv(channels, kernel_init=nn.initializers.zeros_init(), name="conv_out")(h)
 
 
 class ProbeNetwork(nn.Module):
@@ -55,11 +57,11 @@ class ProbeNetwork(nn.Module):
             By property name, outputs [B, n].
         """
         x = einops.rearrange(x_BHWC, "b (h p) (w q) c -> b h w (p q c)", p=self.patch, q=self.patch)
-        x = nn.Conv(self.channels[0], (3, 3), name="stem")(x)
+        x = Conv(self.channels[0], name="stem")(x)
         pooled = []
         for scale, (channels, blocks) in enumerate(zip(self.channels, self.blocks, strict=True)):
             if scale:
-                x = nn.Conv(channels, (2, 2), strides=(2, 2), name=f"downsample_{scale}")(x)
+                x = Conv(channels, size=2, stride=2, padding=((0, 0), (0, 0)), name=f"downsample_{scale}")(x)
             for i in range(blocks):
                 x = ResidualBlock(name=f"block_{scale}_{i}")(x)
             if scale:

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from personalize_jax.models.convolution import Conv
+
 _zeros = nn.initializers.zeros_init()
 
 
@@ -32,10 +34,10 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC: Array, condition_BD: Array) -> Array:
         """Return [B, H, W, channels]."""
-        h = nn.Conv(self.channels, (3, 3), name="conv_in")(nn.silu(_norm("norm_in")(x_BHWC)))
+        h = Conv(self.channels, name="conv_in")(nn.silu(_norm("norm_in")(x_BHWC)))
         scale, shift = jnp.split(nn.Dense(2 * self.channels, name="modulation")(condition_BD)[:, None, None, :], 2, -1)
         h = nn.silu(_norm("norm_out")(h) * (1 + scale) + shift)
-        h = nn.Conv(self.channels, (3, 3), kernel_init=_zeros, name="conv_out")(h)
+        h = Conv(self.channels, kernel_init=_zeros, name="conv_out")(h)
         if x_BHWC.shape[-1] != self.channels:
             x_BHWC = nn.Dense(self.channels, name="shortcut")(x_BHWC)
         return x_BHWC + h
@@ -114,11 +116,11 @@ class UNet(nn.Module):
         condition_BD = self._condition(t_B, text_BLD, mask_BL, level_B)
         x = z_BHWC if low_res_BHWC is None else jnp.concatenate([z_BHWC, low_res_BHWC], axis=-1)
         x = einops.rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=self.patch, q=self.patch)
-        x = nn.Conv(self.channels[0], (3, 3), name="stem")(x)
+        x = Conv(self.channels[0], name="stem")(x)
         skips = []
         for level, (channels, blocks) in enumerate(zip(self.channels, self.down_blocks, strict=True)):
             if level:
-                x = nn.Conv(channels, (2, 2), strides=(2, 2), name=f"downsample_{level}")(x)
+                x = Conv(channels, size=2, stride=2, padding=((0, 0), (0, 0)), name=f"downsample_{level}")(x)
             for i in range(blocks):
                 x = ResidualBlock(channels, name=f"down_{level}_{i}")(x, condition_BD)
                 skips.append(x)
@@ -139,7 +141,7 @@ class UNet(nn.Module):
         # tell exactly, need not pass through the narrow levels.
         pictures = [] if low_res_BHWC is None else [z_BHWC, low_res_BHWC]
         out_channels = (1 + len(pictures)) * z_BHWC.shape[-1] * self.patch**2
-        x = nn.Conv(out_channels, (3, 3), kernel_init=_zeros, name="head")(nn.silu(_norm("head_norm")(x)))
+        x = Conv(out_channels, kernel_init=_zeros, name="head")(nn.silu(_norm("head_norm")(x)))
         x = einops.rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=self.patch, q=self.patch)
         x, *weights = jnp.split(x, 1 + len(pictures), axis=-1)
         return x + sum(weight * picture for weight, picture in zip(weights, pictures, strict=True))

@@ -1,5 +1,6 @@
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import personalize_jax
-from personalize_jax.models.convolution import Conv, convolve_3x3
+from personalize_jax.models.convolution import Conv, convolve, convolve_3x3
 from personalize_jax.runtime.sharding import BATCH, make_mesh
 
 
@@ -65,10 +66,10 @@ def test_each_picture_of_a_batch_is_convolved_alone():
 @pytest.mark.parametrize("size, stride, padding", [(1, 1, None), (3, 1, None), (3, 2, None), (3, 2, ((0, 1), (0, 1)))])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_module_agrees_with_torch(size, stride, padding, dtype):
-    conv = Conv(32, size, stride, padding, dtype)
-    x = jax.random.normal(jax.random.key(1), (2, 16, 18, 32))
+    conv = Conv(128, size, stride, padding, dtype)
+    x = jax.random.normal(jax.random.key(1), (2, 16, 18, 128))
     params = conv.init(jax.random.key(2), x)["params"]
-    params["bias"] = jax.random.normal(jax.random.key(3), (32,))
+    params["bias"] = jax.random.normal(jax.random.key(3), (128,))
     (top, bottom), (left, right) = padding or ((size // 2, size // 2),) * 2
     x_BCHW = torch.nn.functional.pad(torch.from_numpy(np.array(x)).permute(0, 3, 1, 2), (left, right, top, bottom))
     weight = torch.from_numpy(np.array(params["kernel"])).permute(3, 2, 0, 1)
@@ -77,6 +78,40 @@ def test_module_agrees_with_torch(size, stride, padding, dtype):
     assert ours.dtype == dtype
     tolerance = 1e-5 if dtype == jnp.float32 else 5e-2
     np.testing.assert_allclose(np.asarray(ours, np.float32), theirs.permute(0, 2, 3, 1), atol=tolerance)
+
+
+@pytest.mark.parametrize("stride, padding", [(1, ((1, 1), (1, 1))), (2, ((1, 1), (1, 1))), (2, ((0, 1), (0, 1)))])
+@pytest.mark.parametrize("H, W", [(8, 7), (9, 8), (3, 2)])
+def test_gradients_of_any_stride_are_torchs(H, W, stride, padding):
+    x, kernel, _ = arrays(H, W)
+    (top, bottom), (left, right) = padding
+    y, gradients = jax.vjp(lambda x, kernel: convolve(x, kernel, stride, padding), x, kernel)
+    d_y = jax.random.normal(jax.random.key(4), y.shape)
+    x_BCHW, weight, d_y_BKHW = (
+        torch.from_numpy(np.array(a.transpose(order), np.float64))
+        for a, order in ((x, (0, 3, 1, 2)), (kernel, (3, 2, 0, 1)), (d_y, (0, 3, 1, 2)))
+    )
+    x_BCHW, weight = x_BCHW.requires_grad_(), weight.requires_grad_()
+    padded = torch.nn.functional.pad(x_BCHW, (left, right, top, bottom))
+    theirs = torch.nn.functional.conv2d(padded, weight, stride=stride)
+    d_x, d_weight = torch.autograd.grad(theirs, (x_BCHW, weight), d_y_BKHW)
+    expected = theirs.detach().permute(0, 2, 3, 1), d_x.permute(0, 2, 3, 1), d_weight.permute(2, 3, 1, 0)
+    for mine, other in zip((y, *gradients(d_y)), expected, strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-5 * max(1.0, np.abs(other).max()))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_no_convolution_in_a_loop_has_an_order_that_xla_has_no_fast_one_for(stride):
+    """On a CPU; a training of several steps a dispatch, or of microbatches, is such a loop."""
+    x, kernel, _ = arrays(8, 8, B=4)
+
+    def loop(kernel, x):
+        gradient = jax.grad(lambda kernel, x: jnp.sum(convolve(x, kernel, stride) ** 2), (0, 1))
+        return jax.lax.map(lambda x: gradient(kernel, x[None]), x)
+
+    text = jax.jit(loop).lower(kernel, x).compile().as_text()
+    orders = re.findall(r" convolution\(.*dim_labels=([\w>-]+)", text)
+    assert len(orders) >= 3 and set(orders) == {"b01f_01io->b01f"}
 
 
 def test_accelerators_get_xlas_own_convolution():
