@@ -1,14 +1,27 @@
 import importlib
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from configs import world
-from experiments import class_noun, prior_preservation, study, super_resolution, tables, training_length
+from experiments import (
+    class_noun,
+    pretraining_recipe,
+    prior_preservation,
+    study,
+    super_resolution,
+    tables,
+    training_length,
+)
 from experiments.pretrained_cascade import prompt_grid
+from personalize_jax.method.configuration_keys import check_keys, rules_of_pretraining
+from personalize_jax.method.pretraining_start import starting_pipeline
 from personalize_jax.metrics.similarity import Estimate
+from personalize_jax.pipeline import load_pipeline
 from personalize_jax.runtime.errors import UserError
+from personalize_jax.world.pictures import rendered
 from personalize_jax.world.scene import CLASSES, COLOURS, CONTEXTS
 from tests import processes
 
@@ -138,3 +151,38 @@ def test_enlarging_is_measured_on_the_object():
     enlarged[:, 32:96, 32:96] = 26
     psnr = np.mean([super_resolution.object_psnr(*pair) for pair in zip(enlarged, truth, strict=True)])
     assert psnr == pytest.approx(-20 * np.log10(26 / 255))
+
+
+def test_recipes_are_compared_at_the_same_noise():
+    stage = load_pipeline("world").stages[0]
+    for noise in pretraining_recipe.NOISES:
+        assert pretraining_recipe.time_of(stage, noise) == pytest.approx(2 / np.pi * np.arctan(noise), abs=5e-4)
+
+
+def test_errors_weigh_as_much_at_every_noise_for_pictures_that_are_noise_themselves():
+    """The best denoiser of normal values of standard deviation s has the error s n / sqrt(s^2 + n^2)."""
+    s = pretraining_recipe.PICTURE_STD
+    errors = {str(n): s * n / np.hypot(s, n) for n in pretraining_recipe.NOISES}
+    assert pretraining_recipe.weighted(errors) == pytest.approx(1)
+    assert pretraining_recipe.weighted({**errors, "0.05": 2 * errors["0.05"]}) == pytest.approx(1 + 3 / len(errors))
+
+
+@pytest.mark.parametrize("recipe", pretraining_recipe.RECIPES)
+def test_a_recipe_is_a_configuration_that_can_be_trained(recipe):
+    config = pretraining_recipe.config_of(recipe)
+    check_keys(config, rules_of_pretraining(config))
+    stage = starting_pipeline(pretraining_recipe.section_of(config, "base")).stages[0]
+    assert stage.resolution == 32
+
+
+def test_a_better_denoiser_has_smaller_errors():
+    pipeline, rng = load_pipeline("world"), np.random.default_rng(0)
+    held_out = rendered(32, "heldout", 8)
+    untrained = pipeline.replace_params(
+        base=jax.tree.map(lambda a: a + 0.05 * rng.normal(size=a.shape), pipeline.params["base"])
+    )
+    captions = [of_picture[0] for of_picture in held_out["captions"].tolist()]
+    good, bad = (
+        pretraining_recipe.denoising_errors(p, held_out["image"], 4.0, captions) for p in (pipeline, untrained)
+    )
+    assert all(good[noise] < bad[noise] for noise in good) and good["at noise 0.05"] < 0.05
