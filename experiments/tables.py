@@ -11,13 +11,14 @@ from matplotlib.figure import Figure
 
 from personalize_jax.evaluation import metric_registry
 from personalize_jax.metrics.table import (
+    Entry,
     Estimate,
     SubjectScores,
     Table,
     cell,
     comma_separated,
     difference,
-    estimates,
+    entries,
     markdown,
 )
 from personalize_jax.runtime.files import replacing, write_text
@@ -56,7 +57,7 @@ def write(
     Returns:
         The tables as Markdown.
     """
-    table = {arm: estimates(arm_scores) for arm, arm_scores in scores.items()}
+    table = {arm: entries(arm_scores, metric_registry.better) for arm, arm_scores in scores.items()}
     text = tables(table, paper, len(next(iter(scores.values()))))
     if findings:
         text += "\n" + findings_table(scores, findings)
@@ -75,11 +76,13 @@ def tables(table: Table, paper: Mapping[str, Mapping[str, float]], num_subjects:
     measured = dict.fromkeys(name for metrics in table.values() for name in metrics)
     real = {name.removesuffix(" (real)"): value for name, value in first.items() if name.endswith(" (real)")}
     quoted = {
-        f"paper: {row}": {name: Estimate(value, value, value) for name, value in values.items()}
+        f"paper: {row}": {name: Entry(Estimate(value, value, value)) for name, value in values.items()}
         for row, values in paper.items()
     }
     compared = {"real pictures": real, **table, **quoted}
-    text = f"Means over {num_subjects} subjects, with 95 % bootstrap intervals over them.\n"
+    text = (
+        f"Means over {num_subjects} subjects, with 95 % bootstrap intervals over them and the worst subject's value.\n"
+    )
     for name, rows in (("similarity", compared), ("subject", table), ("class", table)):
         if columns := metric_registry.table_columns(name, measured):
             text += "\n" + markdown(rows, columns)
@@ -132,7 +135,7 @@ def plot(table: Table) -> Figure:
     for axes, metric in zip(panels, shown, strict=False):
         for y, metrics in enumerate(table.values()):
             if metric in metrics:
-                mean, low, high = metrics[metric]
+                mean, low, high = metrics[metric].estimate
                 axes.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color="#3b82c4", capsize=3)
         axes.set_title(metric, fontsize=9)
         axes.tick_params(labelsize=8)

@@ -126,8 +126,7 @@ def plot(results: Sequence[Result], metric: str) -> Figure:
 
 
 def _lower_is_better(column: str) -> bool:
-    metric = metric_registry.column_metric(column)
-    return metric is not None and metric.better == "lower"
+    return metric_registry.better(column) == "lower"
 
 
 def _common_metrics(results: Sequence[Result], names: Sequence[str], metric: str) -> list[str]:

@@ -10,8 +10,8 @@ pictures, whatever made them. `prompts.csv` has the columns file and prompt, and
 column subject, which names a folder of photos below `--photos`. "[V]" stands for the identifier: a prompt with it asks
 for the subject, one without it for its class.
 
-Every picture gets a line in `rows.jsonl`; `table.md` and `table.csv` have the means over subjects, with intervals. A
-metric whose encoder the configuration does not name is left out.
+Every picture gets a line in `rows.jsonl`; `table.md` and `table.csv` have the means over subjects, with intervals and
+the worst subjects. A metric whose encoder the configuration does not name is left out.
 """
 
 import logging
@@ -23,13 +23,14 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from personalize_jax.benchmark.prompts import read_prompts
+from personalize_jax.evaluation import metric_registry
 from personalize_jax.evaluation.protocol import ROWS, evaluate, read_pictures
 from personalize_jax.evaluation.scoring import find_encoders, load_encoders, score, summary, write_rows
 from personalize_jax.method.configuration_keys import EVALUATION, EVALUATION_DEFAULTS, check_keys
 from personalize_jax.method.personalization import load_pretrained
 from personalize_jax.method.personalized import load_personalized
 from personalize_jax.metrics.metric import MetricEncoders
-from personalize_jax.metrics.table import Row, comma_separated, estimates, transposed
+from personalize_jax.metrics.table import Row, comma_separated, entries, transposed
 from personalize_jax.pipeline import Pipeline
 from personalize_jax.runtime import command, hosts, manifest
 from personalize_jax.runtime.errors import UserError
@@ -73,7 +74,7 @@ def main(_: list[str]) -> None:
             images, prompts, photos = Path(arguments.images), Path(arguments.prompts), Path(arguments.photos)
             rows = score_pictures(images, prompts, photos, arguments.config)
             hosts.first_does(lambda: write_rows(rows, out / ROWS))
-        table = {"mean over subjects": estimates(summary(rows))}
+        table = {"mean over subjects": entries(summary(rows), metric_registry.better)}
         text = transposed(table)
         if hosts.is_first():
             write_text(out / "table.md", text)

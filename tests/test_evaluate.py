@@ -1,6 +1,7 @@
 """The command, as it is typed."""
 
 import importlib
+import re
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def folder(tmp_path_factory):
     save_pipeline(tiny.pipeline(resolution=16, **smallest), folder / "tiny")
     for name in ("photos/rex/0.png", "photos/tom/0.png", "pictures/a.png", "pictures/b.png", "pictures/c.png"):
         noise = np.random.default_rng(len(name)).integers(0, 60, (64, 64, 3), np.uint8)
-        save_png(plain("red", 64) // 2 + noise, folder / name, {})
+        save_png(plain("blue" if name == "pictures/c.png" else "red", 64) // 2 + noise, folder / name, {})
     lines = ["file,prompt,subject", "a.png,a [V] dog in the snow,rex", "b.png,a [V] dog in the snow,rex"]
     (folder / "prompts.csv").write_text("\n".join([*lines, "c.png,a red [V] car,tom"]))
     return folder
@@ -65,8 +66,10 @@ def test_pictures_of_a_folder_become_rows_and_tables(folder, tmp_path):
     assert {"DINO", "CLIP-I", "CLIP-T", "DIV", "class", "context"} <= rows[1].scores.keys()
     assert "property" in rows[4].scores and "DIV" not in rows[4].scores
     table = (tmp_path / "scores" / "table.md").read_text()
-    assert table in finished.output and "| DINO |" in table
-    assert (tmp_path / "scores" / "table.csv").read_text().startswith("row,metric,mean,low,high\n")
+    assert table in finished.output
+    (blue,) = (row.scores["DINO"] for row in rows if row.file == "c.png")
+    assert re.search(rf"^\| DINO \| .* \(.*\), worst {f'{blue:.3f}'.lstrip('0')} \|$", table, re.MULTILINE)
+    assert (tmp_path / "scores" / "table.csv").read_text().startswith("row,metric,mean,low,high,worst,")
 
 
 def test_a_run_is_drawn_from_scored_and_then_only_read(folder, run, tmp_path):

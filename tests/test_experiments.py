@@ -1,4 +1,5 @@
 import importlib
+import re
 from pathlib import Path
 
 import jax
@@ -82,6 +83,7 @@ def test_tables_show_real_pictures_arms_and_the_paper(tmp_path):
     text = tables.write(ARMS, [finding], {"DreamBooth": {"DINO": 0.668}}, tmp_path)
     rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
     assert rows[:5] == ["|", "| real pictures", "| tuned", "| worse", "| paper: DreamBooth"]
+    assert re.search(r"\| tuned \| \.590 \(.* to .*\), worst \.500 \|", text)
     assert "| real pictures | .800 |" in text and "| paper: DreamBooth | .668 |" in text
     assert "| tuning helps | DINO | .100 | yes |" in text
     assert (tmp_path / "tables.md").read_text() == text

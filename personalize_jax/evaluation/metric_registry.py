@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from personalize_jax.metrics import clip_i, clip_t, dino, div, pres
 from personalize_jax.metrics.metric import Metric
+from personalize_jax.metrics.table import Better
 from personalize_jax.world import exact_metrics
 
 METRICS: tuple[Metric, ...] = (  # in the order of tables
@@ -53,6 +54,12 @@ def column_metric(column: str) -> Metric | None:
     """The metric of a column: CLIP-I of "CLIP-I (large) (real)", PRES of "PRES before"; None if it has no metric."""
     name = re.sub(r"( \(.*\))?( before)?$", "", column)
     return next((metric for metric in METRICS if metric.name == name), None)
+
+
+def better(column: str) -> Better | None:
+    """Which way of a column is better; None for neither, or where it has no metric."""
+    metric = column_metric(column)
+    return metric.better if metric else None
 
 
 def table_columns(table: str, columns: Iterable[str]) -> list[str]:

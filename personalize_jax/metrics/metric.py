@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 
 from personalize_jax.metrics.similarity import similarities, similarities_within
-from personalize_jax.metrics.table import mean
+from personalize_jax.metrics.table import Better, mean
 
 MetricEncoders = Mapping[str, Any]  # by their names in `Metric.needs`
 T = TypeVar("T")
@@ -100,7 +100,7 @@ class Metric:
     definition: str
     section: str = ""
     unit: str
-    better: Literal["higher", "lower"] | None
+    better: Better | None
     table: Literal["similarity", "subject", "class"]
     in_figure: bool = False
     needs: tuple[str, ...] = ()

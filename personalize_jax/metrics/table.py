@@ -4,7 +4,7 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from personalize_jax.metrics.similarity import Estimate, interval
 
 Scores = dict[str, float | str]
 SubjectScores = dict[str, dict[str, float]]  # by subject, then by metric
-Table = Mapping[str, Mapping[str, Estimate]]  # by row, then by metric
+Better = Literal["higher", "lower"]  # which way of a metric is better
 
 
 class Row(NamedTuple):
@@ -34,6 +34,28 @@ class Row(NamedTuple):
     seed: int | None
     file: str
     scores: Scores
+
+
+class Worst(NamedTuple):
+    """The worst value of a metric over subjects, and the subject that has it."""
+
+    value: float
+    subject: str
+
+
+class Entry(NamedTuple):
+    """What a table says of a metric in one of its rows.
+
+    Attributes:
+        estimate: the mean over subjects.
+        worst: the worst subject; None where there are not several subjects, or neither way is better.
+    """
+
+    estimate: Estimate
+    worst: Worst | None = None
+
+
+Table = Mapping[str, Mapping[str, Entry]]  # by row, then by metric
 
 
 def mean(numbers: Sequence[float]) -> float:
@@ -85,6 +107,35 @@ def estimates(scores: SubjectScores) -> dict[str, Estimate]:
     return {name: interval([metrics[name] for metrics in scores.values() if name in metrics]) for name in names}
 
 
+def worst_subject(scores: SubjectScores, metric: str, better: Better | None) -> Worst | None:
+    """The subject with the worst value of a metric, the first of equally bad ones.
+
+    Args:
+        scores: the subjects' scores.
+        metric: the metric.
+        better: which way of it is better.
+
+    Returns:
+        The worst; None where neither way is better, or fewer than two subjects have the metric.
+    """
+    values = [Worst(metrics[metric], subject) for subject, metrics in scores.items() if metric in metrics]
+    if better is None or len(values) < 2:
+        return None
+    return (min if better == "higher" else max)(values, key=lambda one: one.value)
+
+
+def entries(scores: SubjectScores, better: Callable[[str], Better | None]) -> dict[str, Entry]:
+    """The mean and the worst of each metric over the subjects that have it.
+
+    Args:
+        scores: the subjects' scores.
+        better: takes a metric's name; tells which way of it is better.
+    """
+    return {
+        name: Entry(estimate, worst_subject(scores, name, better(name))) for name, estimate in estimates(scores).items()
+    }
+
+
 def difference(scores: SubjectScores, others: SubjectScores, metric: str) -> Estimate:
     """The mean over subjects of the difference of a metric between two rows of a table, subject by subject.
 
@@ -98,10 +149,10 @@ def difference(scores: SubjectScores, others: SubjectScores, metric: str) -> Est
 
 
 def markdown(table: Table, columns: Sequence[str]) -> str:
-    """A Markdown table of means with their intervals; a metric that a row lacks has an empty cell."""
+    """A Markdown table of means, intervals and worst values; a metric that a row lacks has an empty cell."""
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, metrics in table.items():
-        cells = [cell(metrics[column]) if column in metrics else "" for column in columns]
+        cells = [cell(*metrics[column]) if column in metrics else "" for column in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -112,17 +163,25 @@ def transposed(table: Table) -> str:
     return markdown({m: {name: row[m] for name, row in table.items() if m in row} for m in metrics}, list(table))
 
 
-def cell(estimate: Estimate) -> str:
-    """Format an estimate, such as ".684 (.651 to .712)"; the mean alone where there is no interval."""
-    mean, low, high = (re.sub(r"^(-?)0\.", r"\1.", f"{value:.3f}") for value in estimate)
-    return mean if estimate.low == estimate.high else f"{mean} ({low} to {high})"
+def cell(estimate: Estimate, worst: Worst | None = None) -> str:
+    """Format an entry, such as ".684 (.651 to .712), worst .412"; the mean alone where there is no interval."""
+    mean, low, high = map(_short, estimate)
+    if estimate.low == estimate.high:
+        return mean
+    return f"{mean} ({low} to {high})" + (f", worst {_short(worst.value)}" if worst else "")
+
+
+def _short(value: float) -> str:
+    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.3f}")
 
 
 def comma_separated(table: Table) -> str:
-    """A table as CSV, a line for each row and metric: row, metric, mean, low, high."""
+    """A table as CSV, a line for each row and metric: row, metric, mean, low, high, worst, worst subject."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["row", "metric", *Estimate._fields])
+    writer.writerow(["row", "metric", *Estimate._fields, "worst", "worst subject"])
     for name, metrics in table.items():
-        writer.writerows([name, metric, *map(repr, map(float, estimate))] for metric, estimate in metrics.items())
+        for metric, (estimate, worst) in metrics.items():
+            found = (repr(float(worst.value)), worst.subject) if worst else ("", "")
+            writer.writerow([name, metric, *map(repr, map(float, estimate)), *found])
     return text.getvalue()

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from personalize_jax.metrics.metric import Metric, Picture, SubjectPictures
-from personalize_jax.metrics.table import Scores, entropy, mean
+from personalize_jax.metrics.table import Better, Scores, entropy, mean
 from personalize_jax.subject.images import from_pixels
 from personalize_jax.world.captions import requested_properties
 from personalize_jax.world.probe import RESOLUTION, Probe
@@ -115,7 +115,7 @@ def _metric(
     table: Literal["subject", "class"],
     definition: str,
     unit: str = "share, 0 to 1",
-    better: Literal["higher", "lower"] | None = "higher",
+    better: Better | None = "higher",
     in_figure: bool = False,
     combine: Callable[[Sequence[Any]], float] = mean,
 ) -> Metric:

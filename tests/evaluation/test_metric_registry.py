@@ -15,7 +15,7 @@ from personalize_jax.evaluation.showcase import exact_scores
 from personalize_jax.method.configuration import changed
 from personalize_jax.metrics.metric import Picture
 from personalize_jax.metrics.similarity import Estimate
-from personalize_jax.metrics.table import estimates
+from personalize_jax.metrics.table import entries
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.subject.class_noun import ClassNoun
 from personalize_jax.subject.dataset import SubjectDataset
@@ -39,6 +39,11 @@ def pictures_of(*colours):
     photos = [Picture("photo", "", None, f"{i}.png", plain("red")) for i in range(2)]
     prompts = {"subject": "a [V] dog", "class": "a dog"}
     return photos + [Picture(role, prompts[role], i, "", plain(c)) for role in prompts for i, c in enumerate(colours)]
+
+
+def table_of(rows):
+    """A table of one arm."""
+    return {"arm": entries(summary(rows), metric_registry.better)}
 
 
 @pytest.mark.parametrize("metric", EVERY, ids=lambda metric: metric.name)
@@ -69,6 +74,11 @@ def test_columns_are_of_metrics(column, name):
     assert (metric and metric.name) == name
 
 
+def test_which_way_of_a_column_is_better():
+    columns = "CLIP-I (large) (real)", "PRES before", "colours", "view PSNR"
+    assert [metric_registry.better(column) for column in columns] == ["higher", "lower", None, None]
+
+
 def test_metrics_without_their_encoder_are_left_out():
     def names(**changes):
         settings = changed(world.get_config(), **changes).evaluation
@@ -84,7 +94,7 @@ def test_metrics_without_their_encoder_are_left_out():
         *("DINO", "CLIP-I", "CLIP-I (large)", "CLIP-T", "CLIP-T (large)")
     ]
     rows = score({"dino": metric_encoders()["dino"]}, "rex", pictures_of("red", "blue"))
-    text = tables.tables({"arm": estimates(summary(rows))}, {"DreamBooth": {"DINO": 0.668, "CLIP-T": 0.305}}, 1)
+    text = tables.tables(table_of(rows), {"DreamBooth": {"DINO": 0.668, "CLIP-T": 0.305}}, 1)
     assert [line for line in text.splitlines() if line.startswith("| |")] == ["| | DINO | PRES |"]
 
 
@@ -120,7 +130,7 @@ def test_a_registered_metric_is_in_rows_tables_and_definitions(brightness):
     encoders = metric_encoders()
     rows = score(encoders, "rex", pictures_of("red", "blue"))
     assert [row.scores.get("brightness") for row in rows] == [None] * 2 + [pytest.approx(1 / 3)] * 2 + [None] * 2
-    text = tables.tables({"arm": estimates(summary(rows))}, {}, 1)
+    text = tables.tables(table_of(rows), {}, 1)
     assert [line for line in text.splitlines() if line.startswith("| |")][-1] == "| | brightness |"
     assert metric_registry.metric_versions(encoders)["brightness"] == 1
     assert "| brightness | mean of a picture's pixels | share, 0 to 1 | lower |" in metric_registry.markdown()

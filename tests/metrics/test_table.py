@@ -5,10 +5,13 @@ import pytest
 
 from personalize_jax.metrics.similarity import Estimate
 from personalize_jax.metrics.table import (
+    Entry,
     Row,
+    Worst,
     cell,
     comma_separated,
     difference,
+    entries,
     entropy,
     estimates,
     markdown,
@@ -60,18 +63,40 @@ def test_differences_are_taken_subject_by_subject():
         difference(a, b, "PRES")
 
 
+def test_the_worst_subject_has_the_least_of_what_should_be_high_and_the_most_of_what_should_be_low():
+    scores = {
+        "rex": {"DINO": 0.7, "leakage": 0.1, "colours": 2.0, "context": 1.0},
+        "tom": {"DINO": 0.4, "leakage": 0.3, "colours": 3.0},
+        "kim": {"DINO": 0.9, "leakage": 0.3, "colours": 1.0},
+    }
+    found = entries(scores, {"DINO": "higher", "leakage": "lower", "context": "higher"}.get)
+    assert found["DINO"].worst == Worst(0.4, "tom") and found["leakage"].worst == Worst(0.3, "tom")
+    assert found["colours"].worst is None  # of which neither way is better
+    assert found["context"].worst is None  # which only one of them has
+    assert {name: entry.estimate for name, entry in found.items()} == estimates(scores)
+
+
 def test_tables_hold_what_was_estimated():
-    table = {"with": {"DINO": Estimate(0.5, 0.4, 0.61), "PRES": Estimate(1.0, 1.0, 1.0)}, "paper": {}}
+    worst = Worst(0.25, "tom")
+    table = {
+        "with": {"DINO": Entry(Estimate(0.5, 0.4, 0.61), worst), "PRES": Entry(Estimate(1.0, 1.0, 1.0), worst)},
+        "paper": {"DINO": Entry(Estimate(0.7, 0.7, 0.7))},
+    }
     assert cell(Estimate(-0.5, -0.75, 2.5)) == "-.500 (-.750 to 2.500)"
     assert markdown(table, ["DINO", "PRES"]).splitlines() == [
         "| | DINO | PRES |",
         "|---|---|---|",
-        "| with | .500 (.400 to .610) | 1.000 |",
-        "| paper |  |  |",
+        "| with | .500 (.400 to .610), worst .250 | 1.000 |",
+        "| paper | .700 |  |",
     ]
-    assert transposed(table).splitlines()[2:] == ["| DINO | .500 (.400 to .610) |  |", "| PRES | 1.000 |  |"]
+    assert transposed(table).splitlines()[2:] == [
+        "| DINO | .500 (.400 to .610), worst .250 | .700 |",
+        "| PRES | 1.000 |  |",
+    ]
     lines = list(csv.DictReader(comma_separated(table).splitlines()))
-    assert [(line["row"], line["metric"], line["mean"], line["low"], line["high"]) for line in lines] == [
-        ("with", "DINO", "0.5", "0.4", "0.61"),
-        ("with", "PRES", "1.0", "1.0", "1.0"),
+    columns = ["row", "metric", "mean", "low", "high", "worst", "worst subject"]
+    assert [[line[column] for column in columns] for line in lines] == [
+        ["with", "DINO", "0.5", "0.4", "0.61", "0.25", "tom"],
+        ["with", "PRES", "1.0", "1.0", "1.0", "0.25", "tom"],
+        ["paper", "DINO", "0.7", "0.7", "0.7", "", ""],
     ]
