@@ -6,7 +6,7 @@ A new metric is a file that ends with a `Metric`, and a line of METRICS; its enc
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from personalize_jax.metrics import clip_i, clip_t, dino, div, pres
 from personalize_jax.metrics.metric import Metric
@@ -46,8 +46,19 @@ def metrics_for(encoders: Iterable[str]) -> list[Metric]:
 
 
 def metric_versions(encoders: Iterable[str]) -> dict[str, int]:
-    """The versions of the metrics of `metrics_for`: scores of other versions, or of fewer metrics, are out of date."""
-    return {metric.name: metric.version for metric in metrics_for(encoders)}
+    """The versions of the metrics of `metrics_for` that score pictures, by name; others follow from their scores."""
+    return {metric.name: metric.version for metric in metrics_for(encoders) if metric.derive is None}
+
+
+def up_to_date(recorded: Mapping[str, int], encoders: Iterable[str]) -> bool:
+    """Whether scores of pictures are those of `metric_versions`, so that none need be made again.
+
+    Args:
+        recorded: the versions of the metrics that the scores are of, by name; derived ones do not matter.
+        encoders: as for `metrics_for`.
+    """
+    derived = {metric.name for metric in METRICS if metric.derive is not None}
+    return {name: recorded[name] for name in recorded if name not in derived} == metric_versions(encoders)
 
 
 def column_metric(column: str) -> Metric | None:

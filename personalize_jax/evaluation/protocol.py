@@ -8,6 +8,7 @@ import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -68,12 +69,13 @@ def evaluate(
         raise UserError(f"The prompt {plain[0]!r} has no {PLACEHOLDER}; write it before the class noun.")
     tuned, untuned = personalized.pipeline.fingerprint, pretrained.fingerprint
     record = {
-        "definitions": metric_registry.metric_versions(encoders),
         "weights": {"after": tuned, "before": untuned},
         "prompts": list(prompts),
         "settings": json.loads(settings.to_json()),
     }
-    if _read_record(folder) == record:
+    recorded = _read_record(folder)
+    definitions = recorded.pop("definitions", {})
+    if recorded == record and metric_registry.up_to_date(definitions, encoders):
         return read_rows(folder / ROWS)
 
     subject = personalized.subject
@@ -90,7 +92,8 @@ def evaluate(
 
     def write() -> None:
         write_rows(rows, folder / ROWS)
-        write_text(folder / RECORD, json.dumps(record, indent=2))
+        definitions = metric_registry.metric_versions(encoders)
+        write_text(folder / RECORD, json.dumps({"definitions": definitions, **record}, indent=2))
 
     hosts.first_does(write)
     return rows
@@ -104,13 +107,11 @@ def read_scored(folder: Path, settings: ConfigDict) -> list[Row] | None:
         settings: the configuration's `evaluation` keys.
     """
     record = _read_record(folder)
-    versions = metric_registry.metric_versions(encoder_names(settings))
-    if record.get("settings") != json.loads(settings.to_json()) or record.get("definitions") != versions:
-        return None
-    return read_rows(folder / ROWS)
+    current = metric_registry.up_to_date(record.get("definitions", {}), encoder_names(settings))
+    return read_rows(folder / ROWS) if current and record.get("settings") == json.loads(settings.to_json()) else None
 
 
-def _read_record(folder: Path) -> dict[str, object]:
+def _read_record(folder: Path) -> dict[str, Any]:
     file = folder / RECORD
     return json.loads(file.read_text()) if file.exists() else {}
 

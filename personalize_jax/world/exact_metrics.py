@@ -110,6 +110,12 @@ def _diversity_kept(metrics: Mapping[str, float]) -> float | None:
     return after / before if before and after is not None else None
 
 
+def _leakage_added(metrics: Mapping[str, float]) -> float | None:
+    """How much more of the class has the subject's body colour than before; None where either is unknown."""
+    after, before = metrics.get("leakage"), metrics.get("leakage before")
+    return None if after is None or before is None else after - before
+
+
 def _metric(
     name: str,
     table: Literal["subject", "class"],
@@ -159,6 +165,15 @@ METRICS = (
     _metric("context", "subject", "pictures of the subject in the context that the prompt asks for", in_figure=True),
     _metric("property", "subject", "pictures of the subject with the colour, finish or hat that the prompt asks for"),
     _metric("leakage", "class", "pictures of the class in the subject's body colour", better="lower"),
+    Metric(
+        name="leakage added",
+        definition='"leakage" after tuning less "leakage" before it, which is the class\'s own rate of that colour',
+        unit="difference of shares, -1 to 1",
+        better="lower",
+        table="class",
+        needs=("probe",),
+        derive=_leakage_added,
+    ),
     _metric(
         "is subject",
         "class",

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ from ml_collections import ConfigDict
 
 from personalize_jax.evaluation import metric_registry
 from personalize_jax.evaluation.protocol import evaluate, read_pictures, read_scored, sample_role
+from personalize_jax.evaluation.scoring import summary
 from personalize_jax.method.personalized import Personalized
 from personalize_jax.pipeline.pictures import read_png, save_png
 from personalize_jax.runtime.errors import UserError
@@ -129,6 +131,24 @@ def test_scored_rows_are_read_only_for_the_same_keys_and_metrics(pipeline, perso
     newer = [dataclasses.replace(metric, version=99) for metric in metric_registry.METRICS]
     monkeypatch.setattr(metric_registry, "METRICS", newer)
     assert read_scored(tmp_path, settings) is None
+
+
+def test_a_metric_that_is_derived_from_others_asks_for_no_new_scores(pipeline, personalized, tmp_path, monkeypatch):
+    arguments = (personalized, pipeline, "rex", ["a [V] dog"], metric_encoders(), SETTINGS, tmp_path)
+    rows = evaluate(*arguments)
+    derived = dataclasses.replace(BRIGHTNESS, roles=(), score=None, derive=lambda metrics: metrics["DINO"] / 2)
+    monkeypatch.setattr(metric_registry, "METRICS", (*metric_registry.METRICS, derived))
+    written = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.*")}
+    assert evaluate(*arguments) == rows
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.*")} == written
+    assert summary(rows)["rex"]["brightness"] == summary(rows)["rex"]["DINO"] / 2
+    # Records of the time when derived metrics were among those that a record names.
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    record["definitions"]["brightness"] = 1
+    (tmp_path / "evaluation.json").write_text(json.dumps(record))
+    written = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.*")}
+    assert evaluate(*arguments) == rows
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.*")} == written
 
 
 def test_prompts_must_ask_for_the_subject(pipeline, personalized, tmp_path):

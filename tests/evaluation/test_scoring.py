@@ -91,6 +91,18 @@ def test_diversity_kept_is_the_share_of_the_class_as_it_was_before():
     assert "diversity kept" not in summary(uniform)["rex"]  # there was none
 
 
+def test_leakage_added_is_what_the_class_did_not_have_before():
+    rows = [
+        Row("rex", "class", "a dog", i, f"{i}.png", {"leakage": leaked})
+        for i, leaked in enumerate((1.0, 1.0, 0.0, 1.0))
+    ]
+    before = [row._replace(role="class before", scores={"leakage before": float(row.seed == 0)}) for row in rows]
+    assert summary([*rows, *before])["rex"] == pytest.approx(
+        {"leakage": 0.75, "leakage before": 0.25, "leakage added": 0.5}
+    )
+    assert "leakage added" not in summary(rows)["rex"]
+
+
 def test_photos_are_needed():
     with pytest.raises(UserError, match="No photos of rex"):
         score(metric_encoders(), "rex", drawn("red"))
@@ -106,6 +118,7 @@ def test_rendered_pictures_of_a_subject_are_found_to_be_that_subject():
     assert metrics["class"] == 1
     assert metrics["body colour"] >= 0.8
     assert metrics["leakage"] == metrics["leakage before"] == metrics["body colour"]
+    assert metrics["leakage added"] == 0
     assert metrics["is subject"] <= metrics["leakage"]
     assert metrics["colours"] == metrics["colours before"]
     assert metrics.get("diversity kept", 1) == 1  # there is none where the class had no diversity to lose
