@@ -8,6 +8,7 @@ is tuned as its configuration says, with the other form of the prior term, and w
 weights that `personalize_jax.pretrain` has made; none are shipped.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +18,13 @@ from ml_collections import ConfigDict, config_flags
 from experiments import study, tables
 from experiments.study import Arm, Study
 from experiments.tables import Finding
-from personalize_jax.benchmark.loading import load_benchmark
-from personalize_jax.benchmark.subjects import Benchmark
-from personalize_jax.evaluation.scoring import find_encoders, load_encoders, summary
 from personalize_jax.families.targets import PRIOR_FORMS
-from personalize_jax.method.configuration import changed, check, check_values
+from personalize_jax.method.configuration import changed, check_values
 from personalize_jax.method.personalization import load_pretrained
-from personalize_jax.metrics.table import Row, SubjectScores
+from personalize_jax.metrics.table import SubjectScores
 from personalize_jax.pipeline import Pipeline, save_pipeline
 from personalize_jax.runtime import command
+from personalize_jax.runtime.errors import UserError
 from personalize_jax.training import tracking
 
 NAME = "another_generator"
@@ -79,30 +78,21 @@ def between(generators: tuple[str, str]) -> list[Finding]:
     ]
 
 
-def scores_of(arms: Study, pretrained: Pipeline, benchmark: Benchmark, workdir: Path) -> dict[str, SubjectScores]:
-    """Personalise and score the subjects that the command line names, in all arms of one generator.
+def arms_asked_for(configs: Mapping[str, ConfigDict], names: Sequence[str] | None) -> dict[str, list[str]]:
+    """The names of the arms of each generator that are asked for.
 
     Args:
-        arms: the generator's arms.
-        pretrained: the generator.
-        benchmark: the benchmark.
-        workdir: folder of all runs.
+        configs: the generators' configurations.
+        names: names of arms; None for all.
+
+    Raises:
+        UserError: neither generator has an arm of that name.
     """
-    arguments = flags.FLAGS
-    count = arguments.num_subjects or (study.QUICK_SUBJECTS if arguments.quick else arms.num_subjects)
-    subjects = study.select_subjects(benchmark, count, arguments.part)
-    nouns = tuple(dict.fromkeys(benchmark.class_nouns))
-    for arm in arms.arms:
-        check(pretrained, arm.config)
-    study.reserve_identifiers(arms, pretrained, benchmark.names[:count], benchmark.class_nouns, workdir)
-    encoders = load_encoders(find_encoders(arms.arms[0].config.evaluation))
-    scores, destinations = {}, tracking.from_flags()
-    for arm in arms.arms:
-        rows: list[Row] = []
-        for subject in subjects:
-            rows += study.scored_run(arms, arm, subject, nouns, pretrained, encoders, workdir, destinations)
-        scores[arm.name] = summary(rows)
-    return scores
+    known = {generator: [arm.name for arm in make_study(generator, configs[generator]).arms] for generator in configs}
+    every = [name for of_one in known.values() for name in of_one]
+    if unknown := sorted(set(names or ()) - set(every)):
+        raise UserError(f"--arms names {', '.join(unknown)}; the arms are {', '.join(every)}.")
+    return {generator: [n for n in of_one if names is None or n in names] for generator, of_one in known.items()}
 
 
 def main(_: list[str]) -> None:
@@ -111,17 +101,19 @@ def main(_: list[str]) -> None:
     configs = dict(zip(GENERATORS, (arguments.config, arguments.other), strict=True))
     for config in configs.values():
         check_values(config)
-    tracking.from_flags().tracking(workdir)  # refuses destinations that are not installed
-    benchmark = load_benchmark(arguments.benchmark)
+    names = arms_asked_for(configs, arguments.arms)
+    destinations = tracking.from_flags()
+    destinations.tracking(workdir)  # refuses destinations that are not installed
+    subjects = study.subjects_of_command(make_study(GENERATORS[0], arguments.config))
     scores: dict[str, SubjectScores] = {}
     findings = between(GENERATORS)
     for generator, config in configs.items():
+        if not names[generator]:
+            continue
         config = study.quick(config) if arguments.quick else config
         config, pretrained = of_base(config, workdir / f"{generator}_base")
-        one = make_study(generator, config)
-        if arguments.arms is not None:
-            one = study.select_arms(one, [arm.name for arm in one.arms if arm.name in arguments.arms])
-        scores |= scores_of(one, pretrained, benchmark, workdir)
+        one = study.select_arms(make_study(generator, config), names[generator])
+        scores |= study.scores_of(one, pretrained, subjects, workdir, arguments.delete_weights, destinations)
         findings += one.findings
     findings = [finding for finding in findings if {finding.greater, finding.less} <= scores.keys()]
     print(tables.write(scores, findings, {}, workdir / NAME))

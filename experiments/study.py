@@ -6,10 +6,6 @@ scored is only read. Rows of scores stay in each run's `evaluation/rows.jsonl`; 
 `workdir/<experiment>`, gets the tables and a figure.
 """
 
-import hashlib
-import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from experiments import tables
+from experiments.folders import copy_checkpoints, link_class_images, remove_weights, shared_folder
 from personalize_jax.benchmark.loading import load_benchmark
 from personalize_jax.benchmark.subjects import BenchmarkSubject
 from personalize_jax.evaluation.protocol import evaluate, read_scored
@@ -36,7 +33,7 @@ from personalize_jax.method.personalization import (
 )
 from personalize_jax.method.personalized import Personalized, load_personalized
 from personalize_jax.metrics.metric import MetricEncoders
-from personalize_jax.metrics.table import Row
+from personalize_jax.metrics.table import Row, SubjectScores
 from personalize_jax.pipeline import Pipeline
 from personalize_jax.runtime import command, manifest
 from personalize_jax.runtime.errors import UserError
@@ -44,7 +41,7 @@ from personalize_jax.subject.class_noun import determine
 from personalize_jax.subject.identifier import PLACEHOLDER
 from personalize_jax.subject.images import from_pixels, read_image
 from personalize_jax.subject.registry import reserve_identifier
-from personalize_jax.training import tracking, trained
+from personalize_jax.training import tracking
 from personalize_jax.training.tracking import JSONL_ONLY, NO_DESTINATIONS, Destinations, Tracking
 from personalize_jax.world.exact_metrics import truth_of
 
@@ -81,6 +78,7 @@ class Study(NamedTuple):
         findings: expected findings.
         paper: the paper's own rows: {row: {metric: value}}.
         num_subjects: number of subjects, unless the command line gives another.
+        benchmark: the benchmark that they are of, unless the command line gives another; see `load_benchmark`.
         measure: an additional measurement of tuned cascades, or None.
     """
 
@@ -89,14 +87,31 @@ class Study(NamedTuple):
     findings: Sequence[tables.Finding]
     paper: Mapping[str, Mapping[str, float]]
     num_subjects: int
+    benchmark: str = "world"
     measure: Callable[[Personalized, BenchmarkSubject], list[Row]] | None = None
+
+
+class Subjects(NamedTuple):
+    """The subjects of one call.
+
+    Attributes:
+        part: the subjects that it runs.
+        names: names of all subjects of the experiment, whatever part of them the call runs.
+        class_nouns: class nouns of the whole benchmark, in its order.
+    """
+
+    part: Sequence[BenchmarkSubject]
+    names: Sequence[str]
+    class_nouns: Sequence[str]
 
 
 def define_flags() -> None:
     """The command line of every experiment."""
     config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/world.py.")
     flags.DEFINE_string("workdir", None, "Folder for runs and tables; experiments may share it.")
-    flags.DEFINE_string("benchmark", "world", 'Benchmark: "world", "dreambooth", or a folder with a copy of it.')
+    flags.DEFINE_string(
+        "benchmark", None, 'Benchmark, such as "world", "dreambooth", or its folder; by default the experiment\'s.'
+    )
     flags.DEFINE_integer(
         "num_subjects", None, "Number of the benchmark's subjects; by default the experiment's.", lower_bound=1
     )
@@ -118,18 +133,24 @@ def run(make_study: Callable[[ConfigDict], Study]) -> None:
         config = quick(arguments.config) if arguments.quick else arguments.config
         find_encoders(config.evaluation)
         study = select_arms(make_study(config), arguments.arms)
-        count = arguments.num_subjects or (QUICK_SUBJECTS if arguments.quick else study.num_subjects)
-        benchmark = load_benchmark(arguments.benchmark)
-        subjects = select_subjects(benchmark, count, arguments.part)
-        nouns = tuple(dict.fromkeys(benchmark.class_nouns))
-        pretrained = load_pretrained(config)
-        for arm in study.arms:
-            check(pretrained, arm.config)
-        reserve_identifiers(study, pretrained, benchmark.names[:count], benchmark.class_nouns, workdir)
+        subjects = subjects_of_command(study)
         options = arguments.delete_weights, destinations
-        print(run_study(study, config, pretrained, subjects, nouns, workdir, *options))
+        print(run_study(study, load_pretrained(config), subjects, workdir, *options))
 
     command.run(main, define_flags, required=("config", "workdir"))
+
+
+def subjects_of_command(study: Study) -> Subjects:
+    """The subjects that the command line asks for.
+
+    Raises:
+        UserError: see `load_benchmark` and `select_subjects`.
+    """
+    arguments = flags.FLAGS
+    benchmark = load_benchmark(arguments.benchmark or study.benchmark)
+    count = arguments.num_subjects or (QUICK_SUBJECTS if arguments.quick else study.num_subjects)
+    part = select_subjects(benchmark, count, arguments.part)
+    return Subjects(part, benchmark.names[:count], benchmark.class_nouns)
 
 
 def quick(config: ConfigDict) -> ConfigDict:
@@ -212,44 +233,54 @@ def run_config(arm: Arm, workdir: Path) -> ConfigDict:
 
 def run_study(
     study: Study,
-    config: ConfigDict,
     pretrained: Pipeline,
-    subjects: Sequence[BenchmarkSubject],
-    nouns: Sequence[str],
+    subjects: Subjects,
     workdir: Path,
     delete_weights: bool = False,
     destinations: Destinations = NO_DESTINATIONS,
 ) -> str:
-    """Run the arms for all subjects, except where they were scored before, and write tables and figure.
+    """Run the arms as `scores_of` does, and write tables and figure; the tables as Markdown."""
+    scores = scores_of(study, pretrained, subjects, workdir, delete_weights, destinations)
+    return tables.write(scores, study.findings, study.paper, workdir / study.name)
+
+
+def scores_of(
+    study: Study,
+    pretrained: Pipeline,
+    subjects: Subjects,
+    workdir: Path,
+    delete_weights: bool = False,
+    destinations: Destinations = NO_DESTINATIONS,
+) -> dict[str, SubjectScores]:
+    """Run the arms for all subjects, except where they were scored before: the subjects' scores by arm.
 
     Args:
         study: the experiment.
-        config: the configuration that its arms vary.
         pretrained: the cascade.
-        subjects: subjects of the benchmark.
-        nouns: all class nouns of the benchmark.
-        workdir: folder of all runs and tables.
+        subjects: the subjects.
+        workdir: folder of all runs.
         delete_weights: whether to delete a subject's weights once all arms have been scored.
         destinations: additional destinations of the runs' numbers and pictures.
 
-    Returns:
-        The tables as Markdown.
-
     Raises:
-        UserError: a run's directory belongs to another configuration, or a destination cannot be reached.
+        UserError: the cascade cannot be tuned as an arm's configuration says, a run's directory belongs to another
+            configuration, or a destination cannot be reached.
     """
-    encoders = load_encoders(find_encoders(config.evaluation))
+    for arm in study.arms:
+        check(pretrained, arm.config)
+    reserve_identifiers(study, pretrained, subjects.names, subjects.class_nouns, workdir)
+    encoders = load_encoders(find_encoders(study.arms[0].config.evaluation))
+    nouns = tuple(dict.fromkeys(subjects.class_nouns))
     rows: dict[str, list[Row]] = {arm.name: [] for arm in study.arms}
-    with tqdm(total=len(subjects) * len(study.arms), desc=study.name, unit="run") as bar:
-        for subject in subjects:
+    with tqdm(total=len(subjects.part) * len(study.arms), desc=study.name, unit="run") as bar:
+        for subject in subjects.part:
             for arm in study.arms:
                 rows[arm.name] += scored_run(study, arm, subject, nouns, pretrained, encoders, workdir, destinations)
                 bar.update()
             if delete_weights:
                 for arm in study.arms:
                     remove_weights(workdir / arm.name / subject.name)
-    scores = {arm: summary(arm_rows) for arm, arm_rows in rows.items()}
-    return tables.write(scores, study.findings, study.paper, workdir / study.name)
+    return {arm: summary(arm_rows) for arm, arm_rows in rows.items()}
 
 
 def scored_run(
@@ -343,48 +374,3 @@ def reword(prompt: str, true_noun: str, noun: str, label: str) -> str:
     """A prompt with another class noun in place of the true one; without any where the subject's labels have none."""
     used = noun if label == "identifier_and_class" else ""
     return " ".join(prompt.replace(f"{PLACEHOLDER} {true_noun}", f"{PLACEHOLDER} {used}").split())
-
-
-def shared_folder(workdir: Path, part: str, noun: str, pretrained: Pipeline, config: ConfigDict) -> Path:
-    """The folder of the pretrained cascade's pictures of a class, which runs that sample the same pictures share.
-
-    Args:
-        workdir: folder of all runs.
-        part: "class_images" or "class_before".
-        noun: the class noun.
-        pretrained: the cascade; runs of one folder may have different ones.
-        config: configuration of a run. Pictures depend on its `compute` keys, and class images on their own keys except
-            for their number.
-    """
-    settings = config.class_images if part == "class_images" else {"batch_size": config.evaluation.batch_size}
-    sampled_by = {key: value for key, value in settings.items() if key not in ("count", "folder")}
-    sampled_by |= {"weights": pretrained.fingerprint, "compute": dict(config.get("compute", {}))}
-    digest = hashlib.sha256(json.dumps(sampled_by, sort_keys=True).encode()).hexdigest()[:8]
-    return workdir / part / f"{noun.replace(' ', '_')}-{digest}"
-
-
-def link_class_images(folder: Path, shared: Path) -> None:
-    """Link a run's class images to the folder that it shares with other runs, see `shared_folder`."""
-    shared.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    link, target = folder / "class_images", os.path.relpath(shared, folder)  # relative, so that all can be moved
-    if link.is_symlink() and os.readlink(link) != target:
-        link.unlink()
-    if not link.is_symlink():
-        link.symlink_to(target)
-
-
-def copy_checkpoints(source: Path, folder: Path, stages: Sequence[str]) -> None:
-    """Begin a run with the checkpoints of another one."""
-    for stage in stages:
-        if not (folder / stage).exists():
-            shutil.copytree(source / stage, temporary := folder / f".{stage}", dirs_exist_ok=True)
-            temporary.rename(folder / stage)
-
-
-def remove_weights(folder: Path) -> None:
-    """Delete the checkpoints and the trained parameters of a run that has been scored."""
-    for file in folder.glob(f"*/{trained.FILE}"):
-        file.unlink(missing_ok=True)
-    for checkpoints in folder.glob("*/checkpoints"):
-        shutil.rmtree(checkpoints, ignore_errors=True)

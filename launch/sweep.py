@@ -26,7 +26,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from experiments.study import remove_weights, select_subjects
+from experiments.folders import remove_weights
+from experiments.study import select_subjects
 from launch.sweep_engines import Engine, Job, LocalEngine, Outcome, RayEngine, read_job
 from launch.sweep_points import STEPS, Point, prolonged, read_points
 from launch.sweep_table import Result, ranked, write

@@ -29,7 +29,7 @@ from tests import processes
 EXPERIMENTS = sorted(
     f"experiments.{file.stem}"
     for file in (Path(__file__).parent.parent / "experiments").glob("*.py")
-    if file.stem not in ("__init__", "study", "tables")
+    if file.stem not in ("__init__", "folders", "study", "tables")
 )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import num_images, study, training_length
+from experiments import folders, num_images, study, training_length
 from personalize_jax.benchmark.loading import load_benchmark
 from personalize_jax.evaluation.scoring import read_rows, summary
 from personalize_jax.method.personalization import load_pretrained
@@ -56,6 +56,10 @@ def subjects():
     return [world[i]._replace(prompts=world[i].prompts[:1] + world[i].prompts[-1:]) for i in range(2)]
 
 
+def all_of(subjects):
+    return study.Subjects(subjects, [subject.name for subject in subjects], NOUNS)
+
+
 ALL = pytest.param(None, marks=pytest.mark.slow)
 
 
@@ -71,7 +75,7 @@ def test_every_experiment_runs_and_tables_its_arms(name, count, folder, config, 
     made = importlib.import_module(f"experiments.{name}").make_study(config)
     made = study.select_arms(made, [arm.name for arm in made.arms[:count]])
     runs = folder / ("enlarged" if name == "super_resolution" else "runs")
-    text = study.run_study(made, config, load_pretrained(config), subjects[:1], NOUNS, runs)
+    text = study.run_study(made, load_pretrained(config), all_of(subjects[:1]), runs)
     for arm in made.arms:
         assert f"| {arm.name} |" in text
     for finding in made.findings:
@@ -89,17 +93,17 @@ def test_every_experiment_runs_and_tables_its_arms(name, count, folder, config, 
 def test_what_was_scored_is_only_read(folder, config, subjects, monkeypatch):
     made = importlib.import_module("experiments.prior_preservation").make_study(config)
     made = study.select_arms(made, [arm.name for arm in made.arms[:2]])
-    text = study.run_study(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "runs")
+    text = study.run_study(made, load_pretrained(config), all_of(subjects[:1]), folder / "runs")
     monkeypatch.setattr(study, "personalize_subject", None)
     monkeypatch.setattr(study, "evaluate", None)
-    assert study.run_study(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "runs") == text
+    assert study.run_study(made, load_pretrained(config), all_of(subjects[:1]), folder / "runs") == text
 
 
 @pytest.mark.slow
 def test_a_killed_experiment_goes_on(folder, config, subjects, monkeypatch):
     """The second subject's run is cut short while it is being scored."""
     made = study.Study("alone", [study.Arm("alone", config)], [], {}, 2)
-    whole = study.run_study(made, config, load_pretrained(config), subjects, NOUNS, folder / "whole")
+    whole = study.run_study(made, load_pretrained(config), all_of(subjects), folder / "whole")
     evaluate = study.evaluate
 
     def dies(*arguments, **named):
@@ -109,9 +113,9 @@ def test_a_killed_experiment_goes_on(folder, config, subjects, monkeypatch):
 
     monkeypatch.setattr(study, "evaluate", dies)
     with pytest.raises(KeyboardInterrupt):
-        study.run_study(made, config, load_pretrained(config), subjects, NOUNS, folder / "killed")
+        study.run_study(made, load_pretrained(config), all_of(subjects), folder / "killed")
     monkeypatch.undo()
-    assert study.run_study(made, config, load_pretrained(config), subjects, NOUNS, folder / "killed") == whole
+    assert study.run_study(made, load_pretrained(config), all_of(subjects), folder / "killed") == whole
 
 
 def test_identifiers_do_not_depend_on_who_asks_first(tmp_path, config):
@@ -138,7 +142,7 @@ def test_runs_share_what_the_pretrained_cascade_draws_if_they_draw_the_same(conf
     more, fewer = (study.changed(config, **{f"class_images__{key}": 9}) for key in ("count", "num_steps"))
 
     def folder(part, noun="dog", pretrained=cascade, config=config):
-        return study.shared_folder(tmp_path, part, noun, pretrained, config)
+        return folders.shared_folder(tmp_path, part, noun, pretrained, config)
 
     for part in ("class_images", "class_before"):
         assert folder(part, config=more) == folder(part) and folder(part).parent == tmp_path / part
@@ -148,18 +152,18 @@ def test_runs_share_what_the_pretrained_cascade_draws_if_they_draw_the_same(conf
 
     run = tmp_path / "arm" / "rex"
     for shared in (folder("class_images", config=fewer), folder("class_images")):  # the first as it was called before
-        study.link_class_images(run, shared)
+        folders.link_class_images(run, shared)
         assert (run / "class_images").resolve() == shared.resolve()
 
 
 def test_weights_can_be_deleted_once_scored(folder, config, subjects):
     made = study.Study("alone", [study.Arm("alone", config)], [], {}, 1)
     how = {"delete_weights": True, "destinations": Destinations(tensorboard=True)}
-    study.run_study(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "light", **how)
+    study.run_study(made, load_pretrained(config), all_of(subjects[:1]), folder / "light", **how)
     run = folder / "light" / "alone" / subjects[0].name
     assert not [*run.glob("*/checkpoints"), *run.glob("*/trained.safetensors")]
     assert len(read_rows(run / "evaluation" / "rows.jsonl")) == 5 + 2 * 2 + 2 * 4
-    study.run_study(made, config, load_pretrained(config), subjects[:1], NOUNS, folder / "light", **how)
+    study.run_study(made, load_pretrained(config), all_of(subjects[:1]), folder / "light", **how)
     check_tracked(run, config)
 
 
@@ -181,7 +185,7 @@ def test_another_configuration_needs_another_directory(folder, config, subjects)
     made = study.Study("alone", [study.Arm("alone", other)], [], {}, 1)
     manifest.record_config(config, folder / "another" / "alone" / subjects[0].name)
     with pytest.raises(UserError, match="begun with another configuration"):
-        study.run_study(made, other, load_pretrained(other), subjects[:1], NOUNS, folder / "another")
+        study.run_study(made, load_pretrained(other), all_of(subjects[:1]), folder / "another")
 
 
 def test_encoders_are_looked_for_before_anything_is_begun(folder, tmp_path):
