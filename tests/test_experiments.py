@@ -9,6 +9,7 @@ import pytest
 from configs import world
 from experiments import (
     class_noun,
+    method_settings,
     pretraining_recipe,
     prior_preservation,
     study,
@@ -143,6 +144,34 @@ def test_trainings_go_on_from_shorter_ones():
             assert arms.index(before) < arms.index(arm)
             assert before.config.training.num_steps < arm.config.training.num_steps
             assert before.config.training.prior.weight == arm.config.training.prior.weight
+
+
+def flat(config, prefix=""):
+    """The values of a configuration by dotted key."""
+    found = {}
+    for key, value in config.items():
+        found |= flat(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key: value}
+    return found
+
+
+def test_settings_vary_by_one_key_or_two():
+    made = method_settings.make_study(world.get_config())
+    first, *others = made.arms
+    whole = first.config.training.num_steps, first.config.training.optimizer.decay_steps
+    varied = []
+    for arm in others:
+        differing = {key for key, value in flat(arm.config).items() if value != flat(first.config)[key]}
+        varied.append(differing - {"training.optimizer.decay_steps"})
+        steps = arm.config.training.num_steps, arm.config.training.optimizer.decay_steps
+        assert steps[1] / steps[0] == whole[1] / whole[0]
+    assert {len(keys) for keys in varied} == {1, 2}
+    assert {key for keys in varied for key in keys} == {
+        "tune",
+        "training.num_steps",
+        "training.optimizer.learning_rate",
+        *(f"training.prior.{key}" for key in ("form", "weight", "caption_dropout")),
+    }
+    assert len({arm.name for arm in made.arms}) == len(made.arms)
 
 
 def test_enlarging_is_measured_on_the_object():

@@ -28,6 +28,7 @@ NAMES = (
     "super_resolution",
     "identifier_rarity",
     "training_length",
+    "method_settings",
 )
 # The others take up to half a minute each.
 QUICK = ("identifier_rarity",)
@@ -192,4 +193,12 @@ def test_encoders_are_looked_for_before_anything_is_begun(folder, tmp_path):
     flags = [f"--config=tests/tiny_world.py:{folder / 'tiny'}", "--config.evaluation.dino=nowhere", "--quick"]
     finished = processes.command(tmp_path, "experiments.num_images", *flags, f"--workdir={tmp_path / 'runs'}")
     assert finished.status == 2 and "'nowhere' is no encoder" in finished.error, finished
+    assert not (tmp_path / "runs").exists()
+
+
+def test_settings_are_chosen_on_subjects_of_their_own(folder, tmp_path):
+    """Of which there are five."""
+    flags = [f"--config=tests/tiny_world.py:{folder / 'tiny'}", "--num_subjects=6", f"--workdir={tmp_path / 'runs'}"]
+    refused = processes.command(tmp_path, "experiments.method_settings", *flags)
+    assert refused.status == 2 and "6 subjects were asked for and the benchmark has 5" in refused.error
     assert not (tmp_path / "runs").exists()

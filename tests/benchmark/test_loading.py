@@ -5,11 +5,13 @@ import pytest
 
 from personalize_jax.benchmark import dreambooth
 from personalize_jax.benchmark.loading import load_benchmark
+from personalize_jax.benchmark.world import settings_benchmark
 from personalize_jax.runtime.errors import UserError
 
 
 def test_names_and_folders_are_told_apart(copy, tmp_path, monkeypatch):
     assert load_benchmark("world").names[0] == "dog_0"
+    assert load_benchmark("world:settings").names == settings_benchmark().names
     from_folder = load_benchmark(str(copy))
     dreambooth.load(tmp_path, folder=copy)
     monkeypatch.setattr(dreambooth, "load", functools.partial(dreambooth.load, tmp_path))
@@ -19,5 +21,5 @@ def test_names_and_folders_are_told_apart(copy, tmp_path, monkeypatch):
 
 
 def test_an_unknown_name_is_refused(tmp_path):
-    with pytest.raises(UserError, match="nowhere is no benchmark; give world, dreambooth, or a folder"):
+    with pytest.raises(UserError, match="nowhere is no benchmark; give world, world:settings, dreambooth, or a folder"):
         load_benchmark(tmp_path / "nowhere")

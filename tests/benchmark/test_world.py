@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from personalize_jax.benchmark.prompts import world_prompts
-from personalize_jax.benchmark.world import rendered_benchmark
+from personalize_jax.benchmark.world import rendered_benchmark, settings_benchmark
 from personalize_jax.world import photos
 from personalize_jax.world.photos import heldout_subject
+from personalize_jax.world.reading import IDENTITY
 from personalize_jax.world.scene import CLASSES, SPLITS, split_of
 
 
@@ -37,6 +38,18 @@ def test_the_truth_is_that_of_unseen_subjects(subjects):
         assert CLASSES[int(subject.truth.class_id[0])] == subject.class_noun
         assert split_of(subject.truth).tolist() == [SPLITS.index("heldout")]
     assert len({subject.truth.shape.tobytes() for subject in subjects}) == 30
+
+
+def test_settings_are_chosen_on_other_subjects(subjects):
+    others = list(settings_benchmark())
+    assert len(others) == len({subject.class_noun for subject in others}) == 5
+    assert {"teapot", "boot"} <= {subject.class_noun for subject in others}
+    assert not {subject.name for subject in others} & {subject.name for subject in subjects}
+    known = {tuple(int(getattr(subject.truth, name)[0]) for name in IDENTITY) for subject in subjects}
+    for subject in others:
+        assert tuple(int(getattr(subject.truth, name)[0]) for name in IDENTITY) not in known
+        assert split_of(subject.truth).tolist() == [SPLITS.index("heldout")]
+        assert subject.prompts == world_prompts(subject.class_noun) and len(subject.photos) == 5
 
 
 def test_photos_are_five_views_of_the_held_out_subject(subjects):
