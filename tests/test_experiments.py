@@ -17,14 +17,15 @@ from experiments import (
     tables,
     training_length,
 )
-from experiments.pretrained_cascade import prompt_grid
+from experiments.pretrained_cascade import pattern_prompts, prompt_grid, side_by_side
 from personalize_jax.method.configuration_keys import check_keys, rules_of_pretraining
 from personalize_jax.method.pretraining_start import starting_pipeline
 from personalize_jax.metrics.similarity import Estimate
 from personalize_jax.pipeline import load_pipeline
 from personalize_jax.runtime.errors import UserError
+from personalize_jax.world.captions import requested_properties
 from personalize_jax.world.pictures import rendered
-from personalize_jax.world.scene import CLASSES, COLOURS, CONTEXTS
+from personalize_jax.world.scene import CLASSES, COLOURS, CONTEXTS, PATTERNS
 from tests import processes
 
 EXPERIMENTS = sorted(
@@ -73,6 +74,36 @@ def test_prompts_say_the_truth():
     for i, text in enumerate(prompts):
         words = CLASSES[truth["class_id"][i]], CONTEXTS[truth["context"][i]], tuple(COLOURS)[truth["body_colour"][i]]
         assert all(word in text for word in words)
+
+
+def test_prompts_ask_for_each_pattern_as_often_whatever_else_they_say():
+    prompts, truth = pattern_prompts(200)
+    grid, others = prompt_grid(200)
+    assert np.ptp(np.bincount(truth["pattern"], minlength=len(PATTERNS))[1:]) <= 1 and 0 not in truth["pattern"]
+    for a, b in ((truth["pattern"], others[name]) for name in others):
+        assert len(set(zip(a.tolist(), b.tolist(), strict=True))) == 3 * len(set(b.tolist()))
+    for text, without, pattern in zip(prompts, grid, truth["pattern"], strict=True):
+        asked = requested_properties(text)
+        assert asked.pop("pattern") == pattern and asked == requested_properties(without)
+        assert text.replace(f"{PATTERNS[pattern]} ", "") == without
+
+
+def test_cascades_stand_side_by_side_prompt_by_prompt():
+    pictures = {
+        "world": {"base": np.full((3, 8, 8, 3), 1, np.uint8), "super_resolution": np.full((3, 16, 16, 3), 1, np.uint8)},
+        "other": {"base": np.full((3, 4, 4, 3), 2, np.uint8)},
+    }
+    panels = side_by_side(["a dog", "a cat", "a car"], pictures)
+    assert [(panel.prompt, panel.note, panel.images.max()) for panel in panels] == [
+        (text, *cascade) for text in ("a dog", "a cat", "a car") for cascade in (("world", 1), ("other", 2))
+    ]
+    assert {panel.title for panel in panels} == {"base: world, then other"}  # the only stage that both have
+
+
+def test_a_cascade_is_not_compared_with_itself(tmp_path):
+    flags = "--pipeline=world", "--against=world", f"--out={tmp_path / 'out'}"
+    refused = processes.command(tmp_path, "experiments.pretrained_cascade", *flags)
+    assert refused.status == 2 and "are both world; give two cascades to compare" in refused.error
 
 
 ARMS = {"tuned": {f"s{i}": {"DINO": 0.5 + i / 50, "DINO (real)": 0.8} for i in range(10)}}

@@ -135,13 +135,16 @@ def prompt(
     identifier: str | None = None,
     accessory: str | None = None,
     finish: str | None = None,
+    pattern: str | None = None,
 ) -> str:
-    """Build a prompt: "a [finish] [colour] [identifier] class [accessory] [context]"; the identifier usually is "[V]".
+    """Build a prompt, in the order of captions; the identifier usually is "[V]".
+
+    "a [finish] [colour] [pattern] [identifier] class [accessory] [context]".
 
     >>> prompt("dog", context="in the snow", identifier="[V]")
     'a [V] dog in the snow'
     """
-    return with_article(" ".join(filter(None, (finish, colour, identifier, class_noun, accessory, context))))
+    return with_article(" ".join(filter(None, (finish, colour, pattern, identifier, class_noun, accessory, context))))
 
 
 def requested_properties(prompt: str) -> dict[str, int]:
