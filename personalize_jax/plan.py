@@ -179,8 +179,9 @@ def usage_dict(program: str, usage: Usage, topology: Topology) -> dict[str, Any]
         "program": program,
         "fits": fits(usage, topology),
         "memory": usage.memory,
-        "flops": usage.rounds * usage.flops,
-        "bytes": usage.rounds * usage.bytes,
+        "flops": usage.flops,
+        "bytes": usage.bytes,
+        "unknown_loops": usage.unknown_loops,
         "received": {kind: usage.received(kind) for kind in dict.fromkeys(e.kind for e in usage.exchanges)},
         "seconds": least.seconds,
         "bound": least.bound if usage.compiled else None,
@@ -239,6 +240,11 @@ def table(plans: list[dict[str, Any]]) -> str:
                 cells += [f"{program['flops'] / 1e12:.2f}", f"{sum(program['received'].values()) / 1e6:.0f}"]
             row = [plan["topology"], program["program"], "yes" if program["fits"] else "no", *cells]
             lines.append("| " + " | ".join(row) + " |")
+            if count := program["unknown_loops"]:
+                notes.append(
+                    f"{plan['topology']}, {program['program']}: how often {count} loops run cannot be told; they are "
+                    "counted once, so that operations, exchanges and times are too low."
+                )
             if "changes" in program:
                 change = ", ".join(program["changes"]) if program["changes"] else "no change that was tried"
                 notes.append(f"{plan['topology']}, {program['program']}: fits with {change}.")

@@ -28,8 +28,8 @@ import jax
 from jaxlib import _hlo, _jax  # type: ignore[attr-defined]
 
 from personalize_jax.models.attention import flash_flops
-from personalize_jax.planning import hlo
-from personalize_jax.planning.hlo import Collective
+from personalize_jax.planning import exchanges, hlo, loops, traffic
+from personalize_jax.planning.exchanges import Collective
 from personalize_jax.runtime import interruption
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.runtime.files import write_text
@@ -53,6 +53,7 @@ class Analysis(NamedTuple):
         flops: number of operations.
         traffic: bytes read from memory and written to it, padding of tiles excluded.
         exchanges: the collectives between devices.
+        unknown_loops: number of loops that are counted once, because the program does not tell how often they run.
         refusal: the compiler's error message, or "".
         seconds: time spent compiling.
     """
@@ -61,6 +62,7 @@ class Analysis(NamedTuple):
     flops: float = 0.0
     traffic: float = 0.0
     exchanges: tuple[Collective, ...] = ()
+    unknown_loops: int = 0
     refusal: str = ""
     seconds: float = 0.0
 
@@ -159,16 +161,28 @@ def _compile(lowered: jax.stages.Lowered, num_devices: int) -> Analysis:
             f"The compiler of {', '.join(_versions())} writes no {_PROGRAM}, or no {_MEMORY}; take the version of "
             "libtpu in tests/requirements.txt."
         )
-    counts = _jax.hlo_module_cost_analysis(
-        jax.local_devices(backend="cpu")[0].client, _hlo.hlo_module_from_text(program)
-    )
+    module = hlo.read(program)
+    runs = loops.count_runs(module)
     return Analysis(
         memory=int(total[1]),
-        flops=counts["flops"] + flash_flops(program),
-        traffic=counts["bytes accessed"],
-        exchanges=tuple(hlo.collectives(program)) if num_devices > 1 else (),
+        flops=_flops(module, runs),
+        traffic=traffic.traffic(module, runs),
+        exchanges=tuple(exchanges.collectives(module, runs)) if num_devices > 1 else (),
+        unknown_loops=len(runs.unknown),
         seconds=seconds,
     )
+
+
+def _flops(module: hlo.Module, runs: loops.Runs) -> float:
+    """Operations as XLA counts them, with all rounds of loops and the kernels of attention."""
+    client = jax.local_devices(backend="cpu")[0].client
+
+    def counted(name: str) -> float:
+        text = module.alone(name)
+        return _jax.hlo_module_cost_analysis(client, _hlo.hlo_module_from_text(text)).get("flops", 0.0)
+
+    kernels = sum(times * flash_flops(module.computations[name].text) for name, times in runs.times.items())
+    return counted(module.entry) + sum(left_out * counted(body) for body, left_out in runs.repeats.items()) + kernels
 
 
 def _dump(folder: str, name: str) -> Path | None:
@@ -181,7 +195,8 @@ def _cache_file(lowered: jax.stages.Lowered, devices: Sequence[jax.Device]) -> P
         return None
     kinds = [f"{device.device_kind} {device!r}" for device in devices]  # the repr alone is the same for v4 and v5p
     key = [lowered.as_text(), *kinds, *(os.environ.get(flag, "") for flag in _FLAGS)]
-    key += [*_versions(), *(inspect.getsource(code) for code in (_compile, flash_flops, hlo))]
+    sources = (_compile, _flops, flash_flops, exchanges, hlo, loops, traffic)
+    key += [*_versions(), *map(inspect.getsource, sources)]
     return Path(cache) / _FOLDER / f"{hashlib.sha256('|'.join(key).encode()).hexdigest()}.json"
 
 

@@ -42,8 +42,8 @@ def roofline(usage: Usage, topology: Topology) -> Roofline:
     chip = topology.chip
     links = 2 if any(side % chip.ring == 0 for side in topology.shape) else 1  # the ends of a line have one
     return Roofline(
-        usage.rounds * usage.flops / chip.flops,
-        usage.rounds * usage.bytes / chip.hbm_bandwidth,
+        usage.flops / chip.flops,
+        usage.bytes / chip.hbm_bandwidth,
         usage.received() / (links * chip.link_bandwidth) if usage.compiled else math.nan,
     )
 

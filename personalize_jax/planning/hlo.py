@@ -1,103 +1,147 @@
-"""The exchanges between devices of a compiled program, read from its text: XLA's cost analysis leaves them out."""
+"""A compiled program, read from its text: computations, their instructions, and the sizes of arrays."""
 
 import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)$")
-_SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:calls|to_apply|body|(?:true|false)_computation)=%?([\w.\-]+)")
-_CHANNEL = re.compile(r"channel_id=(\d+)")
-_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\}|mesh\[([^\]]*)\][^{]* \{([^}]*)\})")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_END_OF_OPERANDS = re.compile(r"\)(?:, \w+=|$)")
+_NAME = re.compile(r"%([\w.\-]+)")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_ELSEWHERE = re.compile(r"S\([1-9]\d*\)")  # a memory space: 0, the default, is not written
+_FRAMES = re.compile(r" stack_frame_id=\d+")  # they refer to a list at the head of the program
+_BRANCHES = re.compile(r"(?:branch_computations=\{|(?:true|false)_computation=)(%[\w.\-]+(?:, %[\w.\-]+)*)")
 
 
-class Collective(NamedTuple):
-    """One exchange between devices.
+class Shaped(NamedTuple):
+    """An array that an instruction yields.
 
     Attributes:
-        kind: one of `KINDS`.
-        bytes: size of the whole array that is gathered, reduced or sent, on one device.
-        group: number of devices that exchange with each other.
-        in_loop: whether it is in the body of a loop.
+        bytes: its size, padding of tiles excluded.
+        in_memory: whether it is in the device's main memory, HBM on TPUs, and not in VMEM or another space.
     """
 
-    kind: str
     bytes: int
-    group: int
-    in_loop: bool
+    in_memory: bool
+
+
+class Instruction(NamedTuple):
+    """An instruction of a computation.
+
+    Attributes:
+        name: unique in the program.
+        result: type and layout of what it yields, an array or a tuple.
+        operation: such as "fusion".
+        operands: names of instructions of the same computation.
+        text: what stands in the parentheses after the operation, and its attributes.
+    """
+
+    name: str
+    result: str
+    operation: str
+    operands: tuple[str, ...]
+    text: str
 
     @property
-    def received(self) -> float:
-        """Bytes that each device receives by the ring algorithm, in which an all-reduce takes two rounds."""
-        if self.kind == "collective-permute":
-            return self.bytes
-        return self.bytes * (self.group - 1) / self.group * (2 if self.kind == "all-reduce" else 1)
+    def arrays(self) -> list[Shaped]:
+        """The arrays that it yields: one, or the leaves of a tuple."""
+        return [Shaped(_size(*found[:2]), not _ELSEWHERE.search(found[2])) for found in _ARRAY.findall(self.result)]
+
+    @property
+    def bytes(self) -> int:
+        """The size of all that it yields."""
+        return sum(array.bytes for array in self.arrays)
+
+    @property
+    def branches(self) -> list[str]:
+        """The computations of a "conditional", of which one is run."""
+        return [name for found in _BRANCHES.findall(self.text) for name in _NAME.findall(found)]
+
+    def called(self, attribute: str) -> str | None:
+        """The computation that an attribute names: calls, to_apply, body or condition."""
+        match = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
+        return match[1] if match else None
 
 
-def collectives(text: str) -> list[Collective]:
-    """The exchanges of a compiled program, each once.
+class Computation(NamedTuple):
+    """A computation: the program's entry, the body of a loop, what a fusion computes.
+
+    Attributes:
+        instructions: by name, in the order in which they run.
+        root: the name of the one that yields the result.
+        text: all of it.
+    """
+
+    instructions: dict[str, Instruction]
+    root: str
+    text: str
+
+    @property
+    def parameters(self) -> list[Instruction]:
+        """The instructions that yield its arguments, in order."""
+        found = [i for i in self.instructions.values() if i.operation == "parameter"]
+        return sorted(found, key=lambda instruction: int(instruction.text.split(")")[0]))
+
+
+class Module(NamedTuple):
+    """A compiled program.
+
+    Attributes:
+        computations: by name; those that another calls stand before it.
+        entry: the name of the one that is run.
+    """
+
+    computations: dict[str, Computation]
+    entry: str
+
+    def alone(self, name: str) -> str:
+        """The text of a program whose entry is one of the computations."""
+        needed = {name}
+        for other in reversed(self.computations):
+            if other in needed:
+                needed.update(n for n in _NAME.findall(self.computations[other].text) if n in self.computations)
+        texts = [f"{'ENTRY ' if n == name else ''}{c.text}" for n, c in self.computations.items() if n in needed]
+        return _FRAMES.sub("", "\n\n".join(["HloModule alone", *texts]))
+
+
+def read(text: str) -> Module:
+    """Read a program.
 
     Args:
-        text: `compiled.as_text()`.
+        text: `compiled.as_text()`, or what XLA dumps after its optimisations.
     """
-    bodies = dict(_computations(text))
-    found: dict[str, Collective] = {}
-
-    def visit(name: str, in_loop: bool) -> None:
-        for result, operation, rest in bodies.get(name, []):
-            kind = operation.removesuffix("-start")
-            if kind in KINDS:
-                if name.startswith("all-reduce-scatter"):  # an all-reduce that TPUs fuse with slicing its result
-                    kind = "reduce-scatter"
-                # An asynchronous exchange occurs several times: where it starts, on its way and where it ends.
-                channel = _CHANNEL.search(rest)
-                group = _group_size(rest)
-                size = _result_bytes(result, operation) * (group if operation == "reduce-scatter" else 1)
-                found.setdefault(channel[1] if channel else result + rest, Collective(kind, size, group, in_loop))
-            for called in dict.fromkeys(_CALLED.findall(rest)):
-                visit(called, in_loop or operation == "while")
-
-    visit(next(name for name in bodies if name.startswith("ENTRY ")), False)
-    return list(found.values())
+    computations, entry = {}, ""
+    for header, lines in _blocks(text):
+        instructions, root = {}, ""
+        for line in lines:
+            if match := _INSTRUCTION.match(line):
+                is_root, name, result, operation, rest = match.groups()
+                end = _END_OF_OPERANDS.search(rest)
+                operands = tuple(_NAME.findall(rest[: end.start()])) if end else ()
+                instructions[name] = Instruction(name, result, operation, operands, rest)
+                root = name if is_root else root
+        whole = "\n".join([header[0].removeprefix("ENTRY "), *lines, "}"])
+        computations[header[2]] = Computation(instructions, root, whole)
+        entry = header[2] if header[1] else entry
+    return Module(computations, entry)
 
 
-def _computations(text: str) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
-    """Names of computations, the entry's after "ENTRY ", and (result, operation, rest) of their exchanges and calls."""
-    name: str | None = None
-    body: list[tuple[str, str, str]] = []
-    relevant = (*KINDS, "calls=", "to_apply=", "body=", "_computation=")
+def _blocks(text: str) -> Iterator[tuple[re.Match[str], list[str]]]:
+    """The header of each computation and the lines of its body."""
+    header: re.Match[str] | None = None
+    lines: list[str] = []
     for line in text.splitlines():
-        if name is None:
-            if header := _COMPUTATION.match(line):
-                name, body = f"{header[1] or ''}{header[2]}", []
+        if header is None:
+            header, lines = _COMPUTATION.match(line), []
         elif line == "}":
-            yield name, body
-            name = None
-        elif any(word in line for word in relevant) and (match := _INSTRUCTION.match(line)):
-            body.append((match[1], match[2], match[3]))
-
-
-def _result_bytes(result: str, operation: str) -> int:
-    sizes = [_size(*shape) for shape in _SHAPE.findall(result)]
-    # The start of an asynchronous exchange yields its operands beside its results.
-    return max(sizes) if operation.endswith("-start") else sum(sizes)
+            yield header, lines
+            header = None
+        else:
+            lines.append(line)
 
 
 def _size(dtype: str, dimensions: str) -> int:
     bits = re.search(r"\d+", dtype)
     return math.ceil((int(bits[0]) if bits else 8) / 8 * math.prod(int(d) for d in dimensions.split(",") if d))
-
-
-def _group_size(rest: str) -> int:
-    match = _GROUPS.search(rest)
-    if match is None:
-        return 2 if "source_target_pairs" in rest else 1
-    if match[1]:
-        return int(match[1])
-    if match[2] is not None:
-        return len(match[2].split(","))
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[3]))
-    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[4]))

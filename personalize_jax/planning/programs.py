@@ -19,7 +19,7 @@ from personalize_jax.pipeline import Pipeline, Sampling, Stage
 from personalize_jax.pipeline.cascade import sample_pictures
 from personalize_jax.planning import slices
 from personalize_jax.planning.compiler import analyse
-from personalize_jax.planning.hlo import Collective
+from personalize_jax.planning.exchanges import Collective
 from personalize_jax.planning.slices import Topology
 from personalize_jax.runtime import sharding
 from personalize_jax.runtime.errors import UserError
@@ -28,9 +28,9 @@ from personalize_jax.training.parameterizations.base import Identifier
 from personalize_jax.training.program import mesh_of, stage_program
 
 PHOTOS, CAPTIONS = 5, 3  # of a subject, the empty caption included; they are too small for their number to matter
-# The compiler refuses either by the memory of the whole program, or earlier by that of its temporary arrays.
-_WHOLE_PROGRAM = re.compile(r"Used ([\d.]+)([KMGT]?) of")
-_TEMPORARIES = re.compile(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds")
+# The compiler refuses either late, or early by an estimate. It calls that one of temporary arrays, and yet counts
+# arguments in.
+_REFUSED = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT]?)(?: of|\) exceeds)")
 
 
 class Usage(NamedTuple):
@@ -38,10 +38,10 @@ class Usage(NamedTuple):
 
     Attributes:
         memory: bytes by kind.
-        flops: number of operations in one round.
-        bytes: bytes read from memory and written to it in one round.
+        flops: number of operations.
+        bytes: bytes read from memory and written to it.
         exchanges: the collectives between devices.
-        rounds: how often the body of the program's loop runs in a step.
+        unknown_loops: number of loops that are counted once, because the program does not tell how often they run.
         compiled: whether the compiler accepts the program; it refuses what does not fit.
         seconds: time spent compiling.
     """
@@ -50,7 +50,7 @@ class Usage(NamedTuple):
     flops: float
     bytes: float
     exchanges: list[Collective]
-    rounds: int
+    unknown_loops: int
     compiled: bool
     seconds: float
 
@@ -61,9 +61,7 @@ class Usage(NamedTuple):
 
     def received(self, kind: str | None = None) -> float:
         """Bytes that a device receives from others in a step, by one kind of exchange or by all."""
-        return sum(
-            e.received * (self.rounds if e.in_loop else 1) for e in self.exchanges if kind is None or e.kind == kind
-        )
+        return sum(e.received for e in self.exchanges if kind is None or e.kind == kind)
 
 
 def train_step(
@@ -99,15 +97,16 @@ def train_step(
         "pretrained": bytes_per_device(pretrained_shapes(pipeline, single, program.mesh)),
         "examples": bytes_per_device(program.examples),
     }
-    arguments = memory["parameters"] + memory["optimizer"] + memory["average"] + memory["examples"]
-    arguments += bytes_per_device(program.frozen_params)
-    return program_usage(program.lower(), memory, arguments, single.microbatches, devices)
+    arguments = (program.state, program.frozen_params, program.examples)
+    return program_usage(program.lower(), memory, arguments, devices)
 
 
 def sampling_step(
     pipeline: Pipeline, stage: Stage, sampling: Sampling, batch_size: int, config: ConfigDict, topology: Topology
 ) -> Usage:
     """The usage of one of the `sampling.num_steps` steps in which a stage samples a batch of pictures.
+
+    What is done once a batch, such as gathering parameters and decoding, is shared out among the steps.
 
     Args:
         pipeline: a pipeline with shapes in place of parameters.
@@ -131,39 +130,50 @@ def sampling_step(
     params = pretrained_shapes(pipeline, config, mesh_of(config, devices))
     memory = {"pretrained": bytes_per_device(params), "batch": bytes_per_device(inputs)}
     lowered = sample_pictures.lower(stage, sampling, mesh, params[stage.name], *inputs)
-    arguments = memory["batch"] + bytes_per_device(params[stage.name])
-    return program_usage(lowered, memory, arguments, 1, devices)
+    batch = program_usage(lowered, memory, (params[stage.name], inputs), devices)
+    steps = sampling.num_steps
+    exchanges = [exchange._replace(runs=exchange.runs / steps) for exchange in batch.exchanges]
+    return batch._replace(flops=batch.flops / steps, bytes=batch.bytes / steps, exchanges=exchanges)
 
 
-def program_usage(
-    lowered: jax.stages.Lowered, memory: dict[str, int], arguments: int, rounds: int, devices: Sequence[Any]
-) -> Usage:
+def program_usage(lowered: jax.stages.Lowered, memory: dict[str, int], arguments: Any, devices: Sequence[Any]) -> Usage:
     """Compile a program and return its usage.
 
     Args:
         lowered: the program.
         memory: bytes by kind that the run holds on a device; the program's activations are added to them.
-        arguments: the number of these bytes that are arguments of the program.
-        rounds: see `Usage`.
+        arguments: what the program is lowered for: shapes with shardings, held among these bytes.
         devices: the devices that it is lowered for.
     """
     analysis = analyse(lowered, devices)
+    taken = kept_bytes(lowered, arguments)
     if analysis.refusal:
-        memory = memory | {"activations": _refused_bytes(analysis.refusal, arguments)}
-        return Usage(memory, math.nan, math.nan, [], rounds, False, analysis.seconds)
-    memory = memory | {"activations": max(0, analysis.memory - arguments)}  # with the padding of the arguments' tiles
-    return Usage(memory, analysis.flops, analysis.traffic, list(analysis.exchanges), rounds, True, analysis.seconds)
+        memory = memory | {"activations": max(0, _refused_bytes(analysis.refusal) - taken)}  # rounded
+        return Usage(memory, math.nan, math.nan, [], 0, False, analysis.seconds)
+    memory = memory | {"activations": analysis.memory - taken}  # with the padding of the arguments' tiles
+    exchanges, unknown = list(analysis.exchanges), analysis.unknown_loops
+    return Usage(memory, analysis.flops, analysis.traffic, exchanges, unknown, True, analysis.seconds)
 
 
-def _refused_bytes(message: str, arguments: int) -> int:
-    """The memory that a refused program needs beside its arguments, in bytes.
+def kept_bytes(lowered: jax.stages.Lowered, arguments: Any) -> int:
+    """Bytes on each device of those arguments that a program keeps; `jax.jit` drops what nothing uses.
+
+    Args:
+        lowered: the program.
+        arguments: what it is lowered for: shapes with shardings.
+    """
+    kept = lowered._lowering.compile_args["kept_var_idx"]  # type: ignore[attr-defined]  # the only place that tells
+    return bytes_per_device([leaf for i, leaf in enumerate(jax.tree.leaves(arguments)) if i in kept])
+
+
+def _refused_bytes(message: str) -> int:
+    """The memory that a refused program needs, arguments included, in bytes.
 
     Raises:
         UserError: the program is refused for another reason than memory.
     """
-    for pattern, counted in ((_WHOLE_PROGRAM, arguments), (_TEMPORARIES, 0)):
-        if match := pattern.search(message):
-            return max(0, int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")) - counted)
+    if match := _REFUSED.search(message):
+        return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
     raise UserError(f"The program cannot be compiled: {message.splitlines()[0]}")
 
 

@@ -6,8 +6,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from personalize_jax.models.attention import CACHED, attend, over
 from personalize_jax.models.normalization import GroupNorm
-from personalize_jax.planning import slices
-from personalize_jax.planning.hlo import collectives
+from personalize_jax.planning import hlo, slices
+from personalize_jax.planning.exchanges import collectives
+from personalize_jax.planning.loops import count_runs
 from personalize_jax.runtime import sharding
 from personalize_jax.runtime.errors import UserError
 
@@ -70,7 +71,8 @@ def test_several_chips_attend_with_the_flash_kernel_each_to_its_own_pictures_and
 
     text = jax.jit(jax.grad(loss)).lower(params, x).compile().as_text()
     assert "tpu_custom_call" in text
-    exchanged = collectives(text)
+    module = hlo.read(text)
+    exchanged = collectives(module, count_runs(module))
     assert exchanged and {e.group for e in exchanged} <= {2, 4}
     weights, half_of_the_queries = 3 * 4 * (N * D) ** 2, B * L * N * D
     assert max(e.bytes for e in exchanged) <= weights < half_of_the_queries

@@ -12,7 +12,9 @@ from configs import deepfloyd_if, stable_diffusion
 from personalize_jax.method.personalized import load_personalized, load_placed, places, with_trained
 from personalize_jax.models.params import flatten
 from personalize_jax.pipeline.cascade import sample_pictures
-from personalize_jax.planning.hlo import collectives
+from personalize_jax.planning import hlo
+from personalize_jax.planning.exchanges import collectives
+from personalize_jax.planning.loops import count_runs
 from personalize_jax.training.checkpoint import Checkpoints
 from personalize_jax.training.examples import make_examples
 from personalize_jax.training.program import stage_program
@@ -53,10 +55,11 @@ def gathered_in_loop(pipeline):
 
     sys.modules["personalize_jax.pipeline.cascade"].sample_pictures = compiled
     pictures = pipeline.sample_stage(stage, PROMPTS, SEEDS)
-    found = collectives(programs[0])
+    module = hlo.read(programs[0])
+    found = collectives(module, count_runs(module))
     return pictures, {
-        "in_loop": sorted({exchange.kind for exchange in found if exchange.in_loop}),
-        "gathered": sum(e.bytes for e in found if e.kind == "all-gather" and not e.in_loop),
+        "in_loop": sorted({exchange.kind for exchange in found if exchange.runs > 1}),
+        "gathered": sum(e.bytes for e in found if e.kind == "all-gather" and e.runs == 1),
         "in_parts": sum(leaf.nbytes for leaf in jax.tree.leaves(pipeline.params[stage.name]) if leaf.ndim > 1),
     }
 

@@ -36,7 +36,7 @@ def main():
     examples = {group: tiny.examples(seed=i, resolution=64) for i, group in enumerate(("instance", "prior"))}
     program = stage_program(STAGE, tiny.family(), pretrained, examples, config, 0)
     lowered = program.lower()
-    plan = program_usage(lowered, {}, 0, 1, jax.devices())
+    plan = program_usage(lowered, {}, (), jax.devices())
 
     state = jax.block_until_ready(program.init())
     run = lowered.compile()

@@ -12,8 +12,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from personalize_jax.models.attention import attend
-from personalize_jax.planning import compiler, slices
-from personalize_jax.planning.hlo import Collective, collectives
+from personalize_jax.planning import compiler, hlo, slices
+from personalize_jax.planning.exchanges import Collective, collectives
+from personalize_jax.planning.loops import count_runs
 from personalize_jax.runtime import interruption
 from personalize_jax.runtime.errors import UserError
 
@@ -32,7 +33,8 @@ def test_early_figures_are_those_of_the_compiled_program():
     lowered = jax.jit(jax.grad(loss), out_shardings=whole).lower(w, x)
     early, compiled = compiler.analyse(lowered, devices), lowered.compile()
     assert early.flops == compiled.cost_analysis()["flops"] > 2 * 2 * 256 * 512**2
-    assert list(early.exchanges) == collectives(compiled.as_text())
+    module = hlo.read(compiled.as_text())
+    assert list(early.exchanges) == collectives(module, count_runs(module))
     assert [e.bytes for e in early.exchanges] == [4 * 512**2]  # the gradient
     sizes = compiled.memory_analysis()
     needed = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
@@ -55,7 +57,7 @@ def test_a_program_is_compiled_once(monkeypatch):
     """And what the compiler says of it kept, where the tests' programs are kept."""
     compiled = []
     monkeypatch.setattr(compiler, "_compile", lambda lowered, count: compiled.append(count) or analysis)
-    analysis = compiler.Analysis(flops=2.0, exchanges=(Collective("all-gather", 80, 8, True),), seconds=1.5)
+    analysis = compiler.Analysis(flops=2.0, exchanges=(Collective("all-gather", 80, 8, 3),), seconds=1.5)
     programs = [jax.jit(lambda x, k=k: k * x).lower(jnp.ones(3)) for k in (2, 2, 3)]
     older, newer = (slices.devices(slices.parse(slice_))[:1] for slice_ in ("v4-8", "v5p-8"))
     assert repr(older) == repr(newer)  # which must not be taken for the same

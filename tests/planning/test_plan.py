@@ -44,7 +44,7 @@ def test_changes_are_tried_until_tuning_fits(pretrained, monkeypatch):
             "optimizer": 2 * GIB / (2 if training.optimizer.moment_dtype == "bfloat16" else 1),
             "activations": 24 * GIB / training.microbatches,
         }
-        return Usage(whole, 1e12, 1e9, [], training.microbatches, True, 0.0)
+        return Usage(whole, 1e12, 1e9, [], 2, True, 0.0)
 
     monkeypatch.setattr(plan, "tuning_usage", tuning_usage)
     config = changed(tiny_world.get_config(pretrained), training__batch_size=8, super_resolution_training__batch_size=4)
@@ -55,6 +55,7 @@ def test_changes_are_tried_until_tuning_fits(pretrained, monkeypatch):
     changes = ["training.mesh=(1, -1, -1)", "training.optimizer.moment_dtype=bfloat16", "training.microbatches=2"]
     assert found["programs"][0]["changes"] == changes
     assert f"fits with {', '.join(changes)}" in plan.table([found])
+    assert "how often 2 loops run cannot be told" in plan.table([found])
     monkeypatch.setitem(CHIPS, "v5e", CHIPS["v5e"]._replace(hbm_bytes=20 * GIB))  # moments may stay as they are
     assert plan.changes_that_fit(pipeline, config, "base", topology) == [changes[0], changes[2]]
     meshed = changed(config, training__mesh=(1, -1, -1))

@@ -15,11 +15,12 @@ from personalize_jax.families.batch import Batch
 from personalize_jax.method.configuration import changed
 from personalize_jax.planning import slices
 from personalize_jax.planning.estimate import Run, Usage, fits, part_seconds, roofline
-from personalize_jax.planning.hlo import Collective
+from personalize_jax.planning.exchanges import Collective
 from personalize_jax.planning.programs import (
     bytes_per_device,
     conditioning_shapes,
     example_shapes,
+    kept_bytes,
     pretrained_shapes,
     program_usage,
 )
@@ -28,7 +29,7 @@ from tests import tiny
 
 
 def usage(**changes):
-    start = Usage({"parameters": 2**30}, 2e12, 8e9, [], 1, True, 1.0)
+    start = Usage({"parameters": 2**30}, 2e12, 8e9, [], 0, True, 1.0)
     return start._replace(**changes)
 
 
@@ -39,12 +40,12 @@ def test_the_longest_of_three_bounds_a_step():
     assert roofline(usage(), V5E_8).bound == "compute"
     assert roofline(usage(), V5E_8).seconds == pytest.approx(2e12 / V5E_8.chip.flops)
     assert roofline(usage(bytes=1e11), V5E_8).bound == "memory"
-    gather = Collective("all-gather", 10**10, 8, True)
+    gather = Collective("all-gather", 10**10, 8, 1)
     assert roofline(usage(exchanges=[gather]), V5E_8).bound == "network"
 
 
 def test_a_ring_has_two_links_though_other_sides_are_lines():
-    exchanges = [Collective("all-gather", 8000, 8, False)]
+    exchanges = [Collective("all-gather", 8000, 8, 1)]
     line, ring, rings = (
         roofline(usage(exchanges=exchanges), slices.parse(text)) for text in ("v5e:8x8", "v5e:8x16", "v5e:16x16")
     )
@@ -52,10 +53,10 @@ def test_a_ring_has_two_links_though_other_sides_are_lines():
     assert ring.network == rings.network == line.network / 2
 
 
-def test_loops_count_what_they_repeat():
-    gather, after = Collective("all-gather", 8000, 8, True), Collective("all-gather", 800, 8, False)
-    assert usage(exchanges=[gather, after], rounds=3).received() == 3 * 7000 + 700
-    assert roofline(usage(rounds=3), V5E_8).compute == pytest.approx(3 * roofline(usage(), V5E_8).compute)
+def test_an_exchange_counts_as_often_as_it_runs():
+    gather, after = Collective("all-gather", 8000, 8, 3), Collective("all-reduce", 800, 8, 1)
+    found = usage(exchanges=[gather, after])
+    assert (found.received("all-gather"), found.received()) == (3 * 7000, 3 * 7000 + 2 * 700)
 
 
 def test_what_the_compiler_refuses_or_a_chip_cannot_hold_does_not_fit():
@@ -71,9 +72,34 @@ def test_a_program_that_is_too_large_is_measured_all_the_same():
     one = jax.sharding.SingleDeviceSharding(devices[0])
     x = jax.ShapeDtypeStruct((side, side), jnp.bfloat16, sharding=one)  # 8 GiB, and its square 16 GiB
     lowered = jax.jit(lambda x: jnp.sum(jnp.sort(x @ x, axis=0), axis=1)).lower(x)
-    found = program_usage(lowered, {"parameters": 2 * side**2}, 2 * side**2, 1, devices)
+    found = program_usage(lowered, {"parameters": 2 * side**2}, [x], devices)
     assert not found.compiled and not fits(found, slices.parse("v5e-1"))
     assert found.memory["activations"] > 6 * 2**30
+
+
+def test_arguments_of_a_refused_program_count_once():
+    pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with tests/requirements.txt")
+    devices = slices.devices(slices.parse("v5e-1"))
+    one = jax.sharding.SingleDeviceSharding(devices[0])
+    x = jax.ShapeDtypeStruct((2**15, 17 * 2**14), jnp.bfloat16, sharding=one)  # 17 GiB, added up to one number
+    found = program_usage(jax.jit(jnp.sum).lower(x), {"x": bytes_per_device(x)}, [x], devices)
+    assert not found.compiled and found.total == pytest.approx(17 * 2**30, rel=0.01)
+
+
+@pytest.mark.parametrize("tpu", [True, False], ids=["tpu", "cpu"])
+def test_an_argument_that_jit_drops_takes_its_memory_all_the_same(tpu):
+    """It lies on the device throughout a run, beside what the program takes."""
+    if tpu:
+        pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with tests/requirements.txt")
+    devices = slices.devices(slices.parse("v5e-1")) if tpu else jax.devices()[:1]
+    one = jax.sharding.SingleDeviceSharding(devices[0])
+    x, unused = (jax.ShapeDtypeStruct((side, side), jnp.float32, sharding=one) for side in (512, 1024))
+    lowered = jax.jit(lambda x, unused: jnp.sin(x)).lower(x, unused)
+    arguments = (x, unused)
+    found = program_usage(lowered, {"all": bytes_per_device(arguments)}, arguments, devices)
+    result = 4 * 512**2
+    assert found.total == pytest.approx(bytes_per_device(arguments) + result, rel=0.01)
+    assert kept_bytes(lowered, arguments) == lowered.compile().memory_analysis().argument_size_in_bytes == 4 * 512**2
 
 
 def test_a_run_is_its_steps_and_batches():
