@@ -196,7 +196,7 @@ def _cache_file(lowered: jax.stages.Lowered, devices: Sequence[jax.Device]) -> P
     kinds = [f"{device.device_kind} {device!r}" for device in devices]  # the repr alone is the same for v4 and v5p
     key = [lowered.as_text(), *kinds, *(os.environ.get(flag, "") for flag in _FLAGS)]
     sources = (_compile, _flops, flash_flops, exchanges, hlo, loops, traffic)
-    key += [*_versions(), *map(inspect.getsource, sources)]
+    key += [*_versions(), *(inspect.getsource(code) for code in sources)]
     return Path(cache) / _FOLDER / f"{hashlib.sha256('|'.join(key).encode()).hexdigest()}.json"
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
-_END_OF_OPERANDS = re.compile(r"\)(?:, \w+=|$)")
+_END_OF_OPERANDS = re.compile(r"\)(?:, [\w\-]+=|$)")
 _NAME = re.compile(r"%([\w.\-]+)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _ELSEWHERE = re.compile(r"S\([1-9]\d*\)")  # a memory space: 0, the default, is not written
@@ -119,7 +119,8 @@ def read(text: str) -> Module:
             if match := _INSTRUCTION.match(line):
                 is_root, name, result, operation, rest = match.groups()
                 end = _END_OF_OPERANDS.search(rest)
-                operands = tuple(_NAME.findall(rest[: end.start()])) if end else ()
+                assert end is not None, f"{name}: {rest}"
+                operands = tuple(_NAME.findall(rest[: end.start()]))
                 instructions[name] = Instruction(name, result, operation, operands, rest)
                 root = name if is_root else root
         whole = "\n".join([header[0].removeprefix("ENTRY "), *lines, "}"])

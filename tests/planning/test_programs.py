@@ -12,6 +12,7 @@ from configs import deepfloyd_if, stable_diffusion, world
 from personalize_jax import plan
 from personalize_jax.families import public
 from personalize_jax.families.batch import Batch
+from personalize_jax.families.world import read_stage
 from personalize_jax.method.configuration import changed
 from personalize_jax.planning import slices
 from personalize_jax.planning.estimate import Run, Usage, fits, part_seconds, roofline
@@ -84,6 +85,19 @@ def test_arguments_of_a_refused_program_count_once():
     x = jax.ShapeDtypeStruct((2**15, 17 * 2**14), jnp.bfloat16, sharding=one)  # 17 GiB, added up to one number
     found = program_usage(jax.jit(jnp.sum).lower(x), {"x": bytes_per_device(x)}, [x], devices)
     assert not found.compiled and found.total == pytest.approx(17 * 2**30, rel=0.01)
+
+
+def test_microbatches_split_the_same_work():
+    """A loop goes through them, whose rounds count."""
+    stage = read_stage(tiny.BASE)
+    pretrained = {"denoiser": tiny.stage_params(stage), "text_encoder": tiny.text_params()}
+    examples = {"instance": tiny.examples()}
+    flops = []
+    for count in (1, 4):
+        config = tiny.training(batch_size=32, microbatches=count, prior__weight=0.0)
+        lowered = stage_program(stage, tiny.family(), pretrained, examples, config, 0).lower()
+        flops.append(program_usage(lowered, {}, (), jax.devices()).flops)
+    assert flops[1] == pytest.approx(flops[0], rel=0.1)
 
 
 @pytest.mark.parametrize("tpu", [True, False], ids=["tpu", "cpu"])
