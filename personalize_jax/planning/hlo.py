@@ -11,7 +11,7 @@ _END_OF_OPERANDS = re.compile(r"\)(?:, [\w\-]+=|$)")
 _NAME = re.compile(r"%([\w.\-]+)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _ELSEWHERE = re.compile(r"S\([1-9]\d*\)")  # a memory space: 0, the default, is not written
-_FRAMES = re.compile(r" stack_frame_id=\d+")  # they refer to a list at the head of the program
+_FRAMES = re.compile(r" ?stack_frame_id=\d+")  # they refer to a list at the head of the program
 _BRANCHES = re.compile(r"(?:branch_computations=\{|(?:true|false)_computation=)(%[\w.\-]+(?:, %[\w.\-]+)*)")
 
 
