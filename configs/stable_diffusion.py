@@ -6,7 +6,7 @@ python -m personalize_jax.personalize --config=configs/stable_diffusion.py:1.5 -
 Versions 1.5 (512 pixels, predicts eps), 2.1 (768, v) and 2.1-base (512, eps); the latter two are copies, as the
 originals were removed from the hub. A folder on disk works as well: --config.pretrained=stable-diffusion-v1-5/. The
 paper's settings: 1000 steps, learning rate 5e-6, lambda 1, about 1000 class images. Not run on the real weights yet. By
-`personalize_jax.plan`, 2.1 takes 7.4 of a chip's 16 GiB on a v5e-8, and with :lora 8.8 on a single chip.
+`personalize_jax.plan`, 2.1 takes 7.4 of a chip's 16 GiB on a v5e-8, and with :lora it fits a single chip.
 """
 
 from ml_collections import ConfigDict
