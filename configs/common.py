@@ -154,7 +154,7 @@ def base_stage() -> ConfigDict:
                 "patch": 2,
                 "down_blocks": (1, 1, 1),
                 "up_blocks": (1, 2, 1),
-                "attention": (False, False, True),
+                "attention": (False, True, True),
             },
             "schedule": {"kind": "cosine", "shift": 0.0},
             "augmentation": {"kind": "cosine"},

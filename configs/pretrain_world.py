@@ -14,19 +14,29 @@ python -m personalize_jax.pretrain --config=configs/pretrain_world.py:base --wor
 python -m personalize_jax.pretrain --config=configs/pretrain_world.py:super_resolution --workdir=runs/world_sr \
     --config.pretrained=runs/world_base/pipeline
 
-The weights in `personalize_jax/assets/world` come from two trainings of the base, the second of which began with the
-weights of the first, and one of super-resolution, on 2 cores of an AMD EPYC (Zen 4) that had other work as well:
+The weights in `personalize_jax/assets/world` come from three trainings of the base, each of which began with those of
+the one before, and one of super-resolution. The third was on one core of an Intel Xeon at 2.1 GHz, the others on 2
+cores of an AMD EPYC (Zen 4) that had other work as well:
 
 | | pictures seen | of | settings | CPU hours, about | loss at the end |
 |---|---|---|---|---|---|
 | base | 179,200 | 80,000 | num_steps=5600 | 1.5 | .372 |
 | base, second | 160,000 | the same | num_steps=5000, pretrained=world | 1.7 | .338 |
+| base, third | 121,232 | the same | see below | 1 | .336 |
 | super_resolution | 57,600 | 20,480 | num_steps=3600, decay_steps=1600, warmup_steps=100 | 1 | .64 |
 
 Base loss by mean over 500 steps, first training: .510 at 1,500, .440 at 2,500, .403 at 3,500, .410 at 4,500, .372 at
 5,600; second: .391 at 2,000, where its learning rate began to fall, .378 at 3,000, .367 at 4,000, .338 at 5,000: still
 falling. That of super-resolution: 1.11 at 500, .78 at 1,000, .75 at 1,500, .72 at 2,000, where its learning rate began
 to fall, .69 at 2,500, .64 at 3,000, .64 at 3,500.
+For the third training the base's network got attention at 8x8 pixels and weights of the noisy picture, which began
+without effect. Its 7,577 steps of 16 pictures had the time of
+
+python -m personalize_jax.pretrain --config=configs/pretrain_world.py:all --config.train='("base",)' \
+    --config.pretrained=world --config.base.training.batch_size=16 \
+    --config.base.training.optimizer.learning_rate=4e-4 --budget_minutes=62 --workdir=runs/world
+
+and the learning rate fell over the second half of them. Its loss is a mean of the single steps that were logged.
 Captions of the first training had ordinary words without a meaning (see `world/captions.py`), and the pictures
 of its first 500 steps had another lighting. `python -m experiments.pretrained_cascade` prints the probe's scores, see
 experiments/README.md.

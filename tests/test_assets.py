@@ -53,7 +53,8 @@ def test_what_pretraining_read_was_counted(pipeline):
     for words in (*CLASSES, *COLOURS, *CONTEXTS):
         assert all(tokenizer.counts[token] > 1000 for token in tokenizer.encode(words)), words
     assert not any(tokenizer.counts[token] for token in tokenizer.special_ids)
-    assert np.sum(tokenizer.counts == 0) > 400  # identifiers for hundreds of subjects
+    rare = tokenizer.counts < 3e-7 * tokenizer.counts.sum()
+    assert np.sum(rare) > 400  # identifiers for hundreds of subjects
 
 
 def test_a_benchmarks_subjects_get_rare_identifiers_of_their_own(pipeline):
@@ -69,7 +70,7 @@ def test_a_benchmarks_subjects_get_rare_identifiers_of_their_own(pipeline):
 def test_the_first_subjects_get_the_tokens_that_the_demo_shows(pipeline):
     first = choose_identifier(pipeline.tokenizer, "dog", nouns=CLASSES)
     second = choose_identifier(pipeline.tokenizer, "dog", in_use=first.own_tokens, nouns=CLASSES)
-    assert (first.text, second.text) == ("tar", "shu")
+    assert (first.text, second.text) == ("xii", "mah")
 
 
 @pytest.mark.parametrize("noun", CLASSES)

@@ -137,14 +137,17 @@ class UNet(nn.Module):
             if level:
                 x = nn.Dense(4 * self.channels[level - 1], name=f"upsample_{level}")(x)
                 x = einops.rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=2, q=2)
-        # A super-resolution network also weights its two pictures pixel by pixel, so that their noise, which it has to
-        # tell exactly, need not pass through the narrow levels.
-        pictures = [] if low_res_BHWC is None else [z_BHWC, low_res_BHWC]
-        out_channels = (1 + len(pictures)) * z_BHWC.shape[-1] * self.patch**2
-        x = Conv(out_channels, kernel_init=_zeros, name="head")(nn.silu(_norm("head_norm")(x)))
-        x = einops.rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=self.patch, q=self.patch)
-        x, *weights = jnp.split(x, 1 + len(pictures), axis=-1)
-        return x + sum(weight * picture for weight, picture in zip(weights, pictures, strict=True))
+        x = nn.silu(_norm("head_norm")(x))
+        # The network also weights the pictures that it is given, pixel by pixel, so that their noise, a part of what it
+        # predicts, need not pass through the narrow levels.
+        pictures = {"noisy": z_BHWC} if low_res_BHWC is None else {"noisy": z_BHWC, "low_res": low_res_BHWC}
+        weighted = [self._to_pixels(x, f"{name}_weights") * picture for name, picture in pictures.items()]
+        return sum(weighted, self._to_pixels(x, "head"))
+
+    def _to_pixels(self, x: Array, name: str) -> Array:
+        """Three values at every pixel, at first zero."""
+        x = Conv(3 * self.patch**2, kernel_init=_zeros, name=name)(x)
+        return einops.rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=self.patch, q=self.patch)
 
     def _condition(self, t_B: Array, text_BLD: Array, mask_BL: Array, level_B: Array | None) -> Array:
         """Time, pooled text and augmentation level in one vector (Imagen, appendix F)."""

@@ -111,7 +111,7 @@ def record_subject(workdir: Path, name: str, identifier: str, in_prompts: str) -
 
     Args:
         workdir: run directory.
-        name: the name, such as "a tar dog".
+        name: the name, such as "a xii dog".
         identifier: the rare word in it.
         in_prompts: the words that stand for the name in prompts, such as "a [V] dog".
     """

@@ -51,7 +51,7 @@ def test_the_size_of_the_batch_changes_no_more_than_rounding(pipeline, together)
 def test_other_seeds_and_other_prompts_give_other_pictures(together):
     base = together[0].astype(int)
     assert np.abs(base[0] - base[4]).mean() > 5  # another seed
-    assert np.abs(base[1] - base[3]).mean() > 0.5  # another prompt
+    assert (base[1] != base[3]).mean() > 0.2  # another prompt
 
 
 def draw_on_every_device(file):
