@@ -1,5 +1,6 @@
 """Parameters in a safetensors file, under their own slash-separated paths."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from personalize_jax.models.params import Params, flatten, unflatten
 from personalize_jax.runtime import hosts
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.runtime.files import replacing
+
+_METADATA = "personalize_jax"  # the entry that has all text beside the parameters, as JSON
 
 
 def load_params(file: Path, place: Callable[[Params], Params] | None = None) -> Params:
@@ -44,7 +47,8 @@ def read_metadata(file: Path) -> dict[str, str]:
         UserError: the file is cut short or no safetensors file.
     """
     with _opened(file) as tensors:
-        return tensors.metadata() or {}
+        entries = tensors.metadata() or {}
+    return json.loads(entries[_METADATA]) if _METADATA in entries else entries
 
 
 @contextmanager
@@ -61,14 +65,16 @@ def _opened(file: Path) -> Iterator[Any]:
 def save_params(
     params: Params, file: Path, dtype: DTypeLike = jnp.float32, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write parameters under their slash-separated paths, and text beside them.
+    """Write parameters under their slash-separated paths, and text beside them; the same bytes whenever called.
 
     Raises:
         UserError: the file cannot be written.
     """
     flat = flatten(jax.tree.map(lambda a: np.asarray(a, dtype, order="C"), params))  # as files hold them
+    # One entry, because the format's library writes several in a random order.
+    entries = None if metadata is None else {_METADATA: json.dumps(dict(metadata), sort_keys=True)}
     with replacing(file, own_folder=True) as temporary:
         try:
-            save_file(flat, temporary, None if metadata is None else dict(metadata))
+            save_file(flat, temporary, entries)
         except SafetensorError as error:
             raise UserError(f"{file} cannot be written ({error}); check free space and permissions.") from error

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from personalize_jax.diffusion.process import cosine, linear
-from personalize_jax.formats.parameters import load_params, save_params
+from personalize_jax.formats.parameters import load_params, read_metadata, save_params
 from personalize_jax.pipeline import Sampling, load_pipeline, save_pipeline
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.runtime.files import write_text
@@ -89,6 +89,15 @@ def test_stored_in_half_precision_parameters_are_read_as_float32(tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), loaded, PARAMS)
     save_params(PARAMS, tmp_path / "full.safetensors")
     assert (tmp_path / "half.safetensors").stat().st_size < (tmp_path / "full.safetensors").stat().st_size
+
+
+def test_the_same_parameters_and_text_are_the_same_bytes(tmp_path):
+    """Or a resumed run's files would differ from an uninterrupted one's now and then."""
+    text = {name: name.upper() for name in ("step", "token_ids", "kind", "seed")}
+    for i in range(6):
+        save_params(PARAMS, tmp_path / f"{i}.safetensors", metadata=text)
+    assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
+    assert read_metadata(tmp_path / "0.safetensors") == text
 
 
 def test_reading_compiles_nothing(tmp_path):
