@@ -25,6 +25,7 @@ _FEWEST_CHANNELS, _FEWEST_PIXELS = 128, 16 * 16
 
 _ORDER = ("NHWC", "HWIO", "NHWC")
 _Padding = tuple[tuple[int, int], tuple[int, int]]
+_BORDER: _Padding = ((1, 1), (1, 1))
 _Grid = Sequence[Sequence[Array]]
 
 
@@ -67,7 +68,7 @@ class Conv(nn.Module):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def convolve(x_BHWC: Array, kernel_kkCK: Array, stride: int = 1, padding: _Padding = ((1, 1), (1, 1))) -> Array:
+def convolve(x_BHWC: Array, kernel_kkCK: Array, stride: int = 1, padding: _Padding = _BORDER) -> Array:
     """Convolve as XLA does, with gradients that are fast in loops, too.
 
     Args:
@@ -97,7 +98,9 @@ convolve.defvjp(_forward_any, _backward_any)
 
 
 def _gradients(stride: int, padding: _Padding, x: Array, kernel: Array, d_y: Array) -> tuple[Array, Array]:
-    return jax.vjp(lambda x, kernel: _convolve(x, kernel, stride, padding), x, kernel)[1](d_y)
+    return _picture_gradient(kernel, d_y, x.shape, stride, padding), _kernel_gradient(
+        x, d_y, kernel.shape, stride, padding
+    )
 
 
 def _gradients_in_order(stride: int, padding: _Padding, x: Array, kernel: Array, d_y: Array) -> tuple[Array, Array]:
@@ -140,25 +143,28 @@ def _forward(x_BHWC: Array, kernel_33CK: Array) -> tuple[Array, tuple[Array, Arr
 def _backward(saved: tuple[Array, Array], d_y_BHWK: Array) -> tuple[Array, Array]:
     # Without the barrier XLA may keep tiles of the forward pass, four times the size of x, for the backward pass.
     x, kernel = lax.optimization_barrier(saved)
-    d_x = lax.platform_dependent(kernel, d_y_BHWK, cpu=_picture_gradient_minimal, default=_picture_gradient)
-    return d_x, lax.platform_dependent(x, d_y_BHWK, cpu=_kernel_gradient_minimal, default=_kernel_gradient)
+    of_picture, of_kernel = partial(_picture_gradient, shape=x.shape), partial(_kernel_gradient, shape=kernel.shape)
+    d_x = lax.platform_dependent(kernel, d_y_BHWK, cpu=_picture_gradient_minimal, default=of_picture)
+    return d_x, lax.platform_dependent(x, d_y_BHWK, cpu=_kernel_gradient_minimal, default=of_kernel)
 
 
 convolve_3x3.defvjp(_forward, _backward)
 
 
-def _convolve(x: Array, kernel: Array, stride: int = 1, padding: _Padding = ((1, 1), (1, 1))) -> Array:
+def _convolve(x: Array, kernel: Array, stride: int = 1, padding: _Padding = _BORDER) -> Array:
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=_ORDER)
 
 
-def _picture_gradient(kernel: Array, d_y: Array) -> Array:
-    x = jax.ShapeDtypeStruct((*d_y.shape[:3], kernel.shape[2]), d_y.dtype)
-    return jax.linear_transpose(lambda x: _convolve(x, kernel), x)(d_y)[0]
+def _picture_gradient(
+    kernel: Array, d_y: Array, shape: Sequence[int], stride: int = 1, padding: _Padding = _BORDER
+) -> Array:
+    x = jax.ShapeDtypeStruct(shape, d_y.dtype)
+    return jax.linear_transpose(lambda x: _convolve(x, kernel, stride, padding), x)(d_y)[0]
 
 
-def _kernel_gradient(x: Array, d_y: Array) -> Array:
-    kernel = jax.ShapeDtypeStruct((3, 3, x.shape[-1], d_y.shape[-1]), x.dtype)
-    return jax.linear_transpose(lambda kernel: _convolve(x, kernel), kernel)(d_y)[0]
+def _kernel_gradient(x: Array, d_y: Array, shape: Sequence[int], stride: int = 1, padding: _Padding = _BORDER) -> Array:
+    kernel = jax.ShapeDtypeStruct(shape, x.dtype)
+    return jax.linear_transpose(lambda kernel: _convolve(x, kernel, stride, padding), kernel)(d_y)[0]
 
 
 def _convolve_minimal(x: Array, kernel: Array) -> Array:

@@ -217,8 +217,9 @@ def product_flops(jaxpr):
             total += 2 * math.prod(out) * math.prod(equation.invars[0].aval.shape[i] for i in contracted)
         elif equation.primitive.name == "conv_general_dilated":
             total += convolution_flops(equation)
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            total += product_flops(inner)
+        inner = [product_flops(jaxpr) for jaxpr in jax.core.jaxprs_in_params(equation.params)]
+        # Of a condition one branch is run; where a network has one for each platform, their products are the same.
+        total += max(inner) if equation.primitive.name == "cond" else sum(inner)
     return total
 
 
