@@ -19,9 +19,9 @@ from personalize_jax.runtime.files import ASSETS
 def starting_pipeline(config: ConfigDict, before: Pipeline | None = None) -> Pipeline:
     """The cascade that ends with the stage to train, which `config.stage` describes.
 
-    The parameters of text encoder and stage are those of a pipeline if it has them, and random otherwise. Blocks of the
-    embedded networks add to what passes through them, at first nothing: a network that has more blocks than the
-    pipeline's begins by computing the same.
+    The parameters of text encoder and stage are those of a pipeline if it has them, and random otherwise. A network
+    that has more blocks than the pipeline's begins by computing the same where these blocks keep the number of
+    channels: they add to what passes through them, at first nothing.
 
     Args:
         config: the configuration of one stage's pretraining.

@@ -88,10 +88,8 @@ def _forward_any(x: Array, kernel: Array, stride: int, padding: _Padding) -> tup
 
 
 def _backward_any(stride: int, padding: _Padding, saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
-    cpu, default = _gradients_in_order, _gradients
-    return lax.platform_dependent(
-        *saved, d_y, cpu=partial(cpu, stride, padding), default=partial(default, stride, padding)
-    )
+    in_order, derived = partial(_gradients_in_order, stride, padding), partial(_gradients, stride, padding)
+    return lax.platform_dependent(*saved, d_y, cpu=in_order, default=derived)
 
 
 convolve.defvjp(_forward_any, _backward_any)
