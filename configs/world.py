@@ -41,7 +41,7 @@ def get_config(method: str = methods.DREAMBOOTH) -> ConfigDict:
             "tune": ("base", "super_resolution"),
             "training": common.training(),
             "super_resolution_training": common.training(),
-            "pretrained_augmentation_levels": (0.0, 0.15),  # of configs/pretrain_world.py, for comparison
+            "pretrained_augmentation_levels": (0.0, 0.08),  # of configs/pretrain_world.py, for comparison
             "report": {
                 "contexts": common.CONTEXTS,
                 "images_per_context": 2,
