@@ -101,6 +101,7 @@ def test_a_run_is_sampled_evaluated_and_exported(run, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, dict(load_pipeline(tmp_path).params), dict(tuned.pipeline.params))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(run, photos, tmp_path, monkeypatch):
     config, _, tuned = run
     asked = iter([False] * 4 + [True] + [False] * 10)

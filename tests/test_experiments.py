@@ -3,6 +3,7 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,15 +19,15 @@ from experiments import (
     training_length,
 )
 from experiments.pretrained_cascade import pattern_prompts, prompt_grid, side_by_side
+from personalize_jax.families.world import read_stage
 from personalize_jax.method.configuration_keys import check_keys, rules_of_pretraining
-from personalize_jax.method.pretraining_start import starting_pipeline
 from personalize_jax.metrics.similarity import Estimate
 from personalize_jax.pipeline import load_pipeline
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.world.captions import requested_properties
 from personalize_jax.world.pictures import rendered
 from personalize_jax.world.scene import CLASSES, COLOURS, CONTEXTS, PATTERNS
-from tests import processes
+from tests import processes, tiny
 
 EXPERIMENTS = sorted(
     f"experiments.{file.stem}"
@@ -215,8 +216,13 @@ def test_enlarging_is_measured_on_the_object():
     assert psnr == pytest.approx(-20 * np.log10(26 / 255))
 
 
-def test_recipes_are_compared_at_the_same_noise():
-    stage = load_pipeline("world").stages[0]
+@pytest.fixture(scope="module")
+def world_pipeline():
+    return load_pipeline("world")
+
+
+def test_recipes_are_compared_at_the_same_noise(world_pipeline):
+    stage = world_pipeline.stages[0]
     for noise in pretraining_recipe.NOISES:
         assert pretraining_recipe.time_of(stage, noise) == pytest.approx(2 / np.pi * np.arctan(noise), abs=5e-4)
 
@@ -230,15 +236,31 @@ def test_errors_weigh_as_much_at_every_noise_for_pictures_that_are_noise_themsel
 
 
 @pytest.mark.parametrize("recipe", pretraining_recipe.RECIPES)
-def test_a_recipe_is_a_configuration_that_can_be_trained(recipe):
+def test_a_recipe_is_a_configuration_that_can_be_trained(recipe, world_pipeline):
     config = pretraining_recipe.config_of(recipe)
     check_keys(config, rules_of_pretraining(config))
-    stage = starting_pipeline(pretraining_recipe.section_of(config, "base")).stages[0]
-    assert stage.resolution == 32
+    stage = read_stage(pretraining_recipe.section_of(config, "base").stage.to_dict())
+    tokens = world_pipeline.family.token_shapes(1)
+    cond = jax.eval_shape(world_pipeline.family.condition, world_pipeline.params, tokens)
+    assert stage.resolution == 32 and jax.eval_shape(stage.init_params, jax.random.key(0), cond)
 
 
-def test_a_better_denoiser_has_smaller_errors():
-    pipeline, rng = load_pipeline("world"), np.random.default_rng(0)
+def test_a_network_that_predicts_nothing_has_a_known_error():
+    """A velocity of zero makes x of z_t: alpha z_t = alpha^2 x + alpha sigma eps, where alpha^2 + sigma^2 = 1."""
+    pipeline, rng = tiny.pipeline(), np.random.default_rng(0)
+    nothing = pipeline.replace_params(base=jax.tree.map(jnp.zeros_like, pipeline.params["base"]))
+    pictures = rng.integers(0, 256, (256, 8, 8, 4), np.uint8)
+    x = pictures[..., :3] / 127.5 - 1
+    errors = pretraining_recipe.denoising_errors(nothing, pictures, 4.0, ["a dog"] * len(pictures))
+    for noise in pretraining_recipe.NOISES:
+        alpha2 = 1 / (1 + noise**2)
+        expected = (1 - alpha2) ** 2 * np.mean(x**2) + alpha2 * (1 - alpha2)
+        assert errors[f"at noise {noise}"] == pytest.approx(expected**0.5, rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_better_denoiser_has_smaller_errors(world_pipeline):
+    pipeline, rng = world_pipeline, np.random.default_rng(0)
     held_out = rendered(32, "heldout", 8)
     untrained = pipeline.replace_params(
         base=jax.tree.map(lambda a: a + 0.05 * rng.normal(size=a.shape), pipeline.params["base"])

@@ -30,8 +30,6 @@ NAMES = (
     "training_length",
     "method_settings",
 )
-# The others take up to half a minute each.
-QUICK = ("identifier_rarity",)
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +59,9 @@ def all_of(subjects):
     return study.Subjects(subjects, [subject.name for subject in subjects], NOUNS)
 
 
-ALL = pytest.param(None, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("count", [2, ALL], ids=["two", "all"])
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, None], ids=["two", "all"])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_experiment_runs_and_tables_its_arms(name, count, folder, config, subjects, monkeypatch):
     if name == "super_resolution":
         config = study.changed(config, tune=("base", name))
@@ -77,24 +71,24 @@ def test_every_experiment_runs_and_tables_its_arms(name, count, folder, config, 
     made = study.select_arms(made, [arm.name for arm in made.arms[:count]])
     runs = folder / ("enlarged" if name == "super_resolution" else "runs")
     text = study.run_study(made, load_pretrained(config), all_of(subjects[:1]), runs)
+    check_tabled(made, text, runs / name)
+
+
+def check_tabled(made, text, folder):
     for arm in made.arms:
         assert f"| {arm.name} |" in text
     for finding in made.findings:
         assert f"| {finding.claim} |" in text
     for row in made.paper:
         assert f"| paper: {row} |" in text
-    assert {file.name for file in (runs / name).iterdir()} == {
-        "tables.md",
-        "tables.csv",
-        "subjects.csv",
-        "figure.png",
-    }
+    assert {file.name for file in folder.iterdir()} == {"tables.md", "tables.csv", "subjects.csv", "figure.png"}
 
 
 def test_what_was_scored_is_only_read(folder, config, subjects, monkeypatch):
     made = importlib.import_module("experiments.prior_preservation").make_study(config)
     made = study.select_arms(made, [arm.name for arm in made.arms[:2]])
     text = study.run_study(made, load_pretrained(config), all_of(subjects[:1]), folder / "runs")
+    check_tabled(made, text, folder / "runs" / "prior_preservation")
     monkeypatch.setattr(study, "personalize_subject", None)
     monkeypatch.setattr(study, "evaluate", None)
     assert study.run_study(made, load_pretrained(config), all_of(subjects[:1]), folder / "runs") == text
@@ -157,6 +151,7 @@ def test_runs_share_what_the_pretrained_cascade_draws_if_they_draw_the_same(conf
         assert (run / "class_images").resolve() == shared.resolve()
 
 
+@pytest.mark.slow
 def test_weights_can_be_deleted_once_scored(folder, config, subjects):
     made = study.Study("alone", [study.Arm("alone", config)], [], {}, 1)
     how = {"delete_weights": True, "destinations": Destinations(tensorboard=True)}

@@ -26,7 +26,7 @@ def folders(tmp_path_factory):
     return {"stable_diffusion": [folder / "sd"], "deepfloyd_if": [folder / "first", folder / "second"]}
 
 
-@pytest.fixture(params=["stable_diffusion", "deepfloyd_if"])
+@pytest.fixture(params=["stable_diffusion", pytest.param("deepfloyd_if", marks=pytest.mark.slow)])
 def sources(request, folders):
     return folders[request.param]
 

@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 import subprocess
@@ -89,7 +90,8 @@ def test_arguments_of_a_refused_program_count_once():
 
 def test_microbatches_split_the_same_work():
     """A loop goes through them, whose rounds count."""
-    stage = read_stage(tiny.BASE)
+    smallest = {"channels": (64,), "down_blocks": (0,), "up_blocks": (0,), "attention": (False,)}
+    stage = read_stage({**tiny.BASE, "network": {**tiny.BASE["network"], **smallest}})
     pretrained = {"denoiser": tiny.stage_params(stage), "text_encoder": tiny.text_params()}
     examples = {"instance": tiny.examples()}
     flops = []
@@ -121,29 +123,34 @@ def test_a_run_is_its_steps_and_batches():
     assert part_seconds(run, {"base": 0.5}, {"base": 0.25}) == {"class images": 7.5, "tuning": 50.0, "evaluation": 2.5}
 
 
+@pytest.fixture(scope="module")
+def abstract():
+    """`abstract_pipeline`, once for each configuration."""
+    return functools.cache(lambda family, name: plan.abstract_pipeline(family.get_config(name)))
+
+
 @pytest.mark.parametrize(
     ("config", "published"),
     [
         pytest.param(
-            stable_diffusion.get_config("1.5"),
+            (stable_diffusion, "1.5"),
             {"base": 859.5e6, "text_encoder": 123.1e6, "codec": 83.7e6},
             marks=pytest.mark.slow,
         ),
-        (stable_diffusion.get_config("2.1"), {"base": 865.9e6, "text_encoder": 340.4e6, "codec": 83.7e6}),
-        (deepfloyd_if.get_config("XL"), {"base": 4.3e9, "super_resolution": 1.2e9, "text_encoder": 4.76e9}),
+        ((stable_diffusion, "2.1"), {"base": 865.9e6, "text_encoder": 340.4e6, "codec": 83.7e6}),
+        ((deepfloyd_if, "XL"), {"base": 4.3e9, "super_resolution": 1.2e9, "text_encoder": 4.76e9}),
     ],
     ids=["SD 1.5", "SD 2.1", "IF XL"],
 )
-def test_shapes_of_published_models_need_no_weights(config, published):
-    pipeline = plan.abstract_pipeline(config)
+def test_shapes_of_published_models_need_no_weights(config, published, abstract):
+    pipeline = abstract(*config)
     for name, count in published.items():
         found = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(pipeline.params[name]))
         assert found == pytest.approx(count, rel=0.04), name  # given to two digits
 
 
-def test_plans_are_for_the_attention_that_tpus_get():
-    config = stable_diffusion.get_config("2.1")
-    pipeline = plan.abstract_pipeline(config)
+def test_plans_are_for_the_attention_that_tpus_get(abstract):
+    config, pipeline = stable_diffusion.get_config("2.1"), abstract(stable_diffusion, "2.1")
     assert pipeline.stages[0].network.attention == "flash"
     here = public.build(type(pipeline.family), pipeline.family.spec, None, **config.compute)
     assert here.stages[0].network.attention == "xla"  # on this machine

@@ -84,7 +84,7 @@ def test_it_is_the_training_whose_length_was_given_bit_for_bit(tmp_path):
     assert not np.array_equal(constant.params["denoiser"]["scale"], expected.params["denoiser"]["scale"])
 
 
-@pytest.mark.parametrize("death", [2, 9, 20, 37])
+@pytest.mark.parametrize("death", [2, *(pytest.param(step, marks=pytest.mark.slow) for step in (9, 20)), 37])
 def test_killed_before_the_choice_it_chooses_the_same(tmp_path, death):
     """On a machine that is as fast, and compiles as long, and whatever time the second call would have."""
     program = linear_program()

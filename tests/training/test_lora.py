@@ -141,8 +141,8 @@ def case(name):
             return network, (tokens,), ((".*/(q|v|o|wi_1|wo)/kernel", 1),)
 
 
-NETWORKS = ["world", "world text", "clip", "t5"]
-NETWORKS += [pytest.param(name, marks=pytest.mark.slow) for name in ("stable_diffusion", "deepfloyd_if")]
+NETWORKS = ["world", "world text", "t5"]
+NETWORKS += [pytest.param(name, marks=pytest.mark.slow) for name in ("clip", "stable_diffusion", "deepfloyd_if")]
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -49,7 +49,7 @@ def subject_program(seed, noun, **changes):
     return stage_program(STAGE, tiny.LinearFamily(), parameters(), examples, config, seed, identifier)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["full", "rows", pytest.param("adapters", marks=pytest.mark.slow)])
 def test_two_subjects_in_one_program_are_trained_as_each_by_itself(way):
     """Each with examples, a key and an identifier of its own."""
     programs = [subject_program(seed, noun, **WAYS[way]) for seed, noun in ((1, "dog"), (2, "clock"))]
