@@ -6,18 +6,20 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental.pallas.ops.tpu import flash_attention as flash
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from personalize_jax.runtime.errors import UserError
 
 Implementation = Literal["xla", "cudnn", "flash", "heads"]
-BLOCK = 128  # sequences of the flash kernel come in multiples of this
-# The text of a compiled program gives a kernel's queries and keys, [B, N, L, D] each; then products by kernel.
-_OPERANDS = r"operand_layout_constraints=\{\w+\[(\d+,\d+,\d+,\d+)\]\S+ \w+\[(\d+,\d+,\d+,\d+)\]"
-_KERNEL = re.compile(rf'tpu_custom_call".*{_OPERANDS}.*op_name="([^"]*)"')
-_FORWARD, _BACKWARD = {"flash_attention": 2}, {"flash_mha_bwd_dq": 3, "flash_mha_bwd_dkv": 4}
+BLOCK, MAX_BLOCK = 128, 1024  # the flash kernel's sequences are multiples of the first, its blocks at most the second
+# The text of a compiled program gives a kernel's queries and keys, [B, N, L, D] each, after what tells its mask, and
+# the name of the kernel a few lines later.
+_OPERANDS = r"operand_layout_constraints=\{(?:s\d+\[[\d,]+\]\S* )*\w+\[(\d+,\d+,\d+,\d+)\]\S+ \w+\[(\d+,\d+,\d+,\d+)\]"
+_KERNEL = re.compile(rf'"tpu_custom_call".*{_OPERANDS}(?:.*\n){{0,3}}?.*op_name="([^"]*)"')
+_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}  # the second computes all gradients
+SAVED = "attention"  # the name of what the flash kernel's backward pass needs, for `jax.checkpoint`'s policies
 CACHED = 512 * 512  # scores of a head that stay in a CPU core's cache
 TENSOR = "tensor"  # the axis of a mesh that splits features, and with them heads; all others split the batch
 
@@ -54,7 +56,9 @@ def attend(q_BLND: Array, k_BSND: Array, v_BSND: Array, implementation: Implemen
     if implementation not in get_args(Implementation):
         raise UserError(f"attention is {implementation!r}; give one of auto, {', '.join(get_args(Implementation))}.")
     if implementation == "flash":
-        return _flash(q_BLND, k_BSND, v_BSND)
+        if k_BSND.shape[1] > BLOCK:
+            return _flash(q_BLND, k_BSND, v_BSND)
+        implementation = "xla"  # the scores of a short text are smaller than the statistics that the kernel writes
     if implementation == "heads":
         return _by_heads(q_BLND, k_BSND, v_BSND)
     return jax.nn.dot_product_attention(q_BLND, k_BSND, v_BSND, implementation=implementation)
@@ -70,18 +74,15 @@ def over(mesh: Mesh) -> jax.sharding.use_abstract_mesh:
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def flash_flops(program: str, forward: bool = True) -> float:
-    """Operations of "flash" in a program for TPUs; XLA counts those of the forward kernel at most.
+def flash_flops(program: str) -> float:
+    """Operations of "flash" in a program for TPUs, which XLA does not count.
 
     Args:
         program: `compiled.as_text()`.
-        forward: whether to count the forward kernel.
     """
     total = 0.0
     for queries, keys, name in _KERNEL.findall(program):
-        products = next((count for kernel, count in _BACKWARD.items() if kernel in name), None)
-        if products is None:
-            products = next((count for kernel, count in _FORWARD.items() if forward and kernel in name), 0)
+        products = next((count for kernel, count in _PRODUCTS.items() if kernel in name), 0)
         B, N, L, D = map(int, queries.split(","))
         total += 2 * products * B * N * L * int(keys.split(",")[2]) * D
     return total
@@ -147,33 +148,28 @@ def _product(a: Array, b: Array) -> Array:
 
 
 def _flash_kernel(q_BLND: Array, k_BSND: Array, v_BSND: Array) -> Array:
-    B, L, S, D = q_BLND.shape[0], q_BLND.shape[1], k_BSND.shape[1], q_BLND.shape[3]
+    L, S, N, D = *(x.shape[1] for x in (q_BLND, k_BSND)), *q_BLND.shape[2:]
 
     def prepare(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK), (0, 0), (0, 0)))
         return jnp.swapaxes(x, 1, 2)
 
-    q, k, v = prepare(q_BLND), prepare(k_BSND), prepare(v_BSND)
-    # A query attends to the keys of its own segment, 0: 1 is that of padding.
-    keys = jnp.pad(jnp.zeros((B, S), jnp.int32), ((0, 0), (0, k.shape[2] - S)), constant_values=1)
-    segments = flash.SegmentIds(q=jnp.zeros((B, q.shape[2]), jnp.int32), kv=keys)
-    blocks = _blocks(q.shape[2], k.shape[2])
-    out = flash.flash_attention(q, k, v, segment_ids=segments, sm_scale=D**-0.5, block_sizes=blocks)
+    q, k, v = prepare(q_BLND * D**-0.5), prepare(k_BSND), prepare(v_BSND)
+    segments = None
+    if k.shape[2] > S:  # a query attends to the keys of its own segment, 0: 1 is that of padding
+        padding = (jnp.arange(k.shape[2]) >= S).astype(jnp.int32)
+        segments = splash.SegmentIds(q=jnp.zeros(q.shape[2], jnp.int32), kv=padding)
+    everything = splash.MultiHeadMask([splash.FullMask((q.shape[2], k.shape[2]))] * N)
+    kernel = splash.make_splash_mha_single_device(
+        everything, block_sizes=_blocks(q.shape[2], k.shape[2]), residual_checkpoint_name=SAVED
+    )
+    out = jax.vmap(lambda q, k, v: kernel(q, k, v, segments))(q, k, v)
     return jnp.swapaxes(out, 1, 2)[:, :L]
 
 
-def _blocks(length: int, keys: int) -> flash.BlockSizes:
-    q, k = (next(size for size in (512, 256, BLOCK) if n % size == 0) for n in (length, keys))
-    return flash.BlockSizes(
-        block_q=q,
-        block_k_major=k,
-        block_k=k,
-        block_b=1,
-        block_q_major_dkv=q,
-        block_k_major_dkv=k,
-        block_k_dkv=k,
-        block_q_dkv=q,
-        block_k_major_dq=k,
-        block_k_dq=k,
-        block_q_dq=q,
+def _blocks(length: int, keys: int) -> splash.BlockSizes:
+    """The largest blocks that divide the sequences and leave room in a chip's VMEM."""
+    q, kv = (max(size for size in range(BLOCK, MAX_BLOCK + 1, BLOCK) if n % size == 0) for n in (length, keys))
+    return splash.BlockSizes(
+        block_q=q, block_kv=kv, block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=kv, use_fused_bwd_kernel=True
     )

@@ -12,12 +12,13 @@ from typing import Literal, NamedTuple
 
 import einops
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
 from personalize_jax.models.activation import gelu
-from personalize_jax.models.attention import Implementation, attend
+from personalize_jax.models.attention import SAVED, Implementation, attend
 from personalize_jax.models.convolution import Conv
 from personalize_jax.models.normalization import GroupNorm
 
@@ -326,7 +327,7 @@ class Block(nn.Module):
             x = block.resnet(name=f"resnets_{i}")(jnp.concatenate(inputs, axis=-1), time_BD)
             return x if block.attention is None else block.attention(name=f"attentions_{i}")(x, text_BLD)
 
-        return (nn.remat(apply) if self.remat else apply)(self, inputs, time_BD, text_BLD)
+        return self.computed_again(apply)(self, inputs, time_BD, text_BLD)
 
     def finish(self, name: str, x_BHWC: Array, time_BD: Array) -> Array:
         """Apply the module at the block's end."""
@@ -335,7 +336,12 @@ class Block(nn.Module):
             assert block.last is not None
             return block.last(name=name)(x_BHWC, time_BD)
 
-        return (nn.remat(apply) if self.remat else apply)(self, x_BHWC, time_BD)
+        return self.computed_again(apply)(self, x_BHWC, time_BD)
+
+    def computed_again(self, apply: Callable[..., Array]) -> Callable[..., Array]:
+        """The function as the backward pass computes it again, except for what attention's kernel saves, if `remat`."""
+        saved = jax.checkpoint_policies.save_only_these_names(SAVED)
+        return nn.remat(apply, policy=saved) if self.remat else apply
 
 
 class DownBlock(Block):

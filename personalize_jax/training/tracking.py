@@ -64,7 +64,7 @@ class Work(NamedTuple):
         XLA counts the program as each of its devices runs it: what every device does, such as updating replicated
         parameters, is counted on each. The body of a loop counts once, however often it runs: right for the steps of a
         dispatch, while a step's microbatches are multiplied in here, with the little that is outside their loop. On
-        TPUs the backward pass of "flash" attention is added; on GPUs the work of libraries such as cuDNN is not counted
+        TPUs the kernels of "flash" attention are added; on GPUs the work of libraries such as cuDNN is not counted
         at all. Activations that are computed again (`compute.remat`) are counted again.
 
         Args:
@@ -74,7 +74,7 @@ class Work(NamedTuple):
         """
         counted = (program.cost_analysis() or {}).get("flops")
         if counted and jax.default_backend() == "tpu":
-            counted += flash_flops(program.as_text() or "", forward=False)
+            counted += flash_flops(program.as_text() or "")
         peak = peak_flops(jax.devices()[0].device_kind)
         count = jax.device_count()
         return cls(images, counted and counted * microbatches * count, peak and peak * count)

@@ -1,9 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
+from personalize_jax.models import attention
 from personalize_jax.models.attention import CACHED, attend, over
 from personalize_jax.models.normalization import GroupNorm
 from personalize_jax.planning import hlo, slices
@@ -45,14 +47,58 @@ def test_one_head_at_a_time_has_the_gradients_of_all_at_once():
         np.testing.assert_allclose(ours, theirs, atol=5e-6)
 
 
-def test_the_flash_kernels_padding_counts_for_nothing():
-    q, k, v = random(2, 9, 12, 2, 8)
-    with pltpu.force_tpu_interpret_mode():
-        out = attend(q, k, v, "flash")
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The flash kernel as any machine runs it."""
+    make = attention.splash.make_splash_mha_single_device
+    monkeypatch.setattr(attention.splash, "make_splash_mha_single_device", functools.partial(make, interpret=True))
+
+
+@pytest.mark.parametrize(
+    ("keys", "block"),
+    [(300, 128), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((384, 128), (300, 1024), (384, 1024)))],
+)
+def test_the_flash_kernel_has_the_values_and_gradients_of_attention(keys, block, interpreted, monkeypatch):
+    """In one block or several, which sequences fill or not."""
+    monkeypatch.setattr(attention, "MAX_BLOCK", block)
+    q, k, v = random(2, 300, keys, 2, 40)
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
+
+    def function(implementation):
+        def weighted(*qkv):
+            out = attend(*qkv, implementation)
+            return jnp.sum(weight * out), out
+
+        return jax.grad(weighted, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+
+    gradients, out = function("flash")
     np.testing.assert_allclose(out, reference(q, k, v), atol=5e-6)
+    for ours, theirs in zip(gradients, function("xla")[0], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-@pytest.mark.parametrize("sizes", [(1, 2, 2), (2, 2, 1)])
+def test_short_texts_are_attended_without_a_kernel():
+    q, k, v = random(1, 600, 77, 2, 8)
+    assert "pallas" not in str(jax.make_jaxpr(lambda *qkv: attend(*qkv, "flash"))(q, k, v))
+    assert "pallas" in str(jax.make_jaxpr(lambda q: attend(q, q, q, "flash"))(q))
+
+
+@pytest.mark.slow
+def test_what_the_flash_kernel_yields_is_kept_when_activations_are_computed_again():
+    """So that it runs once forward and once backward; compiled for a chip, not run."""
+    pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with tests/requirements.txt")
+    chip = jax.sharding.SingleDeviceSharding(slices.devices(slices.parse("v5e-1"))[0])
+    x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16, sharding=chip)
+
+    def kernels(policy):
+        loss = jax.checkpoint(lambda x: jnp.sum(attend(jnp.sin(x), x, x, "flash").astype(jnp.float32)), policy=policy)
+        return jax.jit(jax.value_and_grad(loss)).lower(x).compile().as_text().count('"tpu_custom_call"')
+
+    assert kernels(None) == 3
+    assert kernels(jax.checkpoint_policies.save_only_these_names(attention.SAVED)) == 2
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 2), pytest.param((2, 2, 1), marks=pytest.mark.slow)])
 def test_several_chips_attend_with_the_flash_kernel_each_to_its_own_pictures_and_heads(sizes):
     """Nothing is exchanged but weights and, summed over pictures, their gradients; compiled for chips, not run."""
     pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with tests/requirements.txt")
@@ -70,7 +116,7 @@ def test_several_chips_attend_with_the_flash_kernel_each_to_its_own_pictures_and
             return jnp.sum(jax.checkpoint(lambda *qkv: attend(*qkv, "flash"))(q, k, v).astype(jnp.float32) ** 2)
 
     text = jax.jit(jax.grad(loss)).lower(params, x).compile().as_text()
-    assert "tpu_custom_call" in text
+    assert text.count('custom_call_target="tpu_custom_call"') >= 2
     module = hlo.read(text)
     exchanged = collectives(module, count_runs(module))
     assert exchanged and {e.group for e in exchanged} <= {2, 4}

@@ -42,7 +42,7 @@ def test_early_figures_are_those_of_the_compiled_program():
 
 
 def test_operations_of_the_flash_kernels_are_counted():
-    """Two products forward; backward three for queries, and four for keys and values."""
+    """Two products forward, and five backward."""
     pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with tests/requirements.txt")
     devices = slices.devices(slices.parse("v5e-1"))
     B, L, S, N, D = 2, 512, 256, 4, 64
@@ -50,7 +50,7 @@ def test_operations_of_the_flash_kernels_are_counted():
     q, k = (jax.ShapeDtypeStruct((B, length, N, D), jnp.bfloat16, sharding=one) for length in (L, S))
     attention = jax.jit(jax.grad(lambda q, k, v: jnp.sum(attend(q, k, v, "flash")).astype(jnp.float32), (0, 1, 2)))
     flops = compiler.analyse(attention.lower(q, k, k), devices).flops
-    assert flops == pytest.approx(9 * 2 * B * N * L * S * D, rel=0.05)
+    assert flops == pytest.approx(7 * 2 * B * N * L * S * D, rel=0.05)
 
 
 def test_a_program_is_compiled_once(monkeypatch):

@@ -106,11 +106,10 @@ def attended(implementation, mesh, *inputs):
 def attend_in_parts(directory):
     """The flash kernel split over a mesh, with JAX's own definition of it in place of the kernel, which needs TPUs."""
 
-    def kernel(q, k, v, segment_ids, sm_scale, block_sizes):
-        definition = attention.flash.mha_reference_no_custom_vjp
-        return definition(q, k, v, None, segment_ids, sm_scale=sm_scale)
+    def definition(mask, block_sizes, residual_checkpoint_name):
+        return attention.splash.make_masked_mha_reference(np.stack([head[:, :] for head in mask.masks]))
 
-    attention.flash.flash_attention = kernel
+    attention.splash.make_splash_mha_single_device = definition
     for name, sizes in MESHES.items():
         mesh = sharding.make_mesh(sizes)
         inputs = jax.device_put(queries(), jax.NamedSharding(mesh, sharding.BATCH))
