@@ -93,13 +93,13 @@ def training(**changes):
     return ConfigDict(config).lock()
 
 
-def examples(resolution=8, low_resolution=None, seed=0, captions=CAPTIONS):
-    """Six random pictures with the captions, two each."""
+def examples(resolution=8, low_resolution=None, seed=0, captions=CAPTIONS, count=6):
+    """Random pictures with the captions, two each."""
     rng = np.random.default_rng(seed)
-    pairs = np.array([[captions[(i + j) % len(captions)] for j in range(2)] for i in range(6)])
-    low_res = None if low_resolution is None else rng.integers(0, 256, (6, low_resolution, low_resolution, 3), np.uint8)
-    images = rng.integers(0, 256, (6, resolution, resolution, 3), np.uint8)
-    return make_examples(images, pairs, tokenizer(), low_res)
+    pairs = np.array([[captions[(i + j) % len(captions)] for j in range(2)] for i in range(count)])
+    low = None if low_resolution is None else rng.integers(0, 256, (count, low_resolution, low_resolution, 3), np.uint8)
+    images = rng.integers(0, 256, (count, resolution, resolution, 3), np.uint8)
+    return make_examples(images, pairs, tokenizer(), low)
 
 
 def objective(weighting="none", prior_weight=1.0, form="sampled", **changes):

@@ -78,13 +78,22 @@ def shardings(tree: Any, rules: Sequence[tuple[str, Sequence[str | None]]], mesh
 
 def placed(tree: Any, rules: Sequence[tuple[str, Sequence[str | None]]], mesh: Mesh) -> Any:
     """Arrays placed as `shardings` says; shapes are given these shardings."""
+    return jax.tree.map(_place, tree, shardings(tree, rules, mesh))
 
-    def place(leaf: Any, target: NamedSharding) -> Any:
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target)
-        return hosts.device_put(leaf, target)
 
-    return jax.tree.map(place, tree, shardings(tree, rules, mesh))
+def split(tree: Any, mesh: Mesh) -> Any:
+    """Arrays split along their first dimension as batches are, where its size allows, else replicated.
+
+    Shapes are given these shardings.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    return jax.tree.map(lambda leaf: _place(leaf, NamedSharding(mesh, P() if leaf.shape[0] % parts else BATCH)), tree)
+
+
+def _place(leaf: Any, target: NamedSharding) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target)
+    return hosts.device_put(leaf, target)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -38,6 +38,9 @@ class Examples(NamedTuple):
     latent: tuple[Array | np.ndarray, Array | np.ndarray] | None = None
 
 
+PICTURES = ("image", "low_res", "object_mask", "latent")  # the fields with something for each picture's pixels
+
+
 def make_examples(
     images: np.ndarray,
     captions_NK: np.ndarray,

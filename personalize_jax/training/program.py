@@ -25,10 +25,17 @@ from personalize_jax.models.params import Params
 from personalize_jax.runtime import hosts, sharding
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.training import parameterizations
-from personalize_jax.training.examples import Examples, sample_batches
+from personalize_jax.training.examples import PICTURES, Examples, sample_batches
 from personalize_jax.training.optimizer import make_optimizer
 from personalize_jax.training.parameterizations.base import Identifier
 from personalize_jax.training.step import Loss, TrainState, init_state, make_train_step, make_train_steps
+
+# XLA may yield the gradient of a sharded kernel by a loop, each round of which sums up one device's part. These loops
+# run late, and hold their operands until then: with them Stable Diffusion 2.1 takes 7.4 GiB of a v5e-8's chip and
+# receives 3.4 GB a step, without them 5.6 GiB and 2.9 GB.
+COMPILER_OPTIONS = {
+    "tpu": {f"xla_tpu_enable_windowed_einsum_for_{kind}": False for kind in ("reduce_scatter", "all_gather")}
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +46,7 @@ class Program:
         loss: see `step.make_train_step`.
         sample_batch: (examples, key) -> batch; traceable.
         init_params: (pretrained values, identifier, key) -> the parameters to train; traceable.
-        examples: the examples that batches are sampled from, replicated; arrays or shapes.
+        examples: the examples that batches are sampled from, on the mesh; arrays or shapes.
         config: the keys of `configs.common.training()` about steps, average, mesh and optimiser.
         key: the random key from which all randomness of the training comes.
         mesh: the mesh that the program runs on.
@@ -89,7 +96,8 @@ class Program:
             config.steps_per_dispatch,
         )
         out_shardings = _shardings(self.state), sharding.replicated(mesh)
-        return jax.jit(steps, donate_argnums=0, out_shardings=out_shardings)
+        options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
+        return jax.jit(steps, donate_argnums=0, out_shardings=out_shardings, compiler_options=options)
 
     def lower(self) -> jax.stages.Lowered:
         """`advance` lowered for the arrays of this training, ready to be compiled."""
@@ -158,7 +166,7 @@ def stage_program(
             sample_batches, objective.groups, batch_size=config.batch_size, object_weight=config.object_weight
         ),
         init_params=partial(parameterizations.init, selection),
-        examples=sharding.placed(examples, (("", ()),), mesh),
+        examples={name: _placed_examples(group, mesh) for name, group in examples.items()},
         config=config,
         key=training_key(seed, stage.name),
         mesh=mesh,
@@ -171,6 +179,13 @@ def stage_program(
         identifier=identifier,
         vocabulary_size=family.vocabulary_size if selection.networks & {*family.encoders} else None,
     )
+
+
+def _placed_examples(examples: Examples, mesh: Mesh) -> Examples:
+    """Pictures split over the devices that split batches; captions, of which there are few, replicated."""
+    pictures = {name: sharding.split(getattr(examples, name), mesh) for name in PICTURES}
+    rest = examples._replace(**dict.fromkeys(PICTURES))  # whole pictures on one device may not fit
+    return sharding.placed(rest, (("", ()),), mesh)._replace(**pictures)
 
 
 def _shardings(state: TrainState) -> TrainState:

@@ -126,5 +126,6 @@ def test_what_only_several_devices_show(eight_devices):
     assert np.prod(seen["kernel_shape"]) == 4 * np.prod(seen["kernel_shard"])  # over fsdp and tensor
     eighth, whole = [2, 4], [16, 4]
     assert seen["shards"] == {"stored": eighth, "gathered": whole, "gradient": eighth, "batch": eighth}
+    assert seen["pictures"] == {"instance": 6, "prior": 1}  # eight devices share out eight pictures, but not six
     for collective in ("all-gather", "all-to-all", "all-reduce", "collective-permute"):
         assert collective not in seen["interleave"], "joining the groups moves rows between devices"

@@ -50,9 +50,13 @@ def train(directory, progress=lambda step, metrics: None, identifier=None, **cha
             **changes,
         }
     )
-    examples = {"instance": tiny.examples(seed=1), "prior": tiny.examples(seed=2, captions=["a dog"])}
-    made = program.stage_program(STAGE, tiny.family(), start(), examples, config, 5, identifier)
-    return loop.train(made, directory, progress)
+    return loop.train(tuning(config, identifier), directory, progress)
+
+
+def tuning(config, identifier=None):
+    """The program of a training with six instance images, and eight class images, which eight devices share out."""
+    examples = {"instance": tiny.examples(seed=1), "prior": tiny.examples(seed=2, captions=["a dog"], count=8)}
+    return program.stage_program(STAGE, tiny.family(), start(), examples, config, 5, identifier)
 
 
 def train_by_sgd(directory, **changes):
@@ -109,7 +113,9 @@ def use_eight_devices(directory, *meshes):
     whole = jax.jit(lambda p: sharding.gathered(p, rules, in_parts))(params)["kernel"]
     batch = jax.jit(lambda: sharding.shard_batch(jax.numpy.ones((16, 4)), in_parts))()
     arrays = {"stored": params["kernel"], "gathered": whole, "gradient": gradient, "batch": batch}
+    examples = tuning(tiny.training(mesh=MESHES["fsdp"], batch_size=8)).examples
     seen = {
+        "pictures": {name: group.image.addressable_shards[0].data.shape[0] for name, group in examples.items()},
         "shards": {name: a.addressable_shards[0].data.shape for name, a in arrays.items()},
         "refusal": refusal,
         "refused_wrote": (directory / "refused").exists(),
