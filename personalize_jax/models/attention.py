@@ -1,5 +1,6 @@
 """Softmax attention behind one function, computed by the kernel that the configuration names."""
 
+import math
 import re
 from typing import Literal, get_args
 
@@ -13,13 +14,14 @@ from jax.sharding import PartitionSpec as P
 from personalize_jax.runtime.errors import UserError
 
 Implementation = Literal["xla", "cudnn", "flash", "heads"]
-BLOCK, MAX_BLOCK = 128, 1024  # the flash kernel's sequences are multiples of the first, its blocks at most the second
-# The text of a compiled program gives a kernel's queries and keys, [B, N, L, D] each, after what tells its mask, and
-# the name of the kernel a few lines later.
-_OPERANDS = r"operand_layout_constraints=\{(?:s\d+\[[\d,]+\]\S* )*\w+\[(\d+,\d+,\d+,\d+)\]\S+ \w+\[(\d+,\d+,\d+,\d+)\]"
+BLOCK, MAX_BLOCK = 128, 512  # the flash kernel's sequences are multiples of the first, its blocks at most the second
+# The text of a compiled program gives a kernel's queries and keys, [B, N, L, D] or for one picture [N, L, D], after
+# what tells its mask, and the name of the kernel a few lines later.
+_OPERANDS = r"operand_layout_constraints=\{(?:s\d+\[[\d,]+\]\S* )*\w+\[([\d,]+)\]\S+ \w+\[([\d,]+)\]"
 _KERNEL = re.compile(rf'"tpu_custom_call".*{_OPERANDS}(?:.*\n){{0,3}}?.*op_name="([^"]*)"')
 _PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}  # the second computes all gradients
 SAVED = "attention"  # the name of what the flash kernel's backward pass needs, for `jax.checkpoint`'s policies
+MAX_KEYS = 3072  # in a block of the kernel's backward pass
 CACHED = 512 * 512  # scores of a head that stay in a CPU core's cache
 TENSOR = "tensor"  # the axis of a mesh that splits features, and with them heads; all others split the batch
 
@@ -83,8 +85,7 @@ def flash_flops(program: str) -> float:
     total = 0.0
     for queries, keys, name in _KERNEL.findall(program):
         products = next((count for kernel, count in _PRODUCTS.items() if kernel in name), 0)
-        B, N, L, D = map(int, queries.split(","))
-        total += 2 * products * B * N * L * int(keys.split(",")[2]) * D
+        total += 2 * products * math.prod(map(int, queries.split(","))) * int(keys.split(",")[-2])
     return total
 
 
@@ -168,8 +169,16 @@ def _flash_kernel(q_BLND: Array, k_BSND: Array, v_BSND: Array) -> Array:
 
 
 def _blocks(length: int, keys: int) -> splash.BlockSizes:
-    """The largest blocks that divide the sequences and leave room in a chip's VMEM."""
-    q, kv = (max(size for size in range(BLOCK, MAX_BLOCK + 1, BLOCK) if n % size == 0) for n in (length, keys))
-    return splash.BlockSizes(
-        block_q=q, block_kv=kv, block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=kv, use_fused_bwd_kernel=True
-    )
+    """The largest blocks that divide the sequences and leave room in a chip's VMEM.
+
+    The backward pass writes a part of the queries' gradient for each block of keys: so it goes through a larger block
+    in several steps.
+    """
+    q, k = (_divisor(n, BLOCK, MAX_BLOCK) for n in (length, keys))
+    block = _divisor(keys, k, MAX_KEYS)
+    return splash.BlockSizes(q, k, k, q, block, k, use_fused_bwd_kernel=True)
+
+
+def _divisor(n: int, unit: int, limit: int) -> int:
+    """The largest multiple of a unit that divides n and is at most the limit."""
+    return max(size for size in range(unit, limit + 1, unit) if n % size == 0)
