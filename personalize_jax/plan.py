@@ -34,7 +34,7 @@ from personalize_jax.pipeline import Pipeline
 from personalize_jax.planning import published, slices
 from personalize_jax.planning.compiler import run_in_subprocess
 from personalize_jax.planning.estimate import Run, fits, part_seconds, roofline
-from personalize_jax.planning.programs import Usage, sampling_step, train_step
+from personalize_jax.planning.programs import Usage, model_flops, sampling_step, train_step
 from personalize_jax.planning.slices import Topology
 from personalize_jax.runtime import command
 from personalize_jax.runtime.chips import GIB
@@ -60,9 +60,14 @@ def main(_: list[str]) -> None:
     check_values(arguments.config)
     topologies = [slices.parse(text) for text in arguments.topology]
     pipeline = abstract_pipeline(arguments.config)
-    plans = []
+    plans: list[dict[str, Any]] = []
+    own: dict[str, float] = {}
     for topology in topologies:
         plans.append(plan(pipeline, arguments.config, topology, arguments.sampling, arguments.advise))
+        own = own or own_flops(arguments.config)
+        for program in plans[-1]["programs"]:
+            if program["program"] in own:
+                program["model_flops"] = own[program["program"]] / topology.size
         if arguments.out:
             write_text(Path(arguments.out), json.dumps(plans, indent=2))
     print(table(plans))
@@ -80,8 +85,22 @@ def abstract_pipeline(config: ConfigDict) -> Pipeline:
     return Pipeline(model, model.shapes())
 
 
+def own_flops(config: ConfigDict) -> dict[str, float]:
+    """Operations of the model itself in a step of each tuning, on all chips together, by the program's name."""
+    plain = changed(config, compute__remat=False, compute__attention="xla") if "compute" in config else config
+    pipeline, found = abstract_pipeline(plain), {}
+    for name in config.tune:
+        training, trains_text, count = _tuning(pipeline, plain, name)
+        found[f"tuning {name}"] = model_flops(pipeline, pipeline.stage(name), training, count, trains_text)
+    return found
+
+
 def plan(
-    pipeline: Pipeline, config: ConfigDict, topology: Topology, sampling: bool = True, advise: bool = True
+    pipeline: Pipeline,
+    config: ConfigDict,
+    topology: Topology,
+    sampling: bool = True,
+    advise: bool = True,
 ) -> dict[str, Any]:
     """The plan of a configuration on one slice, as plain data.
 
@@ -122,10 +141,14 @@ def plan(
 
 def tuning_usage(pipeline: Pipeline, config: ConfigDict, name: str, topology: Topology) -> Usage:
     """The usage of one step of a stage's tuning."""
+    training, trains_text, count = _tuning(pipeline, config, name)
+    return run_in_subprocess(train_step, pipeline, pipeline.stage(name), training, count, trains_text, topology)
+
+
+def _tuning(pipeline: Pipeline, config: ConfigDict, name: str) -> tuple[ConfigDict, bool, int]:
+    """A stage's training configuration, whether it trains encoders, and the number of class images."""
     training = stage_trainings(config)[name]
-    trains_text = trains_encoders(pipeline, name, training)
-    count, stage = config.class_images.count, pipeline.stage(name)
-    return run_in_subprocess(train_step, pipeline, stage, training, count, trains_text, topology)
+    return training, trains_encoders(pipeline, name, training), config.class_images.count
 
 
 def changes_that_fit(pipeline: Pipeline, config: ConfigDict, name: str, topology: Topology) -> list[str] | None:
@@ -223,10 +246,13 @@ def run_seconds(
 
 
 def table(plans: list[dict[str, Any]]) -> str:
-    """Plans as Markdown: memory of a chip in GiB, time of a step in ms, exchanges in MB a step, and whole runs."""
+    """Plans as Markdown: memory of a chip in GiB, time, work and traffic of a step, and whole runs.
+
+    A tuning's operations are also given over the model's own: what is more is computed again, or padding.
+    """
     kinds = ("parameters", "optimizer", "average", "pretrained", "examples", "activations")
-    lines = ["| slice | program | fits | " + " | ".join(kinds) + " | of GiB | ms | bound | TFLOP | received MB |"]
-    lines.append("|---" * (8 + len(kinds)) + "|")
+    columns = ["slice", "program", "fits", *kinds, "of GiB", "ms", "bound", "TFLOP", "of the model's", "HBM GB"]
+    lines = ["| " + " | ".join([*columns, "received MB"]) + " |", "|---" * (len(columns) + 1) + "|"]
     notes = []
     for plan in plans:
         for program in plan["programs"]:
@@ -234,10 +260,12 @@ def table(plans: list[dict[str, Any]]) -> str:
             cells = [f"{memory.get(kind, 0) / GIB:.2f}" for kind in kinds]
             cells.append(f"{plan['hbm'] / GIB:.0f}")
             if program["bound"] is None:
-                cells += [""] * 4
+                cells += [""] * 6
             else:
                 cells += [f"{1e3 * program['seconds']:.1f}", program["bound"]]
-                cells += [f"{program['flops'] / 1e12:.2f}", f"{sum(program['received'].values()) / 1e6:.0f}"]
+                flops, own = program["flops"], program.get("model_flops")
+                cells += [f"{flops / 1e12:.2f}", f"{flops / own:.2f}" if own else "", f"{program['bytes'] / 1e9:.1f}"]
+                cells.append(f"{sum(program['received'].values()) / 1e6:.0f}")
             row = [plan["topology"], program["program"], "yes" if program["fits"] else "no", *cells]
             lines.append("| " + " | ".join(row) + " |")
             if count := program["unknown_loops"]:

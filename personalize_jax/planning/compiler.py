@@ -175,14 +175,19 @@ def _compile(lowered: jax.stages.Lowered, num_devices: int) -> Analysis:
 
 def _flops(module: hlo.Module, runs: loops.Runs) -> float:
     """Operations as XLA counts them, with all rounds of loops and the kernels of attention."""
-    client = jax.local_devices(backend="cpu")[0].client
-
-    def counted(name: str) -> float:
-        text = module.alone(name)
-        return _jax.hlo_module_cost_analysis(client, _hlo.hlo_module_from_text(text)).get("flops", 0.0)
-
     kernels = sum(times * flash_flops(module.computations[name].text) for name, times in runs.times.items())
-    return counted(module.entry) + sum(left_out * counted(body) for body, left_out in runs.repeats.items()) + kernels
+    again = sum(left_out * counted_flops(module.alone(body)) for body, left_out in runs.repeats.items())
+    return counted_flops(module.alone(module.entry)) + again + kernels
+
+
+def counted_flops(program: str) -> float:
+    """Operations as XLA counts them, with one round of each loop and without kernels.
+
+    Args:
+        program: the text of an HLO module.
+    """
+    client = jax.local_devices(backend="cpu")[0].client
+    return _jax.hlo_module_cost_analysis(client, _hlo.hlo_module_from_text(program)).get("flops", 0.0)
 
 
 def _dump(folder: str, name: str) -> Path | None:

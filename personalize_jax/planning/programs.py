@@ -18,14 +18,14 @@ from personalize_jax.families.stage import Conditioning
 from personalize_jax.pipeline import Pipeline, Sampling, Stage
 from personalize_jax.pipeline.cascade import sample_pictures
 from personalize_jax.planning import slices
-from personalize_jax.planning.compiler import analyse
+from personalize_jax.planning.compiler import analyse, counted_flops
 from personalize_jax.planning.exchanges import Collective
 from personalize_jax.planning.slices import Topology
 from personalize_jax.runtime import sharding
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.training.examples import Examples
 from personalize_jax.training.parameterizations.base import Identifier
-from personalize_jax.training.program import mesh_of, stage_program
+from personalize_jax.training.program import Program, mesh_of, stage_program
 
 PHOTOS, CAPTIONS = 5, 3  # of a subject, the empty caption included; they are too small for their number to matter
 # The compiler refuses either late, or early by an estimate. It calls that one of temporary arrays, and yet counts
@@ -81,24 +81,61 @@ def train_step(
         UserError: the configuration does not fit the number of chips.
     """
     devices = slices.devices(topology)
+    program = tuning_program(pipeline, stage, config, class_images, trains_text, devices)
+    memory = {
+        "parameters": bytes_per_device(program.state.params),
+        "optimizer": bytes_per_device(program.state.opt_state),
+        "average": bytes_per_device(program.state.ema),
+        "pretrained": bytes_per_device(pretrained_shapes(pipeline, config, program.mesh)),
+        "examples": bytes_per_device(program.examples),
+    }
+    arguments = (program.state, program.frozen_params, program.examples)
+    return program_usage(program.lower(), memory, arguments, devices)
+
+
+def model_flops(pipeline: Pipeline, stage: Stage, config: ConfigDict, class_images: int, trains_text: bool) -> float:
+    """Operations of one step on all devices together: those of the model itself if the networks compute nothing twice.
+
+    XLA counts them before it optimises, for one device and without microbatches.
+
+    Args:
+        pipeline: a pipeline with shapes in place of parameters, whose networks attend by XLA and store all activations.
+        stage: the stage that is tuned.
+        config: the stage's training configuration.
+        class_images: number of class images.
+        trains_text: whether the text encoder is trained, so that captions are encoded in every step.
+    """
+    whole = config.copy_and_resolve_references().unlock()
+    whole.microbatches, whole.mesh = 1, (1, 1, 1)
+    one = slices.devices(slices.parse("v5e-1"))  # convolutions have other algorithms on CPUs
+    return counted_flops(tuning_program(pipeline, stage, whole, class_images, trains_text, one).lower().as_text("hlo"))
+
+
+def tuning_program(
+    pipeline: Pipeline, stage: Stage, config: ConfigDict, class_images: int, trains_text: bool, devices: Sequence[Any]
+) -> Program:
+    """The program of one step of a stage's tuning, of shapes.
+
+    Args:
+        pipeline: a pipeline with shapes in place of parameters.
+        stage: the stage that is tuned.
+        config: the stage's training configuration.
+        class_images: number of class images.
+        trains_text: whether the text encoder is trained.
+        devices: the devices of its mesh.
+
+    Raises:
+        UserError: the configuration does not fit the number of devices.
+    """
     single = config.copy_and_resolve_references().unlock()
     single.steps_per_dispatch, single.num_steps = 1, max(1, config.num_steps)
-    pretrained = pipeline.networks(stage.name)
     identifier = Identifier(_abstract((1,), jnp.int32), _abstract((1, 1), jnp.int32))  # some rules need one
     counts = {INSTANCE: PHOTOS, PRIOR: class_images}
     examples = {
         group.name: example_shapes(pipeline, stage, counts[group.name], not trains_text) for group in groups_of(config)
     }
-    program = stage_program(stage, pipeline.family, pretrained, examples, single, 0, identifier, devices=devices)
-    memory = {
-        "parameters": bytes_per_device(program.state.params),
-        "optimizer": bytes_per_device(program.state.opt_state),
-        "average": bytes_per_device(program.state.ema),
-        "pretrained": bytes_per_device(pretrained_shapes(pipeline, single, program.mesh)),
-        "examples": bytes_per_device(program.examples),
-    }
-    arguments = (program.state, program.frozen_params, program.examples)
-    return program_usage(program.lower(), memory, arguments, devices)
+    pretrained = pipeline.networks(stage.name)
+    return stage_program(stage, pipeline.family, pretrained, examples, single, 0, identifier, devices=devices)
 
 
 def sampling_step(

@@ -31,6 +31,9 @@ def test_the_command_prints_a_table_and_writes_all_numbers(pretrained, tmp_path)
         assert program["fits"] and program["flops"] > 0 and program["seconds"] > 0
         assert all(size >= 0 for size in program["memory"].values())
         assert f"| {SLICE} | {program['program']} | yes |" in finished.output
+        # Nothing is computed again, and what else a step does is little beside networks as small as these.
+        assert ("model_flops" in program) == program["program"].startswith("tuning")
+        assert program["flops"] == pytest.approx(program.get("model_flops", program["flops"]), rel=0.3)
     assert found["programs"][0]["received"]["all-reduce"] > 0  # gradients, over the data axis
     assert f"{SLICE}: a personalisation takes at least" in finished.output
 
