@@ -64,7 +64,7 @@ def get_config(method: str = methods.DREAMBOOTH) -> ConfigDict:
     training = config.training
     training.num_steps = 200
     training.batch_size = 8
-    training.prior.weight = 1.0
+    training.prior.weight = 2.0
     # After few steps this form shows the subject better than "sampled", whose targets are noisy, and preserves the
     # class as well: experiments.prior_preservation.
     training.prior.form = "frozen_prediction"
