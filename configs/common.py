@@ -95,7 +95,7 @@ def public(pretrained: str | tuple[str, ...]) -> ConfigDict:
             "compute": {
                 "dtype": "bfloat16",  # of activations and frozen parameters; trained parameters are float32
                 "remat": True,  # compute activations again in the backward pass
-                "attention": "auto",  # flash on TPUs, else xla; also cudnn (GPU) and heads (CPU), which save memory too
+                "attention": "auto",  # flash on TPUs, cudnn on GPUs wherever it can, else xla; also heads, for CPUs
             },
             "subject": {
                 "num_tokens": 1,  # of the identifier

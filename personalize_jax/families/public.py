@@ -144,7 +144,8 @@ def build(
         UserError: the spec describes something that is not supported, or the stages do not follow each other.
     """
     if "attention" in compute:
-        compute["attention"] = suited(compute["attention"], platform or jax.default_backend())
+        capability = getattr(jax.devices()[0], "compute_capability", "")
+        compute["attention"] = suited(compute["attention"], platform or jax.default_backend(), capability)
     return family.from_spec(spec, tokenizer, **compute)
 
 

@@ -28,7 +28,7 @@ from personalize_jax.method.rules import (
     whole,
     within,
 )
-from personalize_jax.models.attention import Implementation
+from personalize_jax.models.attention import Configured
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.runtime.sharding import AXES
 from personalize_jax.subject.identifier import MAX_TOKENS, RULES
@@ -121,7 +121,7 @@ EVALUATION_DEFAULTS: Mapping[str, Any] = {
 COMPUTE: Rules = {
     "dtype": one_of("float32", "bfloat16"),
     "remat": truth(),
-    "attention": one_of("auto", *get_args(Implementation)),
+    "attention": one_of("auto", *get_args(Configured)),
 }
 
 _RUN: Rules = {

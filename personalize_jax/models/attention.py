@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
@@ -13,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from personalize_jax.runtime.errors import UserError
 
-Implementation = Literal["xla", "cudnn", "flash", "heads"]
+Configured = Literal["xla", "cudnn", "flash", "heads"]  # what a configuration may name, beside "auto"
+Implementation = Literal[Configured, "cudnn or xla"]
 BLOCK, MAX_BLOCK = 128, 512  # the flash kernel's sequences are multiples of the first, its blocks at most the second
 # The text of a compiled program gives a kernel's queries and keys, [B, N, L, D] or for one picture [N, L, D], after
 # what tells its mask, and the name of the kernel a few lines later.
@@ -24,18 +26,26 @@ SAVED = "attention"  # the name of what the flash kernel's backward pass needs, 
 MAX_KEYS = 3072  # in a block of the kernel's backward pass
 CACHED = 512 * 512  # scores of a head that stay in a CPU core's cache
 TENSOR = "tensor"  # the axis of a mesh that splits features, and with them heads; all others split the batch
+CUDNN_HEADS = 128  # dimensions of a head that cuDNN takes in both passes on every GPU that it attends on; Hopper: 256
+CUDNN_CAPABILITY = 8  # compute capability of the first of these GPUs, Ampere
 
 
-def suited(implementation: str, platform: str) -> str:
-    """An implementation for "auto": "flash" on TPUs, as scores of large pictures exceed a chip's memory, else "xla".
+def suited(implementation: str, platform: str, capability: str = "") -> str:
+    """An implementation for "auto": one that does not write scores to memory, which those of large pictures exceed.
+
+    It is "flash" on TPUs, "cudnn or xla" on GPUs that cuDNN attends on, and otherwise "xla".
 
     Args:
         implementation: "auto", or an implementation of `attend`, which is returned as it is.
         platform: "tpu", "gpu" or "cpu".
+        capability: JAX's `compute_capability` of the device: "9.0" for an H100; other makers' are no numbers.
     """
     if implementation != "auto":
         return implementation
-    return "flash" if platform == "tpu" else "xla"
+    if platform == "tpu":
+        return "flash"
+    version = re.fullmatch(r"(\d+)\.\d+", capability)
+    return "cudnn or xla" if platform == "gpu" and version and int(version[1]) >= CUDNN_CAPABILITY else "xla"
 
 
 def attend(q_BLND: Array, k_BSND: Array, v_BSND: Array, implementation: Implementation = "xla") -> Array:
@@ -46,24 +56,35 @@ def attend(q_BLND: Array, k_BSND: Array, v_BSND: Array, implementation: Implemen
         k_BSND: keys.
         v_BSND: values.
         implementation: "xla" runs everywhere and writes the L x S scores to memory; "cudnn" (GPU, bfloat16 or float16)
-            and "flash" (TPU, a Pallas kernel) never do. "heads" (CPU) holds those of one head at a time. On several
-            devices "flash" needs their mesh, see `over`.
+            and "flash" (TPU, a Pallas kernel) never do. "cudnn or xla" is the former wherever `fits_cudnn`. "heads"
+            (CPU) holds the scores of one head at a time. On several devices "cudnn" and "flash" need their mesh, see
+            `over`.
 
     Returns:
         [B, L, N, D].
 
     Raises:
-        UserError: an unknown implementation.
+        UserError: an unknown implementation, or what cuDNN cannot compute.
     """
     if implementation not in get_args(Implementation):
-        raise UserError(f"attention is {implementation!r}; give one of auto, {', '.join(get_args(Implementation))}.")
+        raise UserError(f"attention is {implementation!r}; give one of auto, {', '.join(get_args(Configured))}.")
+    if implementation == "cudnn or xla":
+        implementation = "cudnn" if fits_cudnn(q_BLND) else "xla"
+    if implementation == "cudnn":
+        return _on_each_device(_cudnn_kernel, q_BLND, k_BSND, v_BSND)
     if implementation == "flash":
         if k_BSND.shape[1] > BLOCK:
-            return _flash(q_BLND, k_BSND, v_BSND)
-        implementation = "xla"  # the scores of a short text are smaller than the statistics that the kernel writes
+            return _on_each_device(_flash_kernel, q_BLND, k_BSND, v_BSND)
+        # The scores of a short text are smaller than the statistics that the kernel writes: XLA computes them, below.
     if implementation == "heads":
         return _by_heads(q_BLND, k_BSND, v_BSND)
-    return jax.nn.dot_product_attention(q_BLND, k_BSND, v_BSND, implementation=implementation)
+    return jax.nn.dot_product_attention(q_BLND, k_BSND, v_BSND, implementation="xla")
+
+
+def fits_cudnn(q_BLND: Array) -> bool:
+    """Whether cuDNN attends with queries of such a dtype and such heads, forward and backward, from Ampere on."""
+    D = q_BLND.shape[-1]
+    return q_BLND.dtype in (jnp.bfloat16, jnp.float16) and D % 8 == 0 and D <= CUDNN_HEADS
 
 
 def over(mesh: Mesh) -> jax.sharding.use_abstract_mesh:
@@ -89,16 +110,16 @@ def flash_flops(program: str) -> float:
     return total
 
 
-def _flash(q_BLND: Array, k_BSND: Array, v_BSND: Array) -> Array:
-    """The flash kernel on each device with its pictures and heads, which attention never mixes."""
+def _on_each_device(kernel: Callable[..., Array], q_BLND: Array, k_BSND: Array, v_BSND: Array) -> Array:
+    """Run a kernel on each device with its pictures and heads, which attention never mixes."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:  # 0 without a mesh
-        return _flash_kernel(q_BLND, k_BSND, v_BSND)
+        return kernel(q_BLND, k_BSND, v_BSND)
     batch = tuple(axis for axis in mesh.axis_names if axis != TENSOR)
     heads = TENSOR if TENSOR in mesh.shape and q_BLND.shape[2] % mesh.shape[TENSOR] == 0 else None
     each = P(batch, None, heads, None)
     # The check would need the axes over which a kernel's results vary, which kernels do not declare.
-    split = jax.shard_map(_flash_kernel, in_specs=(each, each, each), out_specs=each, check_vma=False)
+    split = jax.shard_map(kernel, in_specs=(each, each, each), out_specs=each, check_vma=False)
     return split(q_BLND, k_BSND, v_BSND)
 
 
@@ -146,6 +167,22 @@ _one_head.defvjp(_one_head_forward, _one_head_backward)
 
 def _product(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _cudnn_kernel(q_BLND: Array, k_BSND: Array, v_BSND: Array) -> Array:
+    B, L, S = q_BLND.shape[0], q_BLND.shape[1], k_BSND.shape[1]
+    # JAX refuses odd lengths in the backward pass, and CLIP's texts have 77 tokens: one more is added, and masked.
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q_BLND, k_BSND, v_BSND))
+    lengths = jnp.full((B,), L, jnp.int32), jnp.full((B,), S, jnp.int32)
+    of_queries, of_keys = lengths if L % 2 or S % 2 else (None, None)
+    try:
+        out = jax.nn.dot_product_attention(
+            q, k, v, query_seq_lengths=of_queries, key_value_seq_lengths=of_keys, implementation="cudnn"
+        )
+    except (NotImplementedError, RuntimeError) as error:  # shapes, dtypes, a missing library: nothing is computed yet
+        what = str(error).rstrip(".")
+        raise UserError(f"attention is cudnn, which cannot compute this ({what}); give auto or xla.") from error
+    return out[:, :L]
 
 
 def _flash_kernel(q_BLND: Array, k_BSND: Array, v_BSND: Array) -> Array:
