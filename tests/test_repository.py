@@ -40,7 +40,7 @@ ROOMS = (
 )
 COMMANDS = ("personalize", "sample", "evaluate", "export", "plan", "pretrain")
 
-COMPARES = ("tests/", "experiments/benchmark_peers.py")  # what may import the tests' references
+COMPARES = ("tests/", "experiments/benchmark_peers.py", "experiments/peers/")  # what may import the tests' references
 LAUNCHES = ("tests/", "launch/")  # what may import Ray
 PICKLE_READERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch"}
 MAX_LINES = 400

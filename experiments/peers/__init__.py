@@ -1,0 +1,1 @@
+"""What `experiments.benchmark_peers` measures: the cases, our steps, and those of diffusers."""
