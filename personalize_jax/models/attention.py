@@ -72,10 +72,9 @@ def attend(q_BLND: Array, k_BSND: Array, v_BSND: Array, implementation: Implemen
         implementation = "cudnn" if fits_cudnn(q_BLND) else "xla"
     if implementation == "cudnn":
         return _on_each_device(_cudnn_kernel, q_BLND, k_BSND, v_BSND)
-    if implementation == "flash":
-        if k_BSND.shape[1] > BLOCK:
-            return _on_each_device(_flash_kernel, q_BLND, k_BSND, v_BSND)
-        # The scores of a short text are smaller than the statistics that the kernel writes: XLA computes them, below.
+    # The scores of a short text are smaller than the statistics that the flash kernel writes: there XLA is better.
+    if implementation == "flash" and k_BSND.shape[1] > BLOCK:
+        return _on_each_device(_flash_kernel, q_BLND, k_BSND, v_BSND)
     if implementation == "heads":
         return _by_heads(q_BLND, k_BSND, v_BSND)
     return jax.nn.dot_product_attention(q_BLND, k_BSND, v_BSND, implementation="xla")
