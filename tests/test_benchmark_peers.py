@@ -20,6 +20,7 @@ TINY = {
 }
 
 
+@pytest.mark.slow
 def test_a_missing_gpu_is_missed_before_anything_is_made(tmp_path):
     out = tmp_path / "out"
     refused = processes.command(tmp_path, "experiments.benchmark_peers", "--device=gpu", f"--out={out}")

@@ -153,6 +153,7 @@ def expected_calls(layers, B=2):
     return found
 
 
+@pytest.mark.slow
 def test_each_layer_of_a_small_network_gets_its_kernel(monkeypatch):
     cudnn.claim_a_gpu(monkeypatch)
     common = {"layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 64}
