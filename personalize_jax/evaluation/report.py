@@ -13,9 +13,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from personalize_jax.pipeline.pictures import encode_png
@@ -197,6 +195,8 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int = 
 
 @functools.cache
 def _font(size: int, bold: bool) -> ImageFont.FreeTypeFont:
+    import matplotlib  # slow to import, and needed only once a run is finished
+
     # The font that Matplotlib ships, so that sheets look alike on every machine.
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)
@@ -219,6 +219,9 @@ def _figure(panel: Panel) -> str:
 
 def _curve_figure(name: str, rows: Sequence[Mapping[str, float]]) -> str:
     """The losses of one training, logged and smoothed, as inline SVG in the colour of the page's text."""
+    import matplotlib  # see `_font`
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(
         {
             "svg.fonttype": "none",

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence, Sized
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 # Two batches of pictures, uint8 [N, H, W, 3] -> how far each is from its counterpart, float32 [N].
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -105,6 +104,8 @@ def interval(values: Sequence[float]) -> Estimate:
     mean = float(np.mean(values))
     if len(values) == 1 or np.ptp(values) == 0:
         return Estimate(mean, mean, mean)
+    from scipy import stats  # slow to import, and needed by tables alone
+
     result = stats.bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=0)
     return Estimate(mean, *map(float, result.confidence_interval))
 

@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
-import wordfreq
 
 from personalize_jax.runtime.errors import UserError
 
@@ -240,6 +239,8 @@ def _words_last(tokenizer: Vocabulary, ranked: list[int]) -> list[int]:
 
 def _is_word(text: str) -> bool:
     """Whether a text may carry a meaning: an English word, or any text of another script."""
+    import wordfreq  # slow to import, and needed only where an identifier is chosen
+
     return max(text) >= _END_OF_LATIN or wordfreq.zipf_frequency(text, "en") >= WORD_ZIPF
 
 

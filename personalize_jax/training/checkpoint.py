@@ -11,26 +11,20 @@ import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from personalize_jax.runtime import hosts
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.runtime.files import FULL
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:  # slow to import, and needed only where checkpoints are read or written
+    import orbax.checkpoint as ocp
 
-# Replicated arrays are written in parts, one by each device, but for small ones: compiling the slices takes longer than
-# they save.
-_TYPE_HANDLERS = ocp.type_handlers.create_type_handler_registry(
-    (int, ocp.type_handlers.ScalarHandler()),
-    (np.ndarray, ocp.type_handlers.NumpyHandler()),
-    (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)),
-)
+logger = logging.getLogger(__name__)
 
 _DAMAGED = "damaged-"  # the prefix of a checkpoint that was set aside, before its step
 
@@ -61,7 +55,9 @@ class Checkpoints:
         self._read_only = read_only
 
     @functools.cached_property
-    def _manager(self) -> ocp.CheckpointManager:
+    def _manager(self) -> "ocp.CheckpointManager":
+        import orbax.checkpoint as ocp
+
         # Orbax's own read_only logs warnings.
         writable = not self._read_only
         options = ocp.CheckpointManagerOptions(
@@ -70,7 +66,14 @@ class Checkpoints:
             cleanup_tmp_directories=writable,
             lightweight_initialize=True,  # without reading when each was made, which may be damaged and is not needed
         )
-        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_TYPE_HANDLERS)  # reads metadata, too
+        # Replicated arrays are written in parts, one by each device, but for small ones: compiling the slices takes
+        # longer than they save.
+        type_handlers = ocp.type_handlers.create_type_handler_registry(
+            (int, ocp.type_handlers.ScalarHandler()),
+            (np.ndarray, ocp.type_handlers.NumpyHandler()),
+            (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)),
+        )
+        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=type_handlers)  # reads metadata, too
         return ocp.CheckpointManager(self.directory, options=options, item_handlers=handler)
 
     def steps(self) -> list[int]:
@@ -87,6 +90,8 @@ class Checkpoints:
         Raises:
             UserError: the previous checkpoint could not be written.
         """
+        import orbax.checkpoint as ocp
+
         with self._writing():
             args = ocp.args.PyTreeSave(state)
             self._manager.save(step, args=args, custom_metadata=_checksums(state))
@@ -133,6 +138,8 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, abstract_state: Any | None, defaults: Mapping[str, Any]) -> Any:
+        import orbax.checkpoint as ocp
+
         if abstract_state is not None and (missing := self._missing(step, defaults)):
             fields = {name: value for name, value in abstract_state._asdict().items() if name not in missing}
             return type(abstract_state)(**self._read(step, fields, {}), **missing)

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
-import wordfreq
 
 from personalize_jax.families.base import UNCONDITIONAL
 from personalize_jax.formats.tokenizer import Tokenizer
@@ -174,6 +173,8 @@ def requested_properties(prompt: str) -> dict[str, int]:
 @functools.cache
 def ordinary_words() -> tuple[str, ...]:
     """English words of 3 to 10 letters, most frequent first, none of which describes scenes in English."""
+    import wordfreq  # slow to import, and needed only where captions are written
+
     world = " ".join((*CLASSES, *COLOURS, *PATTERNS, *FINISHES, *ACCESSORIES, *CONTEXTS, _VISUAL_WORDS))
     meaningful = set(re.findall("[a-z]+", world.lower()))
     return tuple(w for w in wordfreq.top_n_list("en", 30_000) if re.fullmatch("[a-z]{3,10}", w) and w not in meaningful)

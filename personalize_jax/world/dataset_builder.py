@@ -24,12 +24,7 @@ from personalize_jax.runtime.files import replacing
 from personalize_jax.world.captions import caption_variants
 from personalize_jax.world.render import render
 from personalize_jax.world.scene import (
-    ACCESSORIES,
-    CLASSES,
-    COLOURS,
-    CONTEXTS,
-    FINISHES,
-    PATTERNS,
+    LABELS,
     SPLITS,
     Scene,
     Split,
@@ -45,15 +40,6 @@ Example = tuple[int, dict[str, Any]]  # its number and features
 CAPTIONS_PER_IMAGE = 4
 BLOCK_SIZE = 1024
 SEED = 20230315
-LABELS = {
-    "class_id": CLASSES,
-    "body_colour": tuple(COLOURS),
-    "accent_colour": tuple(COLOURS),
-    "pattern": PATTERNS,
-    "finish": FINISHES,
-    "context": CONTEXTS,
-    "accessory": ACCESSORIES,
-}
 
 
 @dataclass(kw_only=True)

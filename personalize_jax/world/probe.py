@@ -32,9 +32,8 @@ from personalize_jax.runtime import command
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.runtime.files import ASSETS, write_text
 from personalize_jax.training.program import Program
-from personalize_jax.world import dataset_builder
 from personalize_jax.world.reading import IDENTITY, Reading, accuracy, is_subject
-from personalize_jax.world.scene import CLASSES
+from personalize_jax.world.scene import CLASSES, LABELS
 from personalize_jax.world.training import SEED, network_program, train_network, training_config
 
 RESOLUTION = 32
@@ -54,7 +53,7 @@ NUM_PROPORTIONS = 4  # of a class; since they differ by class, each has outputs 
 SHAPE_DEVIATION = 0.15  # of the normal distribution whose likelihood weighs proportions against the other properties
 GUESS_ERROR = 0.25  # mean absolute error of guessing that a proportion, uniform in [0, 1], is .5
 READABLE = 0.6  # share of GUESS_ERROR up to which the probe counts as able to tell a proportion
-VALUES = {name: len(values) for name, values in dataset_builder.LABELS.items()}
+VALUES = {name: len(values) for name, values in LABELS.items()}
 WEIGHTS = dict.fromkeys(VALUES, 1.0) | {"pattern": 2.0, "finish": 4.0}  # of losses: these are learnt last
 OUTPUTS = (*VALUES.items(), ("shape", len(CLASSES) * NUM_PROPORTIONS))
 
@@ -313,6 +312,8 @@ def train_probe(output: Path, data_dir: Path) -> Probe:
         output: folder for checkpoints, weights and accuracies.
         data_dir: folder of the rendered world; what it lacks is rendered.
     """
+    from personalize_jax.world import dataset_builder  # slow to import, and needed for training alone
+
     program = probe_program(dataset_builder.load(RENDER_RESOLUTION, "train", TRAIN_COUNT, data_dir))
     params = train_network(program, output, "training the probe")
     tests = {name: dataset_builder.load(RENDER_RESOLUTION, name, TEST_COUNT, data_dir) for name in ("heldout", "test")}

@@ -60,6 +60,15 @@ CONTEXTS = (  # as worded in the prompt lists of the DreamBooth dataset
     "on top of a dirt road",
     "on top of a white rug",
 )
+LABELS = {  # values by property, of those that are one of a list
+    "class_id": CLASSES,
+    "body_colour": tuple(COLOURS),
+    "accent_colour": tuple(COLOURS),
+    "pattern": PATTERNS,
+    "finish": FINISHES,
+    "context": CONTEXTS,
+    "accessory": ACCESSORIES,
+}
 
 PATTERN_PROBABILITIES = (0.4, 0.2, 0.2, 0.2)
 SHINY_PROBABILITY = 0.12

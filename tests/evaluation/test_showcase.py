@@ -17,9 +17,8 @@ from personalize_jax.runtime.errors import UserError
 from personalize_jax.subject.class_noun import ClassNoun
 from personalize_jax.subject.dataset import SubjectDataset
 from personalize_jax.subject.identifier import Identifier
-from personalize_jax.world.dataset_builder import LABELS
 from personalize_jax.world.reading import Reading
-from personalize_jax.world.scene import CLASSES, CONTEXTS
+from personalize_jax.world.scene import CLASSES, CONTEXTS, LABELS
 from tests import tiny, tiny_world
 
 SUBJECT = {"class_id": 2, "body_colour": 3, "accent_colour": 5, "pattern": 1, "finish": 0}

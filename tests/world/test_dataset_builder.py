@@ -7,7 +7,7 @@ import pytest
 from personalize_jax.world import dataset_builder
 from personalize_jax.world.dataset_builder import World, WorldConfig, load, scenes_of
 from personalize_jax.world.render import render
-from personalize_jax.world.scene import SPLITS, split_of
+from personalize_jax.world.scene import CLASSES, SPLITS, split_of
 
 COUNT = 3
 
@@ -89,7 +89,7 @@ def test_the_builder_serves_several_splits(tmp_path, monkeypatch):
     assert {split: len(source) for split, source in sources.items()} == {"train": 4, "test": 2}
     example = sources["train"][0]
     assert example["image"].shape == (8, 8, 4)
-    assert builder.info.features["class_id"].int2str(int(example["class_id"])) in dataset_builder.CLASSES
+    assert builder.info.features["class_id"].int2str(int(example["class_id"])) in CLASSES
 
 
 def test_datasets_larger_than_memory_for_shuffling_need_no_tensorflow(tmp_path, monkeypatch):

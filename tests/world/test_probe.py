@@ -13,11 +13,10 @@ from personalize_jax.subject.class_noun import determine
 from personalize_jax.subject.images import SubjectImage
 from personalize_jax.training.loop import train
 from personalize_jax.world import probe as probe_module
-from personalize_jax.world.dataset_builder import LABELS
 from personalize_jax.world.probe import GUESS_ERROR, READABLE, Probe, degrade, evaluate, probe_program, reduced, save
 from personalize_jax.world.reading import Reading, accuracy
 from personalize_jax.world.render import render
-from personalize_jax.world.scene import CLASSES, COLOURS, Scene, sample_subjects, sample_views
+from personalize_jax.world.scene import CLASSES, COLOURS, LABELS, Scene, sample_subjects, sample_views
 
 COUNT = 360
 STEPS = 60  # of the small trainings
