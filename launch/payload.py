@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from launch.worker import BUCKETS
-from personalize_jax.families.registry import EMBEDDED
+from personalize_jax.families.sources import EMBEDDED
 from personalize_jax.formats import hub
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.runtime.files import replacing

@@ -221,8 +221,8 @@ def _with_stage_of(earlier: Pipeline, stage: str, pipeline: Pipeline) -> Pipelin
     assert isinstance(pipeline.family, PretrainedHere) and isinstance(earlier.family, PretrainedHere)
     for spec in earlier.family.specs:
         if spec["name"] == stage:
-            params = {**pipeline.params, stage: earlier.params[stage]}
-            return dataclasses.replace(pipeline, family=pipeline.family.with_stage(spec), params=params)
+            pipeline = pipeline.take_networks(earlier, [stage])
+            return dataclasses.replace(pipeline, family=pipeline.family.with_stage(spec))
     return pipeline
 
 

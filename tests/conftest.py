@@ -30,6 +30,7 @@ def quickly_compiled(tmp_path_factory):
         for name, value in settings.items():
             patch.setenv(name.upper(), str(value))
             jax.config.update(name, value)
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))  # the user's own stays as it is
         yield
 
 

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from personalize_jax.families.batch import Batch, Tokens
 from personalize_jax.families.objective import Objective
+from personalize_jax.families.sources import Origin
 from personalize_jax.families.stage import Conditioning, Stage
 from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.models.params import Params
@@ -157,8 +158,10 @@ class Loaded(NamedTuple):
         family: the model without its parameters.
         params: parameters by network, in the dtypes of the computation.
         read_float32: functions that read a network's float32 parameters, by name, where `params` has them rounded.
+        origin: what it was read from; None where that is not known.
     """
 
     family: Family
     params: Params
     read_float32: Mapping[str, Callable[[], Params]]
+    origin: Origin | None = None

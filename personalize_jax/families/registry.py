@@ -9,13 +9,13 @@ from personalize_jax.families.autoregressive import Autoregressive
 from personalize_jax.families.base import Family, Loaded, OwnFamily, Place
 from personalize_jax.families.deepfloyd_if import DeepFloydIF
 from personalize_jax.families.public import PublicFamily
+from personalize_jax.families.sources import EMBEDDED, folder_of, origin_of
 from personalize_jax.families.stable_diffusion import StableDiffusion
 from personalize_jax.families.world import INDEX as WORLD_INDEX
 from personalize_jax.families.world import World
 from personalize_jax.formats import hub
 from personalize_jax.formats.diffusers_folder import INDEX, Layout, read_components, resolve
 from personalize_jax.runtime.errors import UserError
-from personalize_jax.runtime.files import ASSETS
 
 FAMILIES: tuple[type[PublicFamily], ...] = (StableDiffusion, DeepFloydIF)  # families whose folders diffusers reads
 PretrainedHere = World | Autoregressive  # families of this project's own networks
@@ -23,8 +23,6 @@ PretrainedHere = World | Autoregressive  # families of this project's own networ
 PRETRAINED_HERE: Mapping[str, type[PretrainedHere]] = {"world": World, "autoregressive": Autoregressive}
 OWN: tuple[type[OwnFamily], ...] = (World, Autoregressive)  # families with a layout of their own
 LAYOUTS: Mapping[str, Layout] = {kind: layout for family in FAMILIES for kind, layout in family.layouts.items()}
-
-EMBEDDED = ("world",)
 
 
 def load(sources: Sequence[str | Path], place: Place | None = None, **compute: Any) -> Loaded:
@@ -39,17 +37,20 @@ def load(sources: Sequence[str | Path], place: Place | None = None, **compute: A
     Raises:
         UserError: there is no model of that name, or it cannot be used.
     """
-    folder = ASSETS / sources[0] if str(sources[0]) in EMBEDDED else Path(sources[0])
+    folder = folder_of(sources[0])
     if len(sources) == 1 and (own := _own_family(folder)):
-        return own.read_folder(folder, place)
+        origin = origin_of([folder])  # before anything is read
+        return own.read_folder(folder, place)._replace(origin=origin)
     if len(sources) == 1 and not saved_folders(folder) and not hub.is_name(str(sources[0]).rstrip("/")):
         raise UserError(
             f"No pipeline at {str(sources[0])!r}: give {' or '.join(map(repr, EMBEDDED))}, or a folder with a "
             f"{WORLD_INDEX} or a {INDEX}."
         )
-    folders = (len(sources) == 1 and saved_folders(folder)) or sources
-    components = [read_components(resolve(source, LAYOUTS), LAYOUTS) for source in folders]
-    return public.read(family_of(components[0].pipeline), components, place, **compute)
+    saved = saved_folders(folder) if len(sources) == 1 else []
+    resolved = [resolve(source, LAYOUTS) for source in saved or sources]
+    origin = origin_of([folder] if saved else resolved)
+    components = [read_components(source, LAYOUTS) for source in resolved]
+    return public.read(family_of(components[0].pipeline), components, place, **compute)._replace(origin=origin)
 
 
 def describe(sources: Sequence[str | Path], platform: str, **compute: Any) -> Family:

@@ -45,7 +45,7 @@ def starting_pipeline(config: ConfigDict, before: Pipeline | None = None) -> Pip
         cond = jax.eval_shape(family.condition, before.params, family.token_shapes(1))
         initial = stage.init_params(jax.random.fold_in(key, 1), cond)
         grown = initial if known is None else unflatten(flatten(initial) | flatten(known))
-        before = dataclasses.replace(before, params={**before.params, stage.name: grown})
+        before = before.replace_params(**{stage.name: grown})
     return dataclasses.replace(before, family=family)
 
 

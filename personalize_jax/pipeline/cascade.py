@@ -15,10 +15,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from personalize_jax.families.base import UNCONDITIONAL, Family
+from personalize_jax.families.sources import Origin
 from personalize_jax.families.stage import Conditioning, Sampling, Stage
 from personalize_jax.formats.tokenizer import Tokenizer
 from personalize_jax.models import attention
 from personalize_jax.models.params import Params
+from personalize_jax.pipeline.digests import kept_digest
 from personalize_jax.runtime import hosts, interruption
 from personalize_jax.runtime.errors import UserError
 
@@ -34,12 +36,14 @@ class Pipeline:
         params: parameters by network, in the dtypes of the computation.
         read_float32: reads a network's float32 parameters, by name, if `params` has them rounded.
         digests: digests of networks by name, which `fingerprint` fills in; copies that share networks share digests.
+        origins: what networks were read from, by name; without those that were replaced.
     """
 
     family: Family
     params: Params
     read_float32: Mapping[str, Callable[[], Params]] = dataclasses.field(default_factory=dict)
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
+    origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -56,10 +60,11 @@ class Pipeline:
     def fingerprint(self) -> str:
         """A digest of all parameters, and of how the stages are sampled.
 
-        The first call reads every byte of every float32 network; copies of the pipeline read what was replaced alone.
+        The first call hashes every float32 network whose files `kept_digest` does not know; copies what was replaced.
         """
         for name in sorted(self.params.keys() - self.digests.keys()):  # one float32 network at a time is in memory
-            self.digests[name] = _digest(self.float32_params(name))
+            read = functools.partial(self.float32_params, name)
+            self.digests[name] = kept_digest(self.origins.get(name), name, self.params[name], read)
         samplings = [stage.sampling._asdict() for stage in self.stages]
         digests = {name: self.digests[name] for name in self.params}
         made_of = json.dumps({"samplings": samplings, "networks": digests}, sort_keys=True)
@@ -97,7 +102,10 @@ class Pipeline:
         """The same pipeline with other float32 parameters of some networks, by name."""
         read_float32 = {name: read for name, read in self.read_float32.items() if name not in params}
         digests = {name: digest for name, digest in self.digests.items() if name not in params}
-        return dataclasses.replace(self, params={**self.params, **params}, read_float32=read_float32, digests=digests)
+        origins = {name: origin for name, origin in self.origins.items() if name not in params}
+        return dataclasses.replace(
+            self, params={**self.params, **params}, read_float32=read_float32, digests=digests, origins=origins
+        )
 
     def replace_networks(self, params: Params, read_float32: Mapping[str, Callable[[], Params]]) -> "Pipeline":
         """The same pipeline with other parameters of some networks, rounded like the ones before.
@@ -123,6 +131,7 @@ class Pipeline:
             params=merged(self.params, other.params),
             read_float32=merged(self.read_float32, other.read_float32),
             digests=merged(self.digests, other.digests),
+            origins=merged(self.origins, other.origins),
         )
 
     def replace_sampling(self, **samplings: Sampling) -> "Pipeline":
@@ -363,15 +372,6 @@ def _check_finite(finite_B: np.ndarray, stage: str, prompts: Sequence[str], seed
                 "that are not finite: get them again from their source. Or, of a public model, the computation "
                 "overflows: give --config.compute.dtype=float32."
             )
-
-
-def _digest(params: Params) -> str:
-    """A digest of the names and values of a network's parameters."""
-    digest = hashlib.sha256()
-    for path, value in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(hosts.to_numpy(value)).data)
-    return digest.hexdigest()
 
 
 def _split_over_devices(batch: Any) -> Any:

@@ -26,7 +26,9 @@ def load_pipeline(source: str | Path | Sequence[str | Path], place: Place | None
         UserError: there is nothing of that name, or it cannot be used.
     """
     sources = [source] if isinstance(source, str | Path) else list(source)
-    return Pipeline(*registry.load(sources, place, **compute))
+    loaded = registry.load(sources, place, **compute)
+    origins = {} if loaded.origin is None else dict.fromkeys(loaded.params, loaded.origin)
+    return Pipeline(loaded.family, loaded.params, loaded.read_float32, origins=origins)
 
 
 def save_pipeline(pipeline: Pipeline, folder: Path, dtype: Any = jnp.float16) -> None:

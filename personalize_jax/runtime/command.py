@@ -12,7 +12,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import jax
 from absl import app, flags
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from personalize_jax.runtime import hosts, interruption
 from personalize_jax.runtime.errors import UserError
-from personalize_jax.runtime.files import reason
+from personalize_jax.runtime.files import cache_folder, reason
 
 _CACHE_FOLDER = "jax_compilation_cache_dir"
 
@@ -179,8 +178,7 @@ def _keep_compiled_programs() -> None:
     """Cache compiled programs for all runs in the user's cache directory, unless JAX is told of another."""
     if getattr(jax.config, _CACHE_FOLDER) is not None:
         return
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    jax.config.update(_CACHE_FOLDER, os.path.join(home, "personalize_jax"))
+    jax.config.update(_CACHE_FOLDER, str(cache_folder()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -75,6 +75,11 @@ def write_text(file: Path, text: str) -> None:
         temporary.write_text(text)
 
 
+def cache_folder() -> Path:
+    """The project's folder in the user's cache directory, which may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "personalize_jax"
+
+
 def remove_temporaries(folder: Path) -> None:
     """Delete temporary files of this host's killed processes below a folder; links are not followed.
 
