@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from personalize_jax.method.configuration import changed
+from personalize_jax.method.changes import changed
 
 DREAMBOOTH = "dreambooth"
 

@@ -19,7 +19,8 @@ from experiments import study, tables
 from experiments.study import Arm, Study
 from experiments.tables import Finding
 from personalize_jax.families.targets import PRIOR_FORMS
-from personalize_jax.method.configuration import changed, check_values
+from personalize_jax.method.changes import changed
+from personalize_jax.method.configuration import check_values
 from personalize_jax.method.personalization import load_pretrained
 from personalize_jax.metrics.table import SubjectScores
 from personalize_jax.pipeline import Pipeline, save_pipeline

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from experiments import study
 from experiments.study import Arm, Study
 from experiments.tables import Finding
-from personalize_jax.method.configuration import changed
+from personalize_jax.method.changes import changed
 
 OTHERS = {"frequent": "a frequent word", "random_characters": "random characters"}
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from experiments import study
 from experiments.study import Arm, Study
 from personalize_jax.families.targets import PRIOR_FORMS
-from personalize_jax.method.configuration import changed
+from personalize_jax.method.changes import changed
 
 LENGTHS = (0.5, 1.5)  # of a training, as shares of the configured number of steps
 FACTORS = (0.5, 2.0)  # of the learning rate, and of the prior term's weight

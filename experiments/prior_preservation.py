@@ -11,7 +11,7 @@ from experiments import study
 from experiments.study import Arm, Study
 from experiments.tables import Finding
 from personalize_jax.families.targets import PRIOR_FORMS
-from personalize_jax.method.configuration import changed
+from personalize_jax.method.changes import changed
 
 PAPER = {
     "with": {"PRES": 0.493, "DIV": 0.391, "DINO": 0.684, "CLIP-I": 0.815, "CLIP-T": 0.308},

@@ -23,7 +23,8 @@ from personalize_jax.evaluation.protocol import evaluate, read_scored
 from personalize_jax.evaluation.report import Panel
 from personalize_jax.evaluation.scoring import find_encoders, load_encoders, read_rows, summary, write_rows
 from personalize_jax.evaluation.showcase import sheets
-from personalize_jax.method.configuration import changed, check, check_values, num_steps, training_sections
+from personalize_jax.method.changes import changed
+from personalize_jax.method.configuration import check, check_values, num_steps, training_sections
 from personalize_jax.method.personalization import (
     SubjectPhotos,
     class_knowledge,

@@ -14,7 +14,7 @@ from experiments import study
 from experiments.study import Arm, Study
 from experiments.tables import Finding
 from personalize_jax.benchmark.subjects import BenchmarkSubject
-from personalize_jax.method.configuration import changed
+from personalize_jax.method.changes import changed
 from personalize_jax.method.personalized import Personalized
 from personalize_jax.metrics.table import Row
 from personalize_jax.runtime.errors import UserError

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from experiments import study
 from experiments.study import Arm, Study
 from experiments.tables import Finding
-from personalize_jax.method.configuration import changed
+from personalize_jax.method.changes import changed
 
 SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the configured number of steps
 

@@ -36,7 +36,8 @@ from personalize_jax.benchmark.prompts import LIVE_CLASSES, read_prompts
 from personalize_jax.benchmark.subjects import BenchmarkSubject
 from personalize_jax.evaluation import metric_registry
 from personalize_jax.evaluation.scoring import encoder_names, summary
-from personalize_jax.method.configuration import changed, check_values
+from personalize_jax.method.changes import changed
+from personalize_jax.method.configuration import check_values
 from personalize_jax.method.personalization import class_knowledge, load_subject
 from personalize_jax.metrics.table import estimates
 from personalize_jax.runtime import command, manifest

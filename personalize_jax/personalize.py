@@ -7,21 +7,14 @@ The run directory ends up with the subject and its identifier, the trained param
 stopped, or says that all is done. After SIGTERM or Ctrl-C the command saves its work and ends with exit status 75.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from personalize_jax.evaluation import showcase
-from personalize_jax.method import configuration
-from personalize_jax.method.personalization import (
-    claim_run_directory,
-    load_pretrained,
-    load_subject,
-    made_from,
-    retune_stage,
-    tune_cascade,
-)
+from personalize_jax.method import finished
+from personalize_jax.method.changes import changed
 from personalize_jax.runtime import command, manifest
 from personalize_jax.subject.dataset import read_dataset
 from personalize_jax.training import tracking
@@ -38,34 +31,60 @@ def define_flags() -> None:
 
 
 def main(_: list[str]) -> None:
-    """Personalise, then sample and report."""
+    """Personalise, then sample and report, unless that is done."""
     arguments = flags.FLAGS
     config, workdir = arguments.config, Path(arguments.workdir)
-    configuration.check_values(config)  # before weights are read
     tracked = tracking.from_flags().tracking(workdir)
-    pipeline = load_pretrained(config)
     images = arguments.images[0] if len(arguments.images) == 1 else arguments.images
-    photos = load_subject(images, arguments.class_noun, pipeline.stages[-1].resolution)
-    showcase.check(pipeline, config)
-    claim_run_directory(pipeline, photos, config, workdir)
-    if manifest.read(workdir).get("done") and (workdir / "report.html").exists():
+    if finished.is_finished(images, arguments.class_noun, config, workdir) or not personalize(
+        images, arguments.class_noun, config, workdir, tracked
+    ):
         print("All is done; nothing is left to do.")
-    else:
-        with (
-            manifest.record(workdir, showcase.seeds(config), made_from(pipeline, photos, config)),
-            tracked.running(config),
-        ):
-            personalized = tune_cascade(pipeline, photos, config, workdir, tracked)
-            compared = None
-            base = pipeline.stages[0].name
-            if config.report.without_prior and base in config.tune and config.training.prior.weight > 0:
-                without = configuration.changed(config, training__prior__weight=0.0)
-                directory = workdir / f"{base}_without_prior"
-                compared = retune_stage(pipeline, personalized, base, without, workdir, directory, tracked).pipeline
-            showcase.make_report(pipeline, personalized, compared, config, workdir, tracked)
-    use = showcase.usage(read_dataset(workdir / "subject"), workdir, config.report.contexts[0])
+    use = finished.usage(read_dataset(workdir / "subject"), workdir, config.report.contexts[0])
     print(f'The subject is "{use["name"]}". Its identifier is {use["identifier"]}, as in\n  {use["to sample it"]}')
     print(f"Pictures: {workdir / 'gallery.png'}\nReport:   {workdir / 'report.html'}")
+
+
+def personalize(
+    images: str | Sequence[str], class_noun: str | None, config: ConfigDict, workdir: Path, tracked: tracking.Tracking
+) -> bool:
+    """Begin a run or go on with it, to its end; whether anything was left to do.
+
+    Args:
+        images: a folder, or files.
+        class_noun: what the subject is, if the user gave it.
+        config: the run's configuration.
+        workdir: run directory.
+        tracked: additional destinations of metrics.
+
+    Raises:
+        UserError: see `personalize_subject`.
+    """
+    # These import the networks, which takes seconds: a command whose work is done has answered before.
+    from personalize_jax.evaluation import showcase
+    from personalize_jax.method import configuration
+    from personalize_jax.method import personalization as method
+
+    configuration.check_values(config)  # before weights are read
+    pipeline = method.load_pretrained(config)
+    photos = method.load_subject(images, class_noun, pipeline.stages[-1].resolution)
+    showcase.check(pipeline, config)
+    method.claim_run_directory(pipeline, photos, config, workdir)
+    if finished.is_complete(workdir):
+        return False
+    with (
+        manifest.record(workdir, showcase.seeds(config), method.made_from(pipeline, photos, config)),
+        tracked.running(config),
+    ):
+        personalized = method.tune_cascade(pipeline, photos, config, workdir, tracked)
+        compared = None
+        base = pipeline.stages[0].name
+        if config.report.without_prior and base in config.tune and config.training.prior.weight > 0:
+            without = changed(config, training__prior__weight=0.0)
+            folder = workdir / f"{base}_without_prior"
+            compared = method.retune_stage(pipeline, personalized, base, without, workdir, folder, tracked).pipeline
+        showcase.make_report(pipeline, personalized, compared, config, workdir, tracked)
+    return True
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from ml_collections import ConfigDict, config_flags
 
 from personalize_jax.families import public, registry
 from personalize_jax.families.base import Family
+from personalize_jax.method.changes import changed
 from personalize_jax.method.class_images import prior_sampling
 from personalize_jax.method.configuration import (
-    changed,
     check_values,
     stage_trainings,
     training_sections,

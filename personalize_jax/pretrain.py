@@ -221,8 +221,8 @@ def _with_stage_of(earlier: Pipeline, stage: str, pipeline: Pipeline) -> Pipelin
     assert isinstance(pipeline.family, PretrainedHere) and isinstance(earlier.family, PretrainedHere)
     for spec in earlier.family.specs:
         if spec["name"] == stage:
-            pipeline = pipeline.take_networks(earlier, [stage])
-            return dataclasses.replace(pipeline, family=pipeline.family.with_stage(spec))
+            family = pipeline.family.with_stage(spec)
+            return dataclasses.replace(pipeline.take_networks(earlier, [stage]), family=family)
     return pipeline
 
 

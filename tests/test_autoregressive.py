@@ -8,6 +8,7 @@ from configs import autoregressive, pretrain_autoregressive
 from personalize_jax.evaluate import score_runs
 from personalize_jax.export import export
 from personalize_jax.method import configuration
+from personalize_jax.method.changes import changed
 from personalize_jax.method.configuration_keys import check_keys, rules_of_pretraining
 from personalize_jax.method.personalization import load_pretrained, load_subject, personalize_subject
 from personalize_jax.method.personalized import load_personalized
@@ -49,8 +50,8 @@ def test_shipped_configurations_are_complete(stage):
 @pytest.mark.parametrize("method", ["dreambooth", "textual_inversion", "lora", "custom_diffusion"])
 def test_every_method_finds_its_parameters(method):
     pipeline, config = tiny_autoregressive.pipeline(), autoregressive.get_config(method)
-    configuration.check(pipeline, configuration.changed(config, class_images__num_steps=4))
-    with_prior = configuration.changed(config, training__prior__weight=1.0)
+    configuration.check(pipeline, changed(config, class_images__num_steps=4))
+    with_prior = changed(config, training__prior__weight=1.0)
     with pytest.raises(UserError, match="num_steps=64, and each of its 4 tokens"):
         configuration.check(pipeline, with_prior)
 
@@ -107,7 +108,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(run, photos, tmp_path
     asked = iter([False] * 4 + [True] + [False] * 10)
     monkeypatch.setattr(loop.interruption, "requested", lambda: next(asked))
     pipeline, subject = load_pretrained(config), load_subject(photos, "dog", 8)
-    config = configuration.changed(config, subject__registry=str(tmp_path / "registry.json"))
+    config = changed(config, subject__registry=str(tmp_path / "registry.json"))
     with pytest.raises(interruption.Stopped):
         personalize_subject(pipeline, subject, config, tmp_path / "run")
     resumed = personalize_subject(pipeline, subject, config, tmp_path / "run")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from personalize_jax.evaluation.scoring import read_rows
-from personalize_jax.method.configuration import changed
+from personalize_jax.method.changes import changed
 from personalize_jax.method.personalization import load_subject, personalize_subject
 from personalize_jax.pipeline import load_pipeline, save_pipeline
 from personalize_jax.pipeline.pictures import save_png

@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from personalize_jax.evaluation.scoring import score, summary
 from personalize_jax.method import personalization
 from personalize_jax.method.class_images import own_files
 from personalize_jax.method.configuration import num_steps
+from personalize_jax.method.finished import usage
 from personalize_jax.method.personalized import Personalized
 from personalize_jax.metrics.metric import Picture
 from personalize_jax.pipeline import Pipeline
@@ -55,23 +55,6 @@ def check(pipeline: Pipeline, config: ConfigDict) -> None:
             f"config.evaluation.probe is True, and the probe reads sides of a multiple of {RESOLUTION} pixels, not the "
             f"{sides[wrong[0]]} of {wrong[0]}; give --config.evaluation.probe=false."
         )
-
-
-def usage(subject: SubjectDataset, workdir: Path, context: str) -> dict[str, str]:
-    """The subject's name, its identifier, and a command that samples pictures of it, for users to read.
-
-    Args:
-        subject: the labelled dataset.
-        workdir: run directory.
-        context: the context in the command's prompt, such as "in the snow".
-    """
-    prompt = f"a {subject.phrase} {context}"
-    return {
-        "name": subject.labels[0],
-        "identifier": f"{subject.identifier.text}: write {PLACEHOLDER} for it in prompts",
-        "to sample it": f"python -m personalize_jax.sample --workdir={shlex.quote(str(workdir))} "
-        f"--prompt={shlex.quote(prompt)} --out=out/",
-    }
 
 
 def make_report(

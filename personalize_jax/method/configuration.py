@@ -84,13 +84,6 @@ def check_identifier(pipeline: Pipeline, config: ConfigDict) -> None:
         token_frequencies(pipeline.tokenizer, config.subject.frequency)
 
 
-def changed(config: ConfigDict, **changes: object) -> ConfigDict:
-    """A locked copy of a configuration with other values, by dotted key with __ for the dots."""
-    copy = config.copy_and_resolve_references().unlock()
-    copy.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
-    return copy.lock()
-
-
 def trains_encoders(pipeline: Pipeline, stage_name: str, training: ConfigDict) -> bool:
     """Whether the training of a stage trains the encoders of captions, too."""
     selection = parameterizations.select(pipeline.networks(stage_name), training)

@@ -88,6 +88,8 @@ def tune_cascade(
     pipeline: Pipeline, photos: SubjectPhotos, config: ConfigDict, workdir: Path, tracking: Tracking = JSONL_ONLY
 ) -> Personalized:
     """Run the phases of `personalize_subject` in a run directory that `begin` has claimed, within `manifest.record`."""
+    origin = pipeline.origins.get(pipeline.stages[0].name)
+    manifest.record_files(workdir, pretrained=origin and origin.state)
     with phase(workdir, "subject"):
         subject = determine_subject(pipeline, photos, config, workdir)
     manifest.record_subject(workdir, subject.labels[0], subject.identifier.text, f"a {subject.phrase}")

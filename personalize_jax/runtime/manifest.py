@@ -4,6 +4,7 @@ config    the configuration
 seeds     random seeds by purpose: one, or the first and the last
 subject   the subject's name, its identifier, and the words that stand for the name in prompts
 data      hashes of the inputs: photos, pretrained weights
+files     states of files of the inputs on this machine, see `families.sources`
 phases    {name: {"seconds": ..., "done": ...}}, over all calls
 calls     the calls that began or resumed the run, each with arguments, versions, git revision, devices, phase and
           status: "running", "done", "stopped" (on request, after saving), "failed", or "killed"
@@ -92,9 +93,8 @@ def record_config(config: ConfigDict, workdir: Path, may_change: Sequence[str] =
     Raises:
         UserError: the directory belongs to a run with another configuration.
     """
-    new, old = json.loads(config.to_json_best_effort()), read(workdir).get("config")
-    if old is not None:
-        changed = sorted(_different_keys(old, new))
+    if "config" in read(workdir):
+        changed = changes(config, workdir)
         if not changed:
             return
         if different := [key for key in changed if key not in may_change]:
@@ -103,7 +103,17 @@ def record_config(config: ConfigDict, workdir: Path, may_change: Sequence[str] =
                 "give the same configuration to go on, or another --workdir."
             )
     workdir.mkdir(parents=True, exist_ok=True)
-    _update(workdir, config=new, done=False)
+    _update(workdir, config=_plain(config), done=False)
+
+
+def changes(config: ConfigDict, workdir: Path) -> list[str]:
+    """Dotted keys in which a configuration differs from the run's."""
+    return sorted(_different_keys(read(workdir).get("config", {}), _plain(config)))
+
+
+def record_files(workdir: Path, **states: str | None) -> None:
+    """Record the states of files of inputs, by the inputs' names."""
+    _update(workdir, files=states)
 
 
 def record_subject(workdir: Path, name: str, identifier: str, in_prompts: str) -> None:
@@ -185,6 +195,11 @@ def phase_times(workdir: Path) -> dict[str, float]:
     """Seconds of each finished phase."""
     phases = read(workdir).get("phases", {})
     return {name: state["seconds"] for name, state in phases.items() if state["done"]}
+
+
+def _plain(config: ConfigDict) -> dict[str, Any]:
+    """A configuration as the manifest has it."""
+    return json.loads(config.to_json_best_effort())
 
 
 def _calls(workdir: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from personalize_jax.pipeline.pictures import encode_png
 from personalize_jax.runtime.files import naming
 
 
@@ -34,6 +33,8 @@ def event_file(folder: Path, first_step: int) -> Iterator[Callable[[int, Mapping
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.proto.summary_pb2 import Summary
     from tensorboardX.record_writer import RecordWriter
+
+    from personalize_jax.pipeline.pictures import encode_png  # with it come the networks, which flags do not need
 
     def value_of(tag: str, value: float | np.ndarray) -> Summary.Value:
         if not isinstance(value, np.ndarray):

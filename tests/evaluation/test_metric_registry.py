@@ -12,7 +12,7 @@ from launch.sweep_table import Result, markdown, plot, ranked
 from personalize_jax.evaluation import metric_registry, scoring
 from personalize_jax.evaluation.scoring import encoder_names, find_encoders, load_encoders, score, summary
 from personalize_jax.evaluation.showcase import exact_scores
-from personalize_jax.method.configuration import changed
+from personalize_jax.method.changes import changed
 from personalize_jax.metrics.metric import Picture
 from personalize_jax.metrics.similarity import Estimate
 from personalize_jax.metrics.table import entries

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from configs import deepfloyd_if, stable_diffusion, world
 from launch.sweep_engines import _models_key
 from launch.sweep_points import MAX_NAME, point_name, prolonged, read_points, values, varied
-from personalize_jax.method.configuration import changed
+from personalize_jax.method.changes import changed
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.training.program import mesh_of
 

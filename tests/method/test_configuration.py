@@ -13,6 +13,7 @@ from configs import autoregressive, deepfloyd_if, pretrain_autoregressive, pretr
 from personalize_jax.diffusion import process
 from personalize_jax.diffusion.samplers import Spacing
 from personalize_jax.method import configuration
+from personalize_jax.method.changes import changed
 from personalize_jax.method.configuration_keys import check_keys, rules_of_pretraining, rules_of_run
 from personalize_jax.runtime.errors import UserError
 from personalize_jax.runtime.sharding import AXES
@@ -69,7 +70,7 @@ def test_more_steps_than_a_schedule_has_are_refused(pretrained):
     with pytest.raises(UserError, match="class_images.num_steps is 100, more than fit the noise schedule of the base"):
         configuration.check(pipeline, too_many)
     without = {"training__prior__weight": 0.0, "super_resolution_training__prior__weight": 0.0}
-    configuration.check(pipeline, configuration.changed(too_many, **without))
+    configuration.check(pipeline, changed(too_many, **without))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_missing_keys_are_named(pretrained, key):
 
 def test_changes_are_of_a_locked_copy():
     config = world.get_config()
-    shorter = configuration.changed(config, training__num_steps=20, tune=("base",))
+    shorter = changed(config, training__num_steps=20, tune=("base",))
     assert (configuration.num_steps(config), configuration.num_steps(shorter)) == (260, 20)
     assert shorter.is_locked and config.training.num_steps == 200
     with pytest.raises(AttributeError):

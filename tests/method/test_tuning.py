@@ -8,7 +8,7 @@ import pytest
 
 import personalize_jax as pj
 from personalize_jax.method import personalization
-from personalize_jax.method.configuration import changed
+from personalize_jax.method.changes import changed
 from personalize_jax.method.personalization import retune_stage
 from personalize_jax.runtime.errors import UserError
 from tests import tiny, tiny_world

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from personalize_jax import plan
-from personalize_jax.method.configuration import changed
+from personalize_jax.method.changes import changed
 from personalize_jax.planning import slices
 from personalize_jax.planning.programs import Usage
 from personalize_jax.runtime.chips import CHIPS, GIB

@@ -14,7 +14,7 @@ from personalize_jax import plan
 from personalize_jax.families import public
 from personalize_jax.families.batch import Batch
 from personalize_jax.families.world import read_stage
-from personalize_jax.method.configuration import changed
+from personalize_jax.method.changes import changed
 from personalize_jax.planning import slices
 from personalize_jax.planning.estimate import Run, Usage, fits, part_seconds, roofline
 from personalize_jax.planning.exchanges import Collective
