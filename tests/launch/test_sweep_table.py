@@ -44,7 +44,7 @@ def test_of_leaks_the_least_is_the_best_and_of_all_else_the_most(metric, results
 def test_the_csv_has_a_row_a_point_and_every_override(results):
     rows = list(csv.DictReader(io.StringIO(comma_separated(results, num_subjects=3))))
     assert [row["point"] for row in rows] == [result.point.name for result in results]
-    assert [float(row["training.prior.weight"]) for row in rows] == [1.0, 0.0, 0.0, 1.0]
+    assert [float(row["training.prior.weight"]) for row in rows] == [2.0, 0.0, 0.0, 2.0]
     assert [float(row["training.optimizer.learning_rate"]) for row in rows] == [4e-4, 4e-4, 4e-4, 1e-2]
     assert [row["subject.rule"] for row in rows] == ["rarest", "rarest", "frequent", "rarest"]
     assert [row["DINO"] for row in rows] == ["0.5", "0.7", "", "0.6"]

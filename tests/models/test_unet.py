@@ -89,6 +89,7 @@ def test_time_embedding_tells_times_apart():
     assert np.linalg.norm(embedding[1:] - embedding[:-1], axis=1).min() > 0.5
 
 
+@pytest.mark.slow
 def test_blocks_that_are_added_to_a_trained_network_change_nothing_at_first():
     kwargs = {**KWARGS, "channels": (64, 64), "attention": (False, True)}
     trained, given = UNet(**kwargs), inputs()

@@ -88,6 +88,7 @@ def test_arguments_of_a_refused_program_count_once():
     assert not found.compiled and found.total == pytest.approx(17 * 2**30, rel=0.01)
 
 
+@pytest.mark.slow
 def test_microbatches_split_the_same_work():
     """A loop goes through them, whose rounds count."""
     smallest = {"channels": (64,), "down_blocks": (0,), "up_blocks": (0,), "attention": (False,)}
