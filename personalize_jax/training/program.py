@@ -184,8 +184,8 @@ def stage_program(
 def _placed_examples(examples: Examples, mesh: Mesh) -> Examples:
     """Pictures split over the devices that split batches; captions, of which there are few, replicated."""
     pictures = {name: sharding.split(getattr(examples, name), mesh) for name in PICTURES}
-    rest = examples._replace(**dict.fromkeys(PICTURES))  # whole pictures on one device may not fit
-    return sharding.placed(rest, (("", ()),), mesh)._replace(**pictures)
+    none: dict[str, Any] = dict.fromkeys(PICTURES)  # all pictures on one device might not fit
+    return sharding.placed(examples._replace(**none), (("", ()),), mesh)._replace(**pictures)
 
 
 def _shardings(state: TrainState) -> TrainState:
