@@ -32,7 +32,7 @@ def lora(config: ConfigDict) -> ConfigDict:
     """Low-rank adapters of the base stage's attention (Hu et al. 2021), with the prior term.
 
     Adapters act beside their layers: a step forms neither W + down up nor the gradient of a whole kernel. A step of
-    Stable Diffusion 2.1 takes 122 TFLOP, and 148 TFLOP and more than twice the memory if all layers are trained, by
+    Stable Diffusion 2.1 takes 101 TFLOP, and 128 TFLOP and more than twice the memory if all layers are trained, by
 
         python -m personalize_jax.plan --config=configs/stable_diffusion.py:2.1:lora --topology=v5p:1x1x1
 
