@@ -27,7 +27,7 @@ MESHES = {"data": (8, 1, 1), "fsdp": (2, 4, 1), "tensor": (2, 2, 2)}
 EVERY_KERNEL = (  # of the network, as targets of adapters
     ("denoiser/.*attention/(query|key|value)/kernel", 1),
     ("denoiser/.*attention/out/kernel", 2),
-    ("denoiser/.*(conv_in|conv_out|stem|head)/kernel", 3),
+    ("denoiser/.*(conv_in|conv_out|stem|head|noisy_weights|low_res_weights)/kernel", 3),
     ("denoiser/.*/kernel", 1),
 )
 
