@@ -178,7 +178,9 @@ def _cudnn_kernel(q_BLND: Array, k_BSND: Array, v_BSND: Array) -> Array:
         out = jax.nn.dot_product_attention(
             q, k, v, query_seq_lengths=of_queries, key_value_seq_lengths=of_keys, implementation="cudnn"
         )
-    except (NotImplementedError, RuntimeError) as error:  # shapes, dtypes, a missing library: nothing is computed yet
+    except jax.errors.JaxRuntimeError:  # it was computed, and failed in that
+        raise
+    except RuntimeError as error:  # shapes or dtypes that are not implemented, or a library that is missing
         what = str(error).rstrip(".")
         raise UserError(f"attention is cudnn, which cannot compute this ({what}); give auto or xla.") from error
     return out[:, :L]

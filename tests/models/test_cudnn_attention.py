@@ -131,6 +131,15 @@ def test_a_machine_without_cudnn_says_so():
         jax.eval_shape(lambda *x: attend(*x, "cudnn"), *shapes(16, 16, 40))
 
 
+def test_too_little_memory_is_not_told_as_a_layer_that_cudnn_cannot_compute(monkeypatch):
+    def computed(*inputs, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", computed)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
+        attend(*(jnp.zeros((1, 2, 1, 8), jnp.bfloat16) for _ in range(3)), "cudnn")
+
+
 def gradient_program(config, B=2):
     """The program of a U-Net's gradient in bfloat16, for a GPU."""
     network = UNet2DCondition.from_config(config, dtype=jnp.bfloat16, remat=True, attention="cudnn or xla")
