@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -27,7 +28,7 @@ import jax
 # The only way to XLA's own counts for a program that is not compiled to its end.
 from jaxlib import _hlo, _jax  # type: ignore[attr-defined]
 
-from personalize_jax.models.attention import flash_flops
+from personalize_jax.models import attention
 from personalize_jax.planning import exchanges, hlo, loops, traffic
 from personalize_jax.planning.exchanges import Collective
 from personalize_jax.runtime import interruption
@@ -175,7 +176,7 @@ def _compile(lowered: jax.stages.Lowered, num_devices: int) -> Analysis:
 
 def _flops(module: hlo.Module, runs: loops.Runs) -> float:
     """Operations as XLA counts them, with all rounds of loops and the kernels of attention."""
-    kernels = sum(times * flash_flops(module.computations[name].text) for name, times in runs.times.items())
+    kernels = sum(times * attention.flash_flops(module.computations[name].text) for name, times in runs.times.items())
     again = sum(left_out * counted_flops(module.alone(body)) for body, left_out in runs.repeats.items())
     return counted_flops(module.alone(module.entry)) + again + kernels
 
@@ -199,8 +200,9 @@ def _cache_file(lowered: jax.stages.Lowered, devices: Sequence[jax.Device]) -> P
     if not (cache := getattr(jax.config, _CACHE_FOLDER)):
         return None
     kinds = [f"{device.device_kind} {device!r}" for device in devices]  # the repr alone is the same for v4 and v5p
-    key = [lowered.as_text(), *kinds, *(os.environ.get(flag, "") for flag in _FLAGS)]
-    sources = (_compile, _flops, flash_flops, exchanges, hlo, loops, traffic)
+    options = lowered._lowering._compiler_options_kvs  # type: ignore[attr-defined]  # nothing public tells
+    key = [lowered.as_text(), repr(options), *kinds, *(os.environ.get(flag, "") for flag in _FLAGS)]
+    sources = (sys.modules[__name__], attention, exchanges, hlo, loops, traffic)
     key += [*_versions(), *(inspect.getsource(code) for code in sources)]
     return Path(cache) / _FOLDER / f"{hashlib.sha256('|'.join(key).encode()).hexdigest()}.json"
 

@@ -69,6 +69,10 @@ def test_a_program_is_compiled_once(monkeypatch):
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--other")
     compiler.analyse(programs[0], older)
     assert len(compiled) == 5
+    doubled = jax.jit(lambda x: 2 * x, compiler_options={"xla_other": True}).lower(jnp.ones(3))
+    assert doubled.as_text() == programs[0].as_text()  # which does not tell the options
+    compiler.analyse(doubled, older)
+    assert len(compiled) == 6
 
 
 def test_a_refusal_is_asked_again(monkeypatch):
